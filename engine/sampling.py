@@ -1,0 +1,184 @@
+"""From logits to the base's draw: penalties, temperature, nucleus, and stateless Gumbel noise shared with every drafter.
+
+`perturb` is the one place where a distribution becomes a decision: the argmax of its rows is the base's draw, and a drafter that ranks
+its own logits through the same call guesses that draw in the same noise (drafter-invariant speculative decoding, arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+class InvalidRequest(ValueError):
+    """A request the engine refuses: the field, and what would be accepted."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request draws its tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    presence and frequency penalties count generated tokens, the repetition penalty counts prompt and generated tokens
+    (OpenAI and CTRL conventions). logprobs: None for none, n for the n most likely tokens beside the drawn one.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    max_tokens: int = 16
+    stop_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails every comparison
+                raise InvalidRequest(name, f"{name} must be between {low} and {high}, got {value!r}")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a node's logits depend on the tokens before it."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+BOUNDS = (
+    ("temperature", 0.0, 10.0),
+    ("top_p", 1e-6, 1.0),
+    ("top_k", 0, 2**31),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.01, 10.0),
+    ("max_tokens", 1, 2**31),
+    ("logprobs", 0, 64),
+)
+
+
+class Sampler:
+    """One request's sampling state: its parameters and the token counts that penalties read."""
+
+    __slots__ = ("params", "bias", "counts", "seen")
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
+        self.params = params
+        self.bias: Tensor | None = bias_row(params.logit_bias, vocab, device) if params.logit_bias else None  # [V]
+        self.counts: Tensor | None = torch.zeros(vocab, device=device) if params.penalised else None  # [V]
+        self.seen: Tensor | None = torch.zeros(vocab, device=device) if params.penalised else None  # [V]
+        if self.seen is not None:
+            self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = 1.0
+
+    def record(self, tokens: Sequence[int]) -> None:
+        """Count committed tokens."""
+        if self.counts is not None and self.seen is not None and tokens:
+            ids = torch.tensor(list(tokens), device=self.counts.device)
+            self.counts.index_put_((ids,), torch.ones(len(tokens), device=ids.device), accumulate=True)
+            self.seen[ids] = 1.0
+
+
+def bias_row(bias: Mapping[int, float], vocab: int, device: torch.device | str) -> Tensor:
+    """logit_bias as one row of logits. [V]"""
+    row = torch.zeros(vocab, device=device)
+    for token, value in bias.items():
+        if not 0 <= token < vocab:
+            raise InvalidRequest("logit_bias", f"logit_bias names token {token}; the vocabulary has tokens 0 to {vocab - 1}")
+        row[token] = value
+    return row
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """Gumbel noise as a pure function of (seed, position, token): no generator, no state.
+
+    seeds, positions: [N] int64. Returns [N, vocab] float32. The hash is lowbias32 applied twice.
+    """
+    key = mix((mix(seeds & MASK) + mix((seeds >> 32) & MASK) * 3 + positions * 0x9E3779B9) & MASK)  # [N]
+    tokens = torch.arange(vocab, device=seeds.device) * 0x85EBCA6B  # [V]
+    bits = mix((key[:, None] + tokens) & MASK)  # [N, V]
+    return -(-((bits.double() + 0.5) / 2**32).log()).log().float()
+
+
+def mix(x: Tensor) -> Tensor:
+    """lowbias32, a 32-bit integer hash, in int64 arithmetic."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def perturb(
+    logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], paths: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """Scores whose row-wise argmax is the draw.
+
+    logits: [N, V] float. owner[i]: which sampler row i belongs to. positions[i]: index in the text of the token being drawn.
+    paths[i]: drafted tokens between the committed text and row i, read by penalties only. Returns [N, V] float32; tokens cut off by
+    top_k, top_p or min_p are -inf. A row at temperature 0 gets no noise.
+    """
+    scores = penalise(logits.float(), samplers, owner, paths)
+    if all(samplers[i].params.temperature <= 0 for i in owner):
+        return scores
+    params = [samplers[i].params for i in owner]
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)  # [N]
+    warm = temperature > 0
+    scaled = scores / temperature.clamp_min(1e-6)[:, None]
+    noise = gumbel(torch.tensor([p.seed for p in params], device=device), torch.tensor(list(positions), device=device), logits.shape[1])
+    drawn = truncate(scaled, params) + noise
+    return drawn if bool(warm.all()) else torch.where(warm[:, None], drawn, scores)
+
+
+def penalise(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], paths: Sequence[Sequence[int]] | None) -> Tensor:
+    """Add logit_bias and apply repetition, presence and frequency penalties, each row on its own prefix. [N, V]"""
+    if all(s.counts is None and s.bias is None for s in samplers):
+        return logits
+    out = logits.clone()
+    for index, sampler in enumerate(samplers):
+        rows = [i for i, o in enumerate(owner) if o == index]
+        if rows and sampler.counts is not None:
+            out[rows] = penalise_rows(out[rows], sampler, [paths[i] for i in rows] if paths else [()] * len(rows))
+        if rows and sampler.bias is not None:
+            out[rows] += sampler.bias
+    return out
+
+
+def penalise_rows(logits: Tensor, sampler: Sampler, paths: Sequence[Sequence[int]]) -> Tensor:
+    """Penalties of one request over its own rows. [n, V]"""
+    assert sampler.counts is not None and sampler.seen is not None
+    counts = sampler.counts.expand_as(logits).clone()
+    ids = [(row, token) for row, path in enumerate(paths) for token in path]
+    if ids:
+        at = torch.tensor(ids, device=logits.device).T
+        counts.index_put_((at[0], at[1]), torch.ones(len(ids), device=logits.device), accumulate=True)
+    seen = (sampler.seen > 0) | (counts > 0)
+    p = sampler.params
+    repeated = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+    return torch.where(seen, repeated, logits) - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
+
+
+def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Mask what top_k, top_p and min_p cut off, with one sort over all rows. [N, V]"""
+    if all(p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
+        return logits
+    vocab, device = logits.shape[1], logits.device
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    ordered, index = logits.sort(-1, descending=True, stable=True)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs  # mass ahead of each token
+    drop = (torch.arange(vocab, device=device) >= top_k) | ((before >= top_p) & (top_p < 1)) | (probs < min_p * probs[:, :1])
+    drop[:, 0] = False
+    return logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
