@@ -1,0 +1,140 @@
+"""Python files of this installation as documents, whole files held out by name. Knows nothing of tokens; imports no package it reads."""
+
+import hashlib
+import importlib.util
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from services.demo.recipe import CorpusRecipe, Package
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One Python file; `path` is relative to its package and uses forward slashes."""
+
+    package: str
+    path: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.package}/{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One stretch of text that a model learns from, or, when held out, is measured on."""
+
+    name: str
+    part: str  # what held-out numbers are reported by
+    text: str
+    held_out: bool
+
+
+def stable_hash(name: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the name and the seed alone."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def is_held_out(name: str, recipe: CorpusRecipe) -> bool:
+    """Whether the file called `name` is kept out of training."""
+    return stable_hash(name, recipe.seed) < recipe.held_out
+
+
+def code_documents(recipe: CorpusRecipe) -> list[Document]:
+    """Every selected file once, in a shuffled order that depends on the seed; parts are `stdlib` and `dependencies`."""
+    sources = capped_sources(recipe, {package.name: package.code_bytes for package in recipe.packages})
+    documents = [Document(source.name, part_of(source), source.text, is_held_out(source.name, recipe)) for source in sources]
+    Random(recipe.seed).shuffle(documents)
+    return documents
+
+
+def part_of(source: Source) -> str:
+    return "stdlib" if source.package == "stdlib" else "dependencies"
+
+
+def capped_sources(recipe: CorpusRecipe, caps: dict[str, int]) -> list[Source]:
+    """The distinct usable files of every installed package, each package sampled by hash down to its cap in bytes."""
+    seen: set[str] = set()
+    chosen: list[Source] = []
+    for package in recipe.packages:
+        budget = caps[package.name]
+        for source in sampled(package_sources(package, recipe), recipe.seed):
+            size = len(source.text.encode())
+            digest = hashlib.sha256(source.text.encode()).hexdigest()
+            if digest in seen or size > budget:
+                continue
+            seen.add(digest)
+            budget -= size
+            chosen.append(source)
+    return chosen
+
+
+def sampled(sources: Iterable[Source], seed: int) -> list[Source]:
+    return sorted(sources, key=lambda source: (stable_hash(source.name, seed + 1), source.name))
+
+
+def package_sources(package: Package, recipe: CorpusRecipe) -> Iterator[Source]:
+    """The usable files of one package; nothing when it is not installed."""
+    folder = package_folder(package.name)
+    if folder is None:
+        return
+    for file in sorted(folder.rglob("*.py")):
+        path = file.relative_to(folder).as_posix()
+        if skipped_path(path) or not recipe.smallest_file <= file.stat().st_size <= recipe.largest_file:
+            continue
+        text = readable_text(file, recipe)
+        if text is not None:
+            yield Source(package.name, path, text)
+
+
+def package_folder(name: str) -> Path | None:
+    """Where the package's files lie, found without importing it."""
+    if name == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(name)
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(locations[0]) if locations else None
+
+
+def skipped_path(path: str) -> bool:
+    """Whether a file is a test, a table, generated or somebody else's copy, judged by its path."""
+    folders = r"(^|/)(tests?|testing|idle_test|test_.*|encodings|lib2to3|site-packages|_?vendor(ed)?|thirdparty\w*|_vendor|ensurepip|__pycache__)/"
+    files = r"(^|/)(test_[^/]*|[^/]*_test|[^/]*_pb2(_grpc)?|pydoc_data/topics|_sysconfigdata[^/]*|conftest)\.py$"
+    return re.search(f"{folders}|{files}", path) is not None
+
+
+def readable_text(file: Path, recipe: CorpusRecipe) -> str | None:
+    """The file without its licence header, or None when it is not hand-written Python text."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError:
+        return None
+    if looks_generated(text) or looks_like_table(text, recipe.longest_line) or "<|" in text:
+        return None
+    text = without_license(text).replace("\r\n", "\n").replace("\t", "    ").strip("\n") + "\n"
+    return text if len(text.encode()) >= recipe.smallest_file else None
+
+
+def looks_generated(text: str) -> bool:
+    return re.search(r"auto-?generated|automatically generated|generated by|file generated|do not edit", text[:2000], re.IGNORECASE) is not None
+
+
+def looks_like_table(text: str, longest_line: int) -> bool:
+    """Whether the text has very long lines, many digits or many non-ASCII characters."""
+    digits = sum(map(text.count, "0123456789"))
+    foreign = len(text.encode()) - len(text)
+    return max(map(len, text.splitlines()), default=0) > longest_line or digits > 0.15 * len(text) or foreign > 0.05 * len(text)
+
+
+def without_license(text: str) -> str:
+    """The text without a first comment block that names a copyright or a licence."""
+    header = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)+", text)
+    if header and re.search(r"copyright|licen[sc]e", header.group(), re.IGNORECASE):
+        return text[header.end() :]
+    return text
