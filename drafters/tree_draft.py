@@ -1,0 +1,207 @@
+"""Drafting with an MLP speculator: the paper's tree, grown for a whole batch at once, in the noise the base will draw with.
+
+Every head's logits go through `engine.sampling.perturb`, so a branch is scored by how surely the base draws it; at temperature 0 that is
+its log-probability, and the tree is the paper's (arXiv 2404.19124).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drafters.mlp import EPS, MLPSpeculator
+from engine.drafter import Draft, Kept
+from engine.sampling import Sampler, perturb
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One head's weights, with the token weight multiplied into the embedding."""
+
+    emb: Tensor  # [V, width]
+    proj: Tensor  # [width, emb_dim or width]
+    scale: Tensor  # [width]
+    shift: Tensor  # [width]
+    out: Tensor  # [V, width]
+
+    def advance(self, state: Tensor, token: Tensor, parent: Tensor | None) -> Tensor:
+        """The states after `token` was read below row `parent` of `state` (row for row if None). [N, ..], [M], [M] -> [M, width]"""
+        moved = F.linear(state, self.proj)
+        u = F.embedding(token, self.emb).add_(moved if parent is None else moved.index_select(0, parent))
+        return F.gelu(F.rms_norm(u, self.scale.shape, self.scale, EPS).add_(self.shift))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One draft and its budget within what the speculator can do."""
+
+    draft: Draft
+    depth: int
+    width: int
+
+    @classmethod
+    def of(cls, draft: Draft, heads: int, candidates: int) -> Job:
+        room = draft.budget.nodes - draft.tree.drafted
+        width = min(draft.budget.width, candidates) if draft.hidden is not None else 0
+        return cls(draft, min(draft.budget.depth, heads, room), width)
+
+
+@dataclass(slots=True)
+class Forest:
+    """Branches of all jobs in flat lists; parent -1 is a job's last forced node. `leaves` holds each job's deepest branches."""
+
+    leaves: list[list[int]]
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # summed log-probability in shared noise
+
+    def add(self, parent: int, token: int, score: float) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.scores.append(score)
+        return len(self.tokens) - 1
+
+    def path(self, branch: int) -> list[int]:
+        """Branches from the first one down to `branch`."""
+        path = []
+        while branch >= 0:
+            path.append(branch)
+            branch = self.parents[branch]
+        return path[::-1]
+
+    def best(self, job: int, width: int) -> list[list[int]]:
+        """The job's `width` best paths, best first."""
+        ordered = sorted(self.leaves[job], key=self.scores.__getitem__, reverse=True)
+        return [self.path(leaf) for leaf in ordered[:width]]
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The branches that the next head extends, as rows: which branch, of which job, under which row of the previous front."""
+
+    branches: list[int]
+    owners: list[int]
+    state: Tensor  # [previous rows, emb_dim or width]
+    token: Tensor  # [rows]
+    score: Tensor  # [rows, 1]
+    parent: Tensor | None  # [rows], None: row for row
+
+
+class MLPDrafter:
+    """Drafts with a speculator: up to n_predict tokens deep, up to n_candidates paths, whatever each request's budget allows."""
+
+    def __init__(self, speculator: MLPSpeculator, version: str = "0", name: str = "mlp") -> None:
+        config = speculator.config
+        self.name, self.version = name, version
+        self.max_depth, self.max_width = config.n_predict, config.n_candidates
+        self.branches = config.top_k_tokens_per_head
+        self.speculator = speculator
+        self.heads = inference_heads(speculator)
+
+    @torch.inference_mode()
+    def draft(self, batch: Sequence[Draft]) -> None:
+        """Add the best branches within each budget; a request without a hidden state or without budget is left alone."""
+        jobs = [Job.of(draft, self.max_depth, self.max_width) for draft in batch]
+        jobs = [job for job in jobs if job.depth > 0 and job.width > 0]
+        if jobs:
+            forest = self.grow(jobs)
+            for index, job in enumerate(jobs):
+                plant(job, forest, forest.best(index, job.width))
+
+    def observe(self, batch: Sequence[Kept]) -> None:
+        """Nothing to learn while serving."""
+
+    def forget(self, request: str) -> None:
+        """Nothing is remembered of a request."""
+
+    def grow(self, jobs: Sequence[Job]) -> Forest:
+        """Run the heads one after the other over the branches of all jobs."""
+        forest = Forest([[] for _ in jobs])
+        front, chains = self.roots(jobs), all(job.width == 1 for job in jobs)
+        for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
+            state = head.advance(front.state, front.token, front.parent)
+            scores = self.perturbed(F.linear(state, head.out), jobs, forest, front, index)
+            ranked = (front.score, scores.argmax(-1, keepdim=True)) if chains else rank(scores, front.score, self.branches[index])
+            front = extend(forest, jobs, front, state, *ranked, index + 1)
+        return forest
+
+    def roots(self, jobs: Sequence[Job]) -> Front:
+        like = self.heads[0].proj
+        hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
+        token = torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
+        score = torch.zeros(len(jobs), 1, device=like.device)
+        return Front([-1] * len(jobs), list(range(len(jobs))), self.speculator.start(hidden), token, score, None)
+
+    def perturbed(self, logits: Tensor, jobs: Sequence[Job], forest: Forest, front: Front, head: int) -> Tensor:
+        """The head's logits as the base would draw from them, each row in the noise of the position it guesses. [rows, V]"""
+        samplers = [job.draft.sampler for job in jobs]
+        if plain(samplers):
+            return logits
+        positions = [len(jobs[owner].draft.tokens) + head for owner in front.owners]
+        penalised = any(sampler.params.penalised for sampler in samplers)
+        paths = [[forest.tokens[b] for b in forest.path(branch)] for branch in front.branches] if penalised else None
+        return perturb(logits, samplers, front.owners, positions, paths)
+
+
+def plain(samplers: Iterable[Sampler]) -> bool:
+    """Whether every request ranks tokens by the bare logits."""
+    return all(s.params.temperature <= 0 and s.bias is None and s.counts is None for s in samplers)
+
+
+def inference_heads(speculator: MLPSpeculator) -> list[Head]:
+    """The heads' weights as drafting reads them; tied heads share them."""
+    scaled: dict[nn.Module, Tensor] = {}
+    heads = []
+    for emb, proj, ln, out in zip(speculator.emb, speculator.proj, speculator.ln, speculator.head, strict=True):
+        if emb not in scaled:
+            scaled[emb] = emb.weight.detach() * speculator.config.token_weight
+        heads.append(Head(scaled[emb], proj.weight.detach(), ln.weight.detach(), ln.bias.detach(), out.weight.detach()))
+    return heads
+
+
+def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best tokens of every row: summed log-probability and token. [rows, V], [rows, 1] -> [rows, k] twice"""
+    value, token = scores.log_softmax(-1).topk(k)
+    return value.add_(score), token
+
+
+def extend(forest: Forest, jobs: Sequence[Job], front: Front, state: Tensor, score: Tensor, token: Tensor, depth: int) -> Front:
+    """Add the ranked tokens to the forest; returns the front of the jobs that go deeper than `depth`.
+
+    A chain takes the best token only, and tokens that cannot be drawn (cut off by top_k, top_p or min_p) are not branches.
+    """
+    k = token.shape[1]
+    rows: list[int] = []
+    branches: list[int] = []
+    owners: list[int] = []
+    for row, (tokens, scores) in enumerate(zip(token.tolist(), score.tolist(), strict=True)):
+        owner = front.owners[row]
+        taken = 1 if jobs[owner].width == 1 else k
+        added = [forest.add(front.branches[row], t, s) for t, s in zip(tokens[:taken], scores, strict=False) if s > -math.inf]
+        if jobs[owner].depth == depth:
+            forest.leaves[owner] += added
+            continue
+        rows += range(row * k, row * k + len(added))
+        branches += added
+        owners += [owner] * len(added)
+    index = torch.tensor(rows, dtype=torch.long, device=token.device)
+    return Front(branches, owners, state, token.view(-1)[index], score.view(-1)[index][:, None], index // k)
+
+
+def plant(job: Job, forest: Forest, paths: Sequence[Sequence[int]]) -> None:
+    """Merge branches into the job's tree. Under a tight cap the best-scored ones go first: a branch never outscores its parent."""
+    branches = dict.fromkeys(branch for path in paths for branch in path)
+    tree, room = job.draft.tree, job.draft.budget.nodes
+    order = list(branches) if tree.drafted + len(branches) <= room else sorted(branches, key=lambda b: -forest.scores[b])
+    nodes = {-1: tree.forced - 1}
+    for branch in order:
+        parent = nodes[forest.parents[branch]]
+        found = tree.child(parent, forest.tokens[branch]) if tree.drafted < room else tree.find(parent, forest.tokens[branch])
+        if found is None:
+            return
+        nodes[branch] = found
