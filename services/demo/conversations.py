@@ -220,8 +220,9 @@ def parameters(arguments: ast.arguments) -> tuple[str, ...]:
     """Each parameter but self as one line of Markdown, with its annotation and its default."""
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    pairs = [*zip(positional, [*defaults, *arguments.defaults], strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    return tuple(parameter(argument, default) for argument, default in pairs if argument.arg not in ("self", "cls"))
+    first = zip(positional, [*defaults, *arguments.defaults], strict=True)
+    rest = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return tuple(parameter(argument, default) for argument, default in (*first, *rest) if argument.arg not in ("self", "cls"))
 
 
 def parameter(argument: ast.arg, default: ast.expr | None) -> str:
@@ -253,7 +254,8 @@ def plain(paragraph: str) -> str:
 
 def is_prose(text: str) -> bool:
     """Whether the text is a sentence of ASCII words that can open an answer."""
-    return len(text) >= 20 and text.isascii() and text.count(" ") >= 3 and text[0].isalnum() and sum(map(str.isalpha, text)) > 0.65 * len(text)
+    words = text.isascii() and len(text) >= 20 and text.count(" ") >= 3
+    return words and text[0].isalnum() and sum(map(str.isalpha, text)) > 0.65 * len(text)
 
 
 def answer(paragraphs: tuple[str, ...], length: int) -> tuple[str, int]:

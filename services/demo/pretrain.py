@@ -8,15 +8,13 @@ import json
 import math
 import os
 import platform
-import random
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -149,9 +147,8 @@ def window_order(seed: int, length: int, epoch: int, count: int) -> torch.Tensor
 def train(run: Run, ids: torch.Tensor) -> None:
     """Runs the steps that are left, with a checkpoint every two minutes and one at the end."""
     recipe, progressed = run.recipe, run.progressed
-    columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]:.3f} nats"), TimeRemainingColumn())
     began, saved, before = time.monotonic(), time.monotonic(), progressed.seconds
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(recipe.name, total=recipe.steps, completed=progressed.step, loss=math.nan)
         for step in range(progressed.step, recipe.steps):
             windows = batch(step, recipe, ids)
@@ -164,6 +161,11 @@ def train(run: Run, ids: torch.Tensor) -> None:
             if now - saved > recipe.optimization.checkpoint_seconds or step + 1 == recipe.steps:
                 saved = now
                 write_checkpoint(run)
+
+
+def progress_bar() -> Progress:
+    loss = TextColumn("{task.fields[loss]:.3f} nats")
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
 
 
 def note(progressed: Progressed, loss: float, tokens: int, seconds: float) -> None:
@@ -187,7 +189,7 @@ def train_step(run: Run, windows: torch.Tensor) -> float:
     scale = rate(run.progressed.step, run.recipe.steps, optimization)
     rows = max(1, optimization.micro_tokens // (windows.shape[1] - 1))
     loss = 0.0
-    for piece in windows.to(run.model.device).split(rows):
+    for piece in torch.split(windows.to(run.model.device), rows):
         part = window_loss(run.model, piece) * (len(piece) / len(windows))
         part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
@@ -276,7 +278,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    print(pretrain(arguments.name, None, arguments.device, arguments.threads))
+    Console().print(str(pretrain(arguments.name, None, arguments.device, arguments.threads)))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def write_corpus(documents: list[Document], folder: Path, fleet: FleetRecipe) ->
     """Learns a tokenizer from the training documents and writes it, their tokens and the held-out documents; corpus.json comes last."""
     kept = [document for document in documents if not document.held_out]
     tokenizer = learn_tokenizer((document.text for document in kept), fleet.tokenizer)
-    start = tokenizer.token_to_id(fleet.tokenizer.document)
+    start = fleet.tokenizer.specials.index(fleet.tokenizer.document)
     pieces = [np.array([start, *encoding.ids], np.uint16) for encoding in tokenizer.encode_batch([document.text for document in kept])]
     held_out = [
         asdict(Scored(document.name, document.part, len(document.text.encode()), [start, *tokenizer.encode(document.text).ids]))
