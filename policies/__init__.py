@@ -1,0 +1,42 @@
+"""Pure decisions: load, acceptance and cost in, draft depths out. Knows no torch, no Ray, no clock, no I/O."""
+
+from policies.cost import CostModel, CostTable
+from policies.decision import OFF, Decision
+from policies.fixed import FixedPolicy
+from policies.forecast import Forecast
+from policies.goodput import GoodputPolicy
+from policies.kinds import Policy
+from policies.knowledge import Knowledge
+from policies.load import Limits, Load, Mode, RequestView
+from policies.off import OffPolicy
+from policies.plan import Plan
+from policies.step import StepSample
+from policies.survival import DepthCounts, Survival, SurvivalCurve, pooled
+from policies.telemetry import Telemetry
+from policies.threshold import ThresholdPolicy, ThresholdStep
+
+__all__ = [
+    "OFF",
+    "CostModel",
+    "CostTable",
+    "Decision",
+    "DepthCounts",
+    "FixedPolicy",
+    "Forecast",
+    "GoodputPolicy",
+    "Knowledge",
+    "Limits",
+    "Load",
+    "Mode",
+    "OffPolicy",
+    "Plan",
+    "Policy",
+    "RequestView",
+    "StepSample",
+    "Survival",
+    "SurvivalCurve",
+    "Telemetry",
+    "ThresholdPolicy",
+    "ThresholdStep",
+    "pooled",
+]

@@ -1,0 +1,80 @@
+"""What a policy sees of the present: the load of a replica, the requests that may draft, the drafter's limits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from policies.decision import OFF, Decision
+
+Mode = Literal["auto", "off", "fixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One replica now. running: requests in the step; waiting: queued; context: cached tokens they read; free_slots: KV slots left."""
+
+    running: int = 0
+    waiting: int = 0
+    context: int = 0
+    free_slots: int = 1 << 30
+
+    def sane(self) -> bool:
+        """True if every field is a finite, non-negative count of a believable size."""
+        return all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in (self.running, self.waiting, self.context, self.free_slots))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the drafter can do at most: tokens in a path, candidate paths."""
+
+    max_depth: int = 8
+    max_width: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """One request that could draft in this step.
+
+    max_depth, width: its own upper bounds, None when it states none. remaining: tokens it may still emit.
+    drafted: draft depths summed over its drafting steps (path lengths, not tree nodes); accepted: draft tokens kept in them;
+    steps: how many such steps, 0 when unknown.
+    """
+
+    request_id: str
+    mode: Mode = "auto"
+    max_depth: int | None = None
+    width: int | None = None
+    remaining: int = 1 << 20
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+
+
+def deepest(request: RequestView, limits: Limits) -> int:
+    """The most tokens this request may draft in a path, whatever a policy wishes; fewer than it may still emit."""
+    if request.mode == "off" or request.width == 0 or limits.max_width < 1:
+        return 0
+    own = limits.max_depth if request.max_depth is None else request.max_depth
+    return max(0, min(own, limits.max_depth, request.remaining - 1))
+
+
+def widest(request: RequestView, limits: Limits) -> int:
+    """The most candidate paths this request may draft."""
+    return limits.max_width if request.width is None else min(request.width, limits.max_width)
+
+
+def settled(request: RequestView, limits: Limits, width: int) -> Decision:
+    """What a request in mode `fixed` gets under any policy but off: its depth, and its own width or else that of the policy."""
+    wish = Decision(deepest(request, limits), width if request.width is None else request.width)
+    return clip(wish, request, limits)
+
+
+def clip(wish: Decision, request: RequestView, limits: Limits) -> Decision:
+    """The wish within the request's bounds."""
+    depth, width = deepest(request, limits), widest(request, limits)
+    if 0 < wish.depth <= depth and 0 < wish.width <= width:
+        return wish
+    depth, width = min(wish.depth, depth), min(wish.width, width)
+    return Decision(depth, width) if depth > 0 and width > 0 else OFF

@@ -1,0 +1,48 @@
+"""One engine step as a replica measured it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+LONGEST = 120.0  # seconds; a slower step is a stall, not a cost
+SHORTEST = 1e-7  # seconds; no forward is faster
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One step.
+
+    requests: in the step; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
+    tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: wall time of the whole step, drafting
+    included; draft_seconds: drafting alone; prefill: forced prompt tokens in the forward, 0 for a pure decoding step;
+    budget: draft nodes allowed in all (sum of depth x width), 0 when unknown.
+    """
+
+    requests: int
+    drafting: int
+    rows: int
+    context: int
+    depth: int
+    seconds: float
+    draft_seconds: float = 0.0
+    prefill: int = 0
+    budget: int = 0
+
+    def sane(self) -> bool:
+        """True if the numbers can belong to one real step: finite, ordered, consistent."""
+        return all(isinstance(n, (int, float)) and math.isfinite(n) for n in astuple(self)) and self._counts() and self._times()
+
+    def _counts(self) -> bool:
+        return (
+            1 <= self.requests <= 1 << 16
+            and 0 <= self.drafting <= self.requests <= self.rows <= 1 << 24
+            and 0 <= self.context <= 1 << 40
+            and 0 <= self.depth <= 256
+            and 0 <= self.prefill <= self.rows
+            and self.budget >= 0
+            and not (self.drafting and not self.depth)
+        )
+
+    def _times(self) -> bool:
+        return SHORTEST <= self.seconds <= LONGEST and 0 <= self.draft_seconds <= self.seconds

@@ -1,0 +1,59 @@
+"""What a replica tells a few times a second."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from policies.load import Limits, Load
+from policies.step import StepSample
+from policies.survival import DepthCounts
+
+MOST_STEPS = 4096  # samples read of one report
+NAME = 256  # characters of a name
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Since the last report of this replica.
+
+    sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
+    them); survival: drafts tested since; tokens: emitted since; plan_version: of the plan in force, 0 for none; limits: the drafter's.
+    """
+
+    replica: str
+    model: str
+    drafter: str
+    speculator_version: str
+    sequence: int
+    load: Load
+    steps: tuple[StepSample, ...] = ()
+    survival: DepthCounts = field(default_factory=DepthCounts)
+    tokens: int = 0
+    plan_version: int = 0
+    limits: Limits | None = None
+
+    def validated(self) -> Telemetry:
+        """Itself without the samples that cannot be true; implausible counts and loads become empty ones. ValueError if it names no one."""
+        names = (self.replica, self.model, self.drafter, self.speculator_version)
+        if not all(isinstance(n, str) and len(n) <= NAME for n in names) or not self.replica or not self.model:
+            raise ValueError("telemetry must name its replica and model")
+        if not _count(self.sequence):
+            raise ValueError("telemetry must carry a sequence number")
+        return replace(
+            self,
+            load=self.load if isinstance(self.load, Load) and self.load.sane() else Load(),
+            steps=tuple(s for s in self.steps[-MOST_STEPS:] if isinstance(s, StepSample) and s.sane()),
+            survival=self.survival if isinstance(self.survival, DepthCounts) and self.survival.sane() else DepthCounts(),
+            tokens=self.tokens if _count(self.tokens) else 0,
+            plan_version=self.plan_version if _count(self.plan_version) else 0,
+            limits=self.limits if isinstance(self.limits, Limits) and _possible(self.limits) else None,
+        )
+
+
+def _possible(limits: Limits) -> bool:
+    return _count(limits.max_depth) and _count(limits.max_width) and limits.max_depth <= 256 and limits.max_width <= 256
+
+
+def _count(n: object) -> bool:
+    return isinstance(n, (int, float)) and math.isfinite(n) and 0 <= n <= 1 << 50
