@@ -135,9 +135,17 @@ def perturb(
     temperature = torch.tensor([p.temperature for p in params], device=device)  # [N]
     warm = temperature > 0
     scaled = scores / temperature.clamp_min(1e-6)[:, None]
-    noise = gumbel(torch.tensor([p.seed for p in params], device=device), torch.tensor(list(positions), device=device), logits.shape[1])
-    drawn = truncate(scaled, params) + noise
+    drawn = truncate(scaled, params) + shared_noise(samplers, owner, positions, logits)
     return drawn if bool(warm.all()) else torch.where(warm[:, None], drawn, scores)
+
+
+def shared_noise(samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], like: Tensor) -> Tensor:
+    """The noise of every row, evaluated once per (request, position): siblings of a tree share it. [N, V]"""
+    index: dict[tuple[int, int], int] = {}
+    rows = [index.setdefault(key, len(index)) for key in zip(owner, positions, strict=True)]
+    seeds = torch.tensor([samplers[o].params.seed for o, _ in index], device=like.device)
+    noise = gumbel(seeds, torch.tensor([p for _, p in index], device=like.device), like.shape[1])  # [unique, V]
+    return noise if len(index) == len(rows) else noise[torch.tensor(rows, device=like.device)]
 
 
 def penalise(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], paths: Sequence[Sequence[int]] | None) -> Tensor:
@@ -176,7 +184,7 @@ def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    ordered, index = logits.sort(-1, descending=True, stable=True)
+    ordered, index = torch.sort(logits, dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs  # mass ahead of each token
     drop = (torch.arange(vocab, device=device) >= top_k) | ((before >= top_p) & (top_p < 1)) | (probs < min_p * probs[:, :1])

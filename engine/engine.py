@@ -1,0 +1,458 @@
+"""One base model, many requests: admit, plan a tree for each, one ragged forward, draw, replay, commit.
+
+Knows tokens, not text; no threads and no clock but the one that times a step. State moves only after the forward succeeded: a step that
+raises fails the requests in it, returns their slots, and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.attention import KVStore, Row
+from engine.drafter import Draft, Drafter, Kept
+from engine.loading import Base
+from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
+from engine.sampling import InvalidRequest, Sampler, perturb
+from engine.slots import Block, SlotPool, SlotTable
+from engine.tree import Budget, Tree, replay
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The engine's load at one step. context: tokens held by running requests. free: slots free or evictable."""
+
+    running: int
+    waiting: int
+    context: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request that could draft in this step."""
+
+    request: Request
+    remaining: int
+    stats: Stats
+
+
+Budgets = Callable[[Load, Sequence[Candidate]], Sequence[Budget]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How one request's draft fared: depth drafted to, tokens accepted. A draft cut short by a stop counts no failure."""
+
+    request: str
+    depth: int
+    accepted: int
+    censored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did and cost. seconds: the whole step; draft_seconds: drafting within it. rows: nodes in the forward."""
+
+    outcomes: tuple[Outcome, ...] = ()
+    load: Load = field(default_factory=lambda: Load(0, 0, 0, 0))
+    verified: tuple[Verified, ...] = ()
+    requests: int = 0
+    rows: int = 0
+    prefill: int = 0
+    context: int = 0
+    emitted: int = 0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """One request in one step: its tree, the slots of its nodes, and where its rows of logits are."""
+
+    text: Text
+    tree: Tree
+    slots: list[int]
+    rows: range = range(0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the forced nodes cover all that is known, so that the step can draw new tokens."""
+        return self.tree.forced == self.text.known
+
+    @property
+    def keep(self) -> range:
+        """Nodes whose draw matters: the last forced one and the drafted ones."""
+        return range(self.tree.forced - 1, len(self.tree)) if self.complete else range(0)
+
+
+class Engine:
+    """Continuous batching with speculation over one base.
+
+    drafter None: plain decoding. budgets: how far each request that could draft may do so, asked once per step.
+    slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        drafter: Drafter | None = None,
+        budgets: Budgets | None = None,
+        *,
+        slots: int = 4096,
+        chunk: int = 256,
+        nodes: int = 32,
+        max_running: int = 32,
+        max_waiting: int = 256,
+        block: int = 16,
+    ) -> None:
+        self.base, self.drafter, self.budgets = base, drafter, budgets
+        self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
+        self.pool = SlotPool(slots, block, headroom=max_running * 4)
+        self.store = KVStore(slots)
+        self.waiting: deque[Text] = deque()
+        self.running: list[Text] = []  # oldest first
+        self.cancelled: set[str] = set()
+        self.draft_failures = 0
+
+    # -- requests in and out ------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest for one that could never run, Overloaded when the queue is full."""
+        self.validate(request)
+        if len(self.waiting) >= self.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting, and no more than {self.max_waiting} may")
+        sampler = Sampler(request.params, request.prompt, self.base.vocab_size, self.base.device)
+        table = SlotTable(len(request.prompt) + request.params.max_tokens + self.nodes)
+        self.waiting.append(Text(request, list(request.prompt), table, sampler))
+
+    def validate(self, request: Request) -> None:
+        if not request.prompt:
+            raise InvalidRequest("prompt", "the prompt has no tokens; at least one is needed")
+        wrong = next((t for t in request.prompt if not 0 <= t < self.base.vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequest("prompt", f"the prompt holds token {wrong}; the vocabulary has tokens 0 to {self.base.vocab_size - 1}")
+        longest = min(self.base.context, self.pool.capacity)
+        if len(request.prompt) + request.params.max_tokens > longest:
+            raise InvalidRequest(
+                "max_tokens" if len(request.prompt) < longest else "prompt",
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.params.max_tokens}; together at most {longest}",
+            )
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step. An unknown or finished id changes nothing."""
+        if any(text.request.id == request_id for text in (*self.running, *self.waiting)):
+            self.cancelled.add(request_id)
+
+    # -- one step -----------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> StepReport:
+        """Advance every request that fits by one forward. Never raises for what a request or a drafter did."""
+        started = time.perf_counter()
+        dropped = list(self.drop_cancelled())
+        self.admit()
+        plans = self.plan()
+        load = self.load()
+        if not plans:
+            return StepReport(tuple(dropped), load, seconds=time.perf_counter() - started)
+        context = sum(len(p.text.table) for p in plans)
+        prefill = sum(p.tree.forced for p in plans if not p.complete or p.tree.forced > 1)
+        drafting = time.perf_counter()
+        self.draft(plans, load)
+        draft_seconds = time.perf_counter() - drafting
+        rows = sum(len(p.tree) for p in plans)
+        try:
+            logits, hidden = self.forward(plans)
+            picks = self.draw(plans, logits)
+            scores = [self.score(p, logits) for p in plans]
+        except Exception as error:
+            log.exception("a step failed; its %d requests fail with it", len(plans))
+            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=time.perf_counter() - started)
+        results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
+        self.pool.make_room()
+        return StepReport(
+            outcomes=(*dropped, *(outcome for outcome, _ in results if outcome)),
+            load=load,
+            verified=tuple(v for _, v in results if v),
+            requests=len(plans),
+            rows=rows,
+            prefill=prefill,
+            context=context,
+            emitted=sum(len(o.tokens) for o, _ in results if o),
+            seconds=time.perf_counter() - started,
+            draft_seconds=draft_seconds,
+        )
+
+    def load(self) -> Load:
+        context = sum(len(t.table) for t in self.running)
+        return Load(len(self.running), len(self.waiting), context, self.pool.available)
+
+    def drop_cancelled(self) -> Iterator[Outcome]:
+        if not self.cancelled:
+            return
+        for text in [t for t in (*self.running, *self.waiting) if t.request.id in self.cancelled]:
+            (self.running if text in self.running else self.waiting).remove(text)
+            yield self.retire(text, (), (), "cancelled")
+        self.cancelled.clear()
+
+    # -- admission and memory -----------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Move waiting requests in while they fit, in order. The first waiting one always fits an idle engine."""
+        while self.waiting and len(self.running) < self.max_running:
+            text = self.waiting[0]
+            blocks = self.pool.match(text.tokens)
+            need = len(text.tokens) - len(blocks) * self.pool.block
+            if self.running and need + len(self.running) * self.pool.block > self.pool.available:
+                self.pool.release(blocks)
+                return
+            self.waiting.popleft()
+            self.seat(text, blocks)
+            self.running.append(text)
+
+    def seat(self, text: Text, blocks: list[Block]) -> None:
+        """Give a text the cached blocks that it starts with."""
+        text.blocks = blocks
+        for block in blocks:
+            text.table.extend(block.slots)
+        if text.generated == 0:
+            text.stats.cached = len(text.table)
+
+    def preempt(self, text: Text) -> None:
+        """Drop a request's slots and keep its tokens; it resumes as a longer forced chain, its published blocks found again."""
+        self.vacate(text)
+        text.stats.preemptions += 1
+        self.running.remove(text)
+        self.waiting.appendleft(text)
+
+    def vacate(self, text: Text) -> None:
+        self.pool.give(text.owned(self.pool.block))
+        self.pool.release(text.blocks)
+        text.blocks = []
+        text.table.clear()
+
+    def check(self) -> None:
+        """Assert that no slot leaked. Meant for idle moments and tests: costs time in proportion to the pool."""
+        self.pool.check([slot for text in self.running for slot in text.owned(self.pool.block)])
+
+    # -- planning -----------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Plan]:
+        """A forced chain for every running request that fits this step, oldest first; the youngest give way when slots run out."""
+        plans: list[Plan] = []
+        prompt_budget = self.chunk
+        for text in list(self.running):
+            if text not in self.running:
+                continue  # preempted for an older one
+            count = 1 if text.known == 1 else min(text.known, prompt_budget)
+            if count == 0:
+                continue
+            slots = self.secure(text, count)
+            if slots is None:
+                continue
+            if text.known > 1:
+                prompt_budget -= count
+            start = len(text.table)
+            plans.append(Plan(text, Tree.chain(text.tokens[start : start + count]), slots))
+        return plans
+
+    def secure(self, text: Text, count: int) -> list[int] | None:
+        """Slots for `count` nodes, preempting younger requests if it must; None if the request itself had to give way."""
+        while (slots := self.pool.take(count)) is None:
+            youngest = self.running[-1]
+            self.preempt(youngest)
+            if youngest is text:
+                return None
+        return slots
+
+    def draft(self, plans: Sequence[Plan], load: Load) -> None:
+        """Let the drafter extend the trees of requests that are up to date, within their budgets and the free slots."""
+        able = [p for p in plans if p.complete and p.text.remaining > 1]
+        if self.drafter is None or self.budgets is None or not able:
+            return
+        try:
+            budgets = self.budgets(load, [Candidate(p.text.request, p.text.remaining, p.text.stats) for p in able])
+            drafts = [self.offer(p, b) for p, b in zip(able, self.fit(able, budgets), strict=True) if b.nodes > 0]
+            if drafts:
+                self.drafter.draft(drafts)
+                self.verify_drafts(drafts)
+        except Exception:
+            log.exception("drafting failed; this step decodes plainly")
+            self.draft_failures += 1
+            for plan in able:
+                trim(plan.tree)
+        for plan in able:
+            slots = self.pool.take(plan.tree.drafted)
+            if slots is None:
+                trim(plan.tree)
+            plan.slots += slots or []
+
+    def fit(self, plans: Sequence[Plan], budgets: Sequence[Budget]) -> list[Budget]:
+        """Clip budgets to what a request may still emit, to what the drafter can do, and to the free slots."""
+        assert self.drafter is not None
+        free, fitted = self.pool.available, []
+        for plan, budget in zip(plans, budgets, strict=True):
+            depth = min(budget.depth, plan.text.remaining - 1, self.drafter.max_depth)
+            width = min(budget.width, self.drafter.max_width)
+            nodes = max(0, min(budget.nodes, depth * width, self.nodes, free))
+            fitted.append(Budget(depth, width, nodes) if depth > 0 and nodes > 0 else Budget())
+            free -= nodes
+        return fitted
+
+    def offer(self, plan: Plan, budget: Budget) -> Draft:
+        text = plan.text
+        return Draft(text.request.id, text.tokens, plan.tree, budget, text.sampler, text.hidden, text.request.prediction)
+
+    def verify_drafts(self, drafts: Sequence[Draft]) -> None:
+        """A drafter that breaks its budget or leaves the vocabulary is a bug: refuse what it drew."""
+        for draft in drafts:
+            tree = draft.tree
+            assert tree.drafted <= draft.budget.nodes, f"{tree.drafted} nodes drafted, {draft.budget.nodes} allowed"
+            assert tree.drafted_depth() <= draft.budget.depth, "drafted deeper than allowed"
+            assert all(0 <= t < self.base.vocab_size for t in tree.tokens[tree.forced :]), "drafted outside the vocabulary"
+
+    # -- forward and draw ---------------------------------------------------------------------------------------------------
+
+    def forward(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
+        """One ragged pass over all trees. Returns logits [N, V] and hidden states [N, emb_dim] of the nodes to draw at."""
+        rows = [Row(p.text.table.view(), p.slots, p.tree.parents, p.tree.depths) for p in plans]
+        step, positions = self.base.lay_out(self.store, rows)
+        keep: list[int] = []
+        start = 0
+        for plan in plans:
+            plan.rows = range(len(keep), len(keep) + len(plan.keep))
+            keep += [start + node for node in plan.keep]
+            start += len(plan.tree)
+        tokens = [token for plan in plans for token in plan.tree.tokens]
+        return self.base.forward(step, tokens, positions, keep)
+
+    def draw(self, plans: Sequence[Plan], logits: Tensor) -> list[int]:
+        """The base's draw after every kept node. [N]"""
+        if not len(logits):
+            return []
+        owner, positions, paths = [], [], []
+        for index, plan in enumerate(plans):
+            tree, penalised = plan.tree, plan.text.request.params.penalised
+            for node in plan.keep:
+                owner.append(index)
+                positions.append(len(plan.text.table) + tree.depths[node] + 1)
+                paths.append([tree.tokens[i] for i in tree.ancestry(node)] if penalised else [])
+        scores = perturb(logits, [p.text.sampler for p in plans], owner, positions, paths)
+        return scores.argmax(-1).tolist()
+
+    def score(self, plan: Plan, logits: Tensor) -> Tensor | None:
+        """Log-probabilities at a request's rows if it asked for any. [rows, V]"""
+        if plan.text.request.params.logprobs is None or not plan.complete:
+            return None
+        return logits[plan.rows.start : plan.rows.stop].float().log_softmax(-1)
+
+    # -- commit -------------------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, picks: Sequence[int], hidden: Tensor, logprobs: Tensor | None) -> tuple[Outcome | None, Verified | None]:
+        """Keep the nodes the base's draws lead through and return the rest: one edit of the slot list."""
+        text, tree, first = plan.text, plan.tree, plan.tree.forced - 1
+        if not plan.complete:
+            self.keep(text, plan.slots)
+            return None, None
+        drawn = {node: picks[plan.rows.start + node - first] for node in plan.keep}
+        path = replay(tree, [drawn.get(node, -1) for node in range(len(tree))])
+        new = [tree.tokens[node] for node in path[tree.forced :]] + [drawn[path[-1]]]
+        try:
+            emitted, finish = self.accept(text, new)
+        except Exception as error:
+            log.exception("the stop condition of request %s raised", text.request.id)
+            return next(self.fail([plan], error)), None
+        path = path[: tree.forced + len(emitted) - 1]
+        at = [plan.rows.start + node - first for node in path[first:]]  # rows of logits that drew what was emitted
+        accepted = min(len(emitted), len(new) - 1)
+        self.count(text.stats, tree, accepted)
+        kept = set(path)
+        text.tokens += emitted
+        text.sampler.record(emitted)
+        self.pool.give([slot for node, slot in enumerate(plan.slots) if node not in kept])
+        self.keep(text, [plan.slots[node] for node in path])
+        text.hidden = hidden[at[-1]]
+        if self.drafter is not None:
+            self.drafter.observe([Kept(text.request.id, emitted, tree.drafted, accepted, hidden[at])])
+        scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
+        verified = Verified(text.request.id, tree.drafted_depth(), accepted, finish is not None) if tree.drafted else None
+        if finish is None:
+            return Outcome(text.request, tuple(emitted), scores), verified
+        self.running.remove(text)
+        return self.retire(text, emitted, scores, finish), verified
+
+    def accept(self, text: Text, new: Sequence[int]) -> tuple[list[int], str | None]:
+        """The new tokens up to the one that ends the text, and how it ended."""
+        params, emitted = text.request.params, []
+        for token in new:
+            emitted.append(token)
+            if token in params.stop_tokens or (text.request.stop is not None and text.request.stop(token)):
+                return emitted, "stop"
+            if text.generated + len(emitted) >= params.max_tokens:
+                return emitted, "length"
+        return emitted, None
+
+    def count(self, stats: Stats, tree: Tree, accepted: int) -> None:
+        depth = tree.drafted_depth()
+        stats.steps += 1
+        stats.drafted += tree.drafted
+        stats.accepted += accepted
+        stats.depth_sum += depth
+        stats.depth_max = max(stats.depth_max, depth)
+
+    def keep(self, text: Text, slots: Sequence[int]) -> None:
+        """Append computed slots to a text and publish every block that became full."""
+        text.table.extend(slots)
+        block = self.pool.block
+        while (len(text.blocks) + 1) * block <= len(text.table):
+            start = len(text.blocks) * block
+            mine = [int(s) for s in text.table.view()[start : start + block]]
+            parent = text.blocks[-1] if text.blocks else None
+            published = self.pool.publish(parent, text.tokens[start : start + block], mine)
+            text.table.replace(start, published.slots)
+            text.blocks.append(published)
+
+    def retire(self, text: Text, tokens: Sequence[int], scores: tuple[TokenScore, ...], finish: str, error: str | None = None) -> Outcome:
+        """Give back everything a request holds."""
+        self.vacate(text)
+        if self.drafter is not None:
+            self.drafter.forget(text.request.id)
+        return Outcome(text.request, tuple(tokens), scores, finish, error, text.stats)
+
+    def fail(self, plans: Sequence[Plan], error: Exception) -> Iterator[Outcome]:
+        """End the requests of a step that raised."""
+        for plan in plans:
+            self.pool.give(plan.slots)
+            self.running.remove(plan.text)
+            yield self.retire(plan.text, (), (), "error", f"{type(error).__name__}: {error}")
+
+
+def trim(tree: Tree) -> None:
+    """Cut a tree back to its forced nodes."""
+    del tree.tokens[tree.forced :], tree.parents[tree.forced :], tree.depths[tree.forced :]
+
+
+def token_scores(logprobs: Tensor | None, rows: Sequence[int], tokens: Sequence[int], top: int | None) -> tuple[TokenScore, ...]:
+    """The scores of emitted tokens; rows[i] of logprobs [n, V] drew tokens[i]."""
+    if logprobs is None or top is None:
+        return ()
+    at = logprobs[list(rows)]  # [emitted, V]
+    chosen = at.gather(1, torch.tensor(list(tokens), device=at.device)[:, None])[:, 0].tolist()
+    if top == 0:
+        return tuple(TokenScore(value) for value in chosen)
+    best = at.topk(min(top, at.shape[1]), -1)
+    alternatives = [tuple(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return tuple(TokenScore(value, top_tokens) for value, top_tokens in zip(chosen, alternatives, strict=True))

@@ -1,0 +1,164 @@
+"""KV slots: who holds which, and which blocks of tokens can be found again.
+
+One slot per token. A slot is free, held by one request, or part of a cached block (held by the cache, shared by reference count).
+Slot 0 is never given out: it pads rows. Knows no tensors and no model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Key = tuple[int, tuple[int, ...]]
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """Slots of one full block of tokens; `parent` is the uid of the block before it, 0 at the start of the text."""
+
+    uid: int
+    key: Key
+    slots: list[int]
+    refs: int = 0
+    children: int = 0
+    parent: Block | None = None
+
+
+class SlotPool:
+    """Slots 1 .. size-1 and a prefix cache over them: an exact chain over blocks of tokens, evicted least recently used first.
+
+    headroom: slots that cached blocks leave free, so that drafts never compete with the cache.
+    """
+
+    def __init__(self, size: int, block: int = 16, headroom: int = 0) -> None:
+        if size < 2:
+            raise ValueError(f"slots must be at least 2, got {size}")
+        self.size, self.block, self.headroom = size, block, min(headroom, size // 4)
+        self.free: list[int] = list(range(size - 1, 0, -1))
+        self.blocks: OrderedDict[Key, Block] = OrderedDict()  # least recently used first
+        self.idle = 0  # slots in blocks that nobody refers to
+        self.uids = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots that requests can ever hold."""
+        return self.size - 1
+
+    @property
+    def available(self) -> int:
+        """Slots free now or after evicting every idle block."""
+        return len(self.free) + self.idle
+
+    @property
+    def cached(self) -> int:
+        return len(self.blocks) * self.block
+
+    def take(self, count: int) -> list[int] | None:
+        """`count` slots, evicting idle blocks as needed; None (and nothing taken) if there are not that many."""
+        if count > self.available:
+            return None
+        self.evict(count - len(self.free))
+        return [self.free.pop() for _ in range(count)]
+
+    def give(self, slots: Sequence[int]) -> None:
+        self.free.extend(slots)
+
+    def match(self, tokens: Sequence[int]) -> list[Block]:
+        """The longest chain of cached blocks that `tokens` starts with, leaving at least one token to compute; each is acquired."""
+        found: list[Block] = []
+        parent = 0
+        for start in range(0, (len(tokens) - 1) // self.block * self.block, self.block):
+            block = self.blocks.get((parent, tuple(tokens[start : start + self.block])))
+            if block is None:
+                break
+            found.append(block)
+            parent = block.uid
+        for block in reversed(found):  # parents become more recent than children: leaves are evicted first
+            self.acquire(block)
+        return found
+
+    def acquire(self, block: Block) -> None:
+        if block.refs == 0:
+            self.idle -= self.block
+        block.refs += 1
+        self.blocks.move_to_end(block.key)
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """Give up references taken by `match` or `publish`."""
+        for block in reversed(blocks):
+            block.refs -= 1
+            self.blocks.move_to_end(block.key)
+            if block.refs == 0:
+                self.idle += self.block
+
+    def publish(self, parent: Block | None, tokens: Sequence[int], slots: Sequence[int]) -> Block:
+        """Make one computed block findable and hold it. If another request published the same block first, that one is held
+        and the caller's slots are freed."""
+        key = (parent.uid if parent else 0, tuple(tokens))
+        block = self.blocks.get(key)
+        if block is None:
+            self.uids += 1
+            block = self.blocks[key] = Block(self.uids, key, list(slots), parent=parent)
+            self.idle += self.block
+            if parent:
+                parent.children += 1
+        else:
+            self.give(slots)
+        self.acquire(block)
+        return block
+
+    def make_room(self) -> None:
+        """Evict idle blocks until the headroom is free."""
+        self.evict(self.headroom - len(self.free))
+
+    def evict(self, count: int) -> None:
+        """Free at least `count` slots from idle leaf blocks, if there are that many."""
+        while count > 0 and self.idle > 0:
+            block = next(b for b in self.blocks.values() if b.refs == 0 and b.children == 0)
+            del self.blocks[block.key]
+            if block.parent:
+                block.parent.children -= 1
+            self.idle -= self.block
+            self.free.extend(block.slots)
+            count -= self.block
+
+    def clear(self) -> None:
+        """Forget every idle block."""
+        self.evict(self.idle)
+
+    def check(self, held: Sequence[int]) -> None:
+        """Assert that every slot is in exactly one place. held: the slots that requests own outside cached blocks."""
+        cached = [slot for block in self.blocks.values() for slot in block.slots]
+        everything = sorted([*self.free, *held, *cached])
+        assert everything == list(range(1, self.size)), "a slot leaked or is held twice"
+        assert self.idle == sum(self.block for b in self.blocks.values() if b.refs == 0), "idle count is wrong"
+
+
+class SlotTable:
+    """The slots of one text in order: `table[i]` holds the keys and values of token i."""
+
+    __slots__ = ("array", "length")
+
+    def __init__(self, capacity: int) -> None:
+        self.array = np.zeros(capacity, dtype=np.int64)
+        self.length = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def extend(self, slots: Sequence[int]) -> None:
+        self.array[self.length : self.length + len(slots)] = slots
+        self.length += len(slots)
+
+    def replace(self, start: int, slots: Sequence[int]) -> None:
+        self.array[start : start + len(slots)] = slots
+
+    def clear(self) -> None:
+        self.length = 0
+
+    def view(self) -> np.ndarray:
+        """The slots in use. [length] int64"""
+        return self.array[: self.length]
