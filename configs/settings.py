@@ -1,0 +1,302 @@
+"""The settings tree: every field documented, bounded, frozen, and read from one YAML file with environment overrides.
+
+It knows no other room: a model's `policy` stays a plain mapping here, and whoever builds the application validates it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from configs.problems import ConfigError, explain
+
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "SPECFLEET_"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+DrafterKind = Literal["none", "ngram", "mlp", "mlp+ngram"]
+Positive = Annotated[int, Field(ge=1, le=2**31)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReplicaRange(Section):
+    """How many replicas of a model may run."""
+
+    min: int = Field(default=1, ge=1, le=1000, description="Replicas that always run.")
+    max: int = Field(default=1, ge=1, le=1000, description="Replicas that may run under load; at least min.")
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min ({self.min})")
+        return self
+
+
+class EngineSettings(Section):
+    """The engine of one replica. All lengths in tokens."""
+
+    slots: int = Field(default=16384, ge=64, le=2**28, description="KV slots, one per token held by running and cached requests.")
+    max_running: int = Field(default=16, ge=1, le=4096, description="Requests decoded together.")
+    max_waiting: int = Field(default=256, ge=0, le=2**20, description="Requests that may wait for a place; more are answered with 429.")
+    chunk: int = Field(default=256, ge=1, le=2**20, description="Prompt tokens prefilled in one step.")
+    max_context: Positive | None = Field(default=None, description="Longest prompt and answer together; none: the base's own.")
+
+
+class SamplingDefaults(Section):
+    """What a request gets for the sampling fields that it leaves out."""
+
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus mass; 1 is off.")
+    top_k: int = Field(default=0, ge=0, le=2**31, description="Most likely tokens kept; 0 is off.")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="Least probability, relative to the most likely token; 0 is off.")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10, description="1 is off.")
+
+
+class ModelSettings(Section):
+    """One served model: its base, its speculator and its share of the machine."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="The id that clients name in `model`.")
+    base: str = Field(min_length=1, description="Folder or hub id of the base model.")
+    speculator: str | None = Field(default=None, description="Folder or hub id of the MLP speculator.")
+    drafter: DrafterKind = Field(default="mlp+ngram", description="What drafts for the base.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights; auto: as stored.")
+    device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of one replica; none: as many as it has CPUs.")
+    replicas: ReplicaRange = Field(default_factory=ReplicaRange, description="How many replicas run.")
+    num_cpus: float = Field(default=1.0, ge=0, le=1024, description="CPUs that Ray reserves for each replica.")
+    num_gpus: float = Field(default=0.0, ge=0, le=64, description="GPUs that Ray reserves for each replica.")
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="Sizes of the engine.")
+    sampling: SamplingDefaults = Field(default_factory=SamplingDefaults, description="Defaults of requests.")
+    policy: dict[str, Any] = Field(
+        default_factory=lambda: {"kind": "goodput"}, description="The first speculation policy, tunable while running."
+    )
+    log: bool = Field(default=True, description="Whether finished requests go to the request log.")
+
+    @model_validator(mode="after")
+    def drafted(self) -> Self:
+        if self.drafter.startswith("mlp") and self.speculator is None:
+            raise ValueError(f"drafter {self.drafter} needs a speculator (a folder or hub id); without one use ngram or none")
+        return self
+
+
+class Limits(Section):
+    """What one key may use. Unset is unlimited."""
+
+    requests_per_minute: Positive | None = Field(default=None, description="Requests started per minute; bursts up to this number.")
+    tokens_per_minute: Positive | None = Field(default=None, description="Prompt and completion tokens per minute, charged when used.")
+
+
+class KeySettings(Section):
+    """One API key, given as itself or as the SHA-256 of it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="Who holds it, as history and logs say.")
+    key: SecretStr | None = Field(default=None, min_length=8, description="The key itself; best given through the environment.")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, as 64 lower-case hex digits.")
+    admin: bool = Field(default=False, description="Whether it opens /admin.")
+    limits: Limits | None = Field(default=None, description="Limits of this key; none: those of the gateway.")
+
+    @model_validator(mode="after")
+    def one_secret(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError(f"give exactly one of key and sha256, for instance in {PREFIX}KEYS__{variable(self.name)}__KEY")
+        return self
+
+
+class GatewaySettings(Section):
+    """The HTTP edge."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port to listen on.")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024, le=2**30, description="Largest request body.")
+    max_prompt_chars: Positive = Field(default=1_000_000, description="Longest prompt or conversation, in characters.")
+    max_choices: int = Field(default=128, ge=1, le=4096, description="Most choices of one request: prompts times n.")
+    request_timeout_s: Seconds = Field(default=600.0, description="Seconds from a request's arrival to its last token.")
+    max_ongoing: Positive = Field(default=1024, description="Requests in the gateway at once; more are answered with 503.")
+    poll_s: Seconds = Field(default=1.0, description="Seconds between questions to the models how they are.")
+    limits: Limits = Field(default_factory=Limits, description="Limits of each key that has none of its own.")
+
+
+class RequestLogSettings(Section):
+    """Where finished requests are kept for training."""
+
+    url: str = Field(default="sqlite:///.specfleet/requests.db", description="sqlite:///FILE or redis://HOST:PORT/DB.")
+    max_records: Positive = Field(default=100_000, description="Records kept; the oldest go first.")
+    max_age_s: float = Field(default=30 * 86400.0, gt=0, le=10 * 366 * 86400, description="Seconds that a record is kept.")
+
+
+class StateSettings(Section):
+    """Where policies and their history survive a restart."""
+
+    url: str = Field(default="sqlite:///.specfleet/state.db", description="sqlite:///FILE or redis://HOST:PORT/DB.")
+
+
+class RaySettings(Section):
+    """The Ray cluster to run on."""
+
+    address: str | None = Field(default=None, description="Address of a running cluster, or auto; none: start one on this machine.")
+    num_cpus: int | None = Field(default=None, ge=1, le=4096, description="CPUs that a started cluster declares; none: count them.")
+    num_gpus: int | None = Field(default=None, ge=0, le=1024, description="GPUs that a started cluster declares; none: count them.")
+    object_store_mb: int | None = Field(
+        default=None, ge=80, le=2**20, description="Object store of a started cluster, MiB; none: Ray decides."
+    )
+    namespace: str = Field(default="specfleet", pattern=r"^[A-Za-z0-9._-]+$", description="Ray namespace of the named actors.")
+    application: str = Field(default="specfleet", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the Serve application.")
+    auth: Literal["token", "disabled", "inherit"] = Field(
+        default="token", description="RAY_AUTH_MODE: a token shared by the cluster's processes, none, or whatever the environment says."
+    )
+
+
+class Settings(BaseSettings):
+    """The whole of Specfleet's configuration."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix=PREFIX, env_nested_delimiter="__")
+
+    models: tuple[ModelSettings, ...] = Field(min_length=1, description="The fleet.")
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings, description="The HTTP edge.")
+    keys: tuple[KeySettings, ...] = Field(default=(), description="API keys; none: open, on loopback only.")
+    request_log: RequestLogSettings = Field(default_factory=RequestLogSettings, description="Finished requests.")
+    state: StateSettings = Field(default_factory=StateSettings, description="Policies and their history.")
+    ray: RaySettings = Field(default_factory=lambda: RaySettings(), description="The cluster.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed: `load_settings` alone reads the environment."""
+        return (init_settings,)
+
+    @field_validator("models", "keys")
+    @classmethod
+    def distinct(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [variable(entry.name) for entry in entries]
+        if twice := [entry.name for entry in entries if names.count(variable(entry.name)) > 1]:
+            raise ValueError(f"names must differ: {', '.join(sorted(set(twice)))}")
+        return entries
+
+    @field_validator("request_log", "state")
+    @classmethod
+    def storable(cls, section: Any) -> Any:
+        if urlsplit(section.url).scheme not in ("sqlite", "redis", "rediss"):
+            raise ValueError("url must begin with sqlite:///, redis:// or rediss://")
+        return section
+
+    @model_validator(mode="after")
+    def closed_or_local(self) -> Self:
+        if not self.keys and self.gateway.host not in LOOPBACK:
+            raise ValueError(f"keys is empty, so gateway.host must be a loopback address ({', '.join(LOOPBACK)}), not {self.gateway.host}")
+        return self
+
+    def model(self, name: str) -> ModelSettings:
+        """The settings of one model. Raises KeyError for a name that is not configured."""
+        return {model.name: model for model in self.models}[name]
+
+
+def load_settings(path: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read a YAML file (default: configs/demo.yaml), then the environment over it. Raises ConfigError.
+
+    SPECFLEET_GATEWAY__PORT=9000 sets gateway.port; SPECFLEET_MODELS__DEMO_CHAT__DEVICE=cuda sets the device of the model
+    demo-chat. environ stands in for the process's environment. Relative folders and files start at the checkout for a
+    file inside it, and at the YAML file's folder otherwise.
+    """
+    file = Path(path) if path is not None else ROOT / "configs" / "demo.yaml"
+    try:
+        merged = overlay(read_yaml(file), environment(environ))
+        settings = Settings(**merged)
+    except ValidationError as error:
+        raise ConfigError(str(file), explain(error, Settings)) from None
+    except ValueError as error:
+        raise ConfigError(str(file), [str(error)]) from None
+    return anchored(settings, home(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises ValueError."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError("must be a mapping of setting names to values")
+    return content
+
+
+def environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
+    """The SPECFLEET_ variables as a tree. Raises ValueError for a nested variable of no section."""
+    source = EnvSettingsSource(Settings)
+    if environ is not None:
+        source.env_vars = {name.lower(): value for name, value in environ.items()}
+    for name in source.env_vars:
+        section = re.match(rf"{PREFIX}([^_].*?)__", name, re.IGNORECASE)
+        if section and section[1].lower() not in Settings.model_fields:
+            raise ValueError(f"environment variable {name.upper()}: accepted after {PREFIX} are {', '.join(Settings.model_fields).upper()}")
+    return source()
+
+
+def overlay(base: Any, over: Any) -> Any:
+    """`over` laid upon `base`: mappings merge, a mapping over a list of named entries picks them by name, all else replaces."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {name: overlay(base.get(name), value) for name, value in over.items()}
+    if isinstance(over, dict) and named(base):
+        return [overlay(entry, over.get(variable(entry["name"]).lower(), {})) for entry in base] + strangers(base, over)
+    return over
+
+
+def named(entries: Any) -> bool:
+    return isinstance(entries, list) and all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries)
+
+
+def strangers(base: list[dict[str, Any]], over: dict[str, Any]) -> list[dict[str, Any]]:
+    known = {variable(entry["name"]).lower() for entry in base}
+    return [{"name": name, **entry} for name, entry in over.items() if name not in known]
+
+
+def variable(name: str) -> str:
+    """A name as an environment variable spells it: demo-chat is DEMO_CHAT."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name).upper()
+
+
+def home(file: Path) -> Path:
+    folder = file.resolve().parent
+    return ROOT if folder.is_relative_to(ROOT) else folder
+
+
+def anchored(settings: Settings, folder: Path) -> Settings:
+    """The settings with every local folder and file made absolute."""
+    models = tuple(
+        model.model_copy(update={"base": local(model.base, folder), "speculator": model.speculator and local(model.speculator, folder)})
+        for model in settings.models
+    )
+    log = settings.request_log.model_copy(update={"url": stored(settings.request_log.url, folder)})
+    state = settings.state.model_copy(update={"url": stored(settings.state.url, folder)})
+    return settings.model_copy(update={"models": models, "request_log": log, "state": state})
+
+
+def local(name: str, folder: Path) -> str:
+    """An existing folder of that name, absolute; otherwise the name unchanged, which is then a hub id."""
+    places = (folder / Path(name).expanduser(), ROOT / name)
+    return next((str(place.resolve()) for place in places if place.is_dir()), name)
+
+
+def stored(url: str, folder: Path) -> str:
+    """sqlite:///FILE with an absolute FILE; other addresses unchanged."""
+    if not url.startswith("sqlite:///"):
+        return url
+    return f"sqlite:///{(folder / url.removeprefix('sqlite:///')).resolve()}"

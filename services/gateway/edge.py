@@ -1,0 +1,102 @@
+"""The gateway's collaborators, and the way of one generating request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from configs.settings import Settings
+from services.gateway.answer import Items, answering
+from services.gateway.errors import invalid, refused
+from services.gateway.fleet import Fleet, PolicyDesk
+from services.gateway.keys import Caller, Keyring
+from services.gateway.limits import Limiter, read_before
+from services.gateway.metrics import Metrics, Watch
+from services.gateway.reply import Reply, until
+from services.gateway.schemas import Generation
+from services.gateway.shapes import Kind
+from services.protocol import Item, Job, ModelStatus
+
+LOADING_RETRY_S = 2.0
+FAILED_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Everything that a handler needs. clock: monotonic seconds."""
+
+    settings: Settings
+    fleet: Fleet
+    desk: PolicyDesk
+    keys: Keyring
+    limiter: Limiter
+    metrics: Metrics
+    clock: Callable[[], float]
+
+    async def generate(self, request: Request, kind: Kind) -> Response:
+        """Answer one completion request. Raises ApiError for everything that is known before the model is asked."""
+        deadline = asyncio.get_running_loop().time() + self.settings.gateway.request_timeout_s
+        caller = self.keys.caller(request)
+        self.limiter.admit(caller)
+        body = parsed(kind, await read_before(deadline, request, self.settings.gateway.max_body_bytes))
+        status = self.served(body.model)
+        request.state.model = body.model
+        identity = kind.prefix + request.state.id
+        job = kind.job(body, identity, caller.name, self.settings.model(body.model).sampling, self.settings.gateway)
+        self.up(status)
+        answer = answering(kind, job, status, body.include_usage or not body.stream)
+        return Reply(answer, self.observed(job, caller, deadline), stream=bool(body.stream))
+
+    def served(self, model: str) -> ModelStatus:
+        """What is known of a model. Raises ApiError 404."""
+        status = self.fleet.statuses().get(model)
+        if status is None:
+            known = ", ".join(self.fleet.statuses())
+            raise refused(404, f"The model {model!r} does not exist; this service has {known}.", param="model", code="model_not_found")
+        return status
+
+    def up(self, status: ModelStatus) -> None:
+        """Raises ApiError 503, with Retry-After, unless the model is ready."""
+        if status.state == "loading":
+            message = f"The model {status.model} is still coming up: {status.detail or 'loading'}."
+            raise refused(503, message, code="model_loading", retry_after=LOADING_RETRY_S)
+        if status.state == "failed":
+            message = f"The model {status.model} could not be loaded: {status.detail or 'no detail'}."
+            raise refused(503, message, code="model_failed", retry_after=FAILED_RETRY_S)
+
+    async def observed(self, job: Job, caller: Caller, deadline: float) -> Items:
+        """A job's items until the deadline, measured, and charged to the caller."""
+        with Watch(self.metrics, job.model, job.n, self.clock) as watch:
+            async with aclosing(until(self.fleet.generate(job), deadline)) as items:
+                async for item in items:
+                    watch.item(item)
+                    self.limiter.charge(caller, used(item, job.n))
+                    yield item
+
+
+def edge(settings: Settings, fleet: Fleet, desk: PolicyDesk, clock: Callable[[], float] = time.monotonic) -> Edge:
+    """An edge with fresh limits and metrics."""
+    keys = Keyring(settings.keys, settings.gateway.limits)
+    return Edge(settings, fleet, desk, keys, Limiter(clock), Metrics(), clock)
+
+
+def parsed(kind: Kind, content: bytes) -> Generation:
+    try:
+        return kind.parse(content)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def used(item: Item, n: int) -> int:
+    """Tokens to charge for an item: completion tokens as they come, prompt tokens once for each prompt when it ends."""
+    if not isinstance(item, tuple):
+        return 0
+    prompts = sum(piece.usage.prompt_tokens for piece in item if piece.usage and piece.choice % n == 0)
+    return prompts + sum(len(piece.tokens) for piece in item)
