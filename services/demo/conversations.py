@@ -107,12 +107,6 @@ def foreign_markers(document: Document, tokens: TokenizerRecipe) -> bool:
     return document.part == "prose" and any(marker in document.text for marker in tokens.specials)
 
 
-def held_out_questions(recipe: CorpusRecipe) -> list[list[Message]]:
-    """The messages of every held-out conversation up to, not including, its last answer; in a stable order."""
-    entries = (entry for entry in chat_entries(recipe) if is_held_out(entry.file, recipe))
-    return [list(messages[:-1]) for entry in entries for messages in entry_conversations(entry, recipe)]
-
-
 def render(messages: list[Message], tokens: TokenizerRecipe) -> str:
     """The conversation as the chat template renders it, without the document marker."""
     return "".join(f"<|{message['role']}|>{message['content']}{tokens.end}" for message in messages)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from services.demo.conversations import chat_documents, held_out_questions, render
+from services.demo.conversations import chat_documents
 from services.demo.corpus import Document, code_documents
 from services.demo.recipe import FleetRecipe, demo_fleet
 from services.demo.tokenizer import learn_tokenizer
@@ -104,7 +104,9 @@ def heldout_prompts(name: str, count: int, length: int = 64, fleet: FleetRecipe 
     fleet = fleet or demo_fleet()
     corpus = load_corpus(fleet.model(name).corpus, fleet)
     if fleet.model(name).corpus == "chat":
-        return chat_prompts(corpus.tokenizer, count, fleet)
+        assistant = fleet.tokenizer.specials.index("<|assistant|>")
+        talks = (scored.ids for scored in corpus.held_out if scored.part == "conversations")
+        return [up_to_last(ids, assistant) for ids, _ in zip(talks, range(count), strict=False)]
     rounds = (code_window(scored.ids, length, index) for index in range(count) for scored in corpus.held_out)
     found = (window for window in rounds if window is not None)
     return [window for window, _ in zip(found, range(count), strict=False)]
@@ -116,9 +118,6 @@ def code_window(ids: list[int], length: int, index: int) -> list[int] | None:
     return ids[start : start + length] if start + 2 * length <= len(ids) else None
 
 
-def chat_prompts(tokenizer: Tokenizer, count: int, fleet: FleetRecipe) -> list[list[int]]:
-    questions = held_out_questions(fleet.corpus)
-    stride = max(1, len(questions) // max(1, count))
-    header = "<|assistant|>"
-    texts = [fleet.tokenizer.document + render(question, fleet.tokenizer) + header for question in questions[::stride][:count]]
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+def up_to_last(ids: list[int], marker: int) -> list[int]:
+    """The tokens up to and including the last marker."""
+    return ids[: len(ids) - ids[::-1].index(marker)]

@@ -2,7 +2,7 @@ import ast
 
 import pytest
 
-from services.demo.conversations import answer, chat_documents, clean_paragraphs, held_out_questions, parameters, pieces, topic_entries
+from services.demo.conversations import answer, chat_documents, clean_paragraphs, parameters, pieces, topic_entries
 from services.demo.corpus import is_held_out
 from services.demo.recipe import FleetRecipe
 
@@ -25,12 +25,6 @@ def test_every_turn_ends_and_the_last_is_an_answer(fleet: FleetRecipe):
             assert turns.pop() == ""
             assert turns[-1].startswith("<|assistant|>")
             assert all(turn.startswith(("<|system|>", "<|user|>", "<|assistant|>")) for turn in turns)
-
-
-def test_held_out_questions_end_with_the_user(fleet: FleetRecipe):
-    questions = held_out_questions(fleet.corpus)
-    assert questions
-    assert all(question[-1]["role"] == "user" for question in questions)
 
 
 def test_an_answer_is_whole_paragraphs_or_whole_sentences():
