@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ from policies.step import StepSample
 
 WINDOW = 32  # samples a cell remembers
 CELLS = 512  # cells a table may hold
+TABLES = ("off", "forward", "draft", "fill")
 TRUSTED = 3  # samples from which a cell is believed alone
 
 Row = tuple[float, float, float]  # x (rows, requests or depth), context, seconds
@@ -52,6 +53,12 @@ class Cells:
             share = [list(t.windows[key]) for t in tables if key in t.windows]
             most = max(WINDOW // len(share), 1)
             out.windows[key] = deque((row for rows in share for row in rows[-most:]), maxlen=max(WINDOW, len(share)))
+        return out
+
+    def filled(self, before: Cells) -> Cells:
+        """These windows, and those of `before` for keys that have none here."""
+        out = Cells()
+        out.windows = {**before.windows, **self.windows}
         return out
 
     def to_list(self) -> list[Any]:
@@ -109,9 +116,16 @@ class CostModel:
 
     def merged(self, others: Sequence[CostModel]) -> CostModel:
         """One model over replicas, each with the same weight in every cell."""
+        return self._by_table(lambda name: getattr(self, name).merged(getattr(o, name) for o in others))
+
+    def filled(self, before: CostModel) -> CostModel:
+        """This model, with the cells of `before` where it has none."""
+        return self._by_table(lambda name: getattr(self, name).filled(getattr(before, name)))
+
+    @staticmethod
+    def _by_table(make: Callable[[str], Cells]) -> CostModel:
         out = CostModel()
-        for name in ("off", "forward", "draft", "fill"):
-            setattr(out, name, getattr(self, name).merged(getattr(o, name) for o in others))
+        out.off, out.forward, out.draft, out.fill = (make(name) for name in TABLES)
         return out
 
     def table(self) -> CostTable:
@@ -122,18 +136,15 @@ class CostModel:
         return CostTable(off, forward, _cells(self.draft), slope, median(fill) if fill else 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"off": self.off.to_list(), "forward": self.forward.to_list(), "draft": self.draft.to_list(), "fill": self.fill.to_list()}
+        return {name: getattr(self, name).to_list() for name in TABLES}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         """The model that `to_dict` wrote. ValueError if it is not one."""
-        made = cls()
         try:
-            for name in ("off", "forward", "draft", "fill"):
-                setattr(made, name, Cells.from_list(data[name]))
+            return cls._by_table(lambda name: Cells.from_list(data[name]))
         except (KeyError, TypeError) as error:
             raise ValueError("not a cost model") from error
-        return made
 
 
 def _cells(cells: Cells) -> tuple[Cell, ...]:

@@ -27,17 +27,17 @@ Item = tuple[float, int, int, int, float]  # -survival, depth, class, requests, 
 class GoodputPolicy(BaseModel):
     """The default: needs no tuning; every field is a bound or a habit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    kind: Literal["goodput"] = Field("goodput", description="Maximise expected tokens per second of the whole step.")
-    max_depth: int = Field(8, ge=0, le=64, description="Deepest draft the policy may choose; 0 drafts nothing.")
-    max_width: int = Field(1, ge=1, le=64, description="Candidate paths that go with a depth.")
-    margin: float = Field(0.01, ge=0, le=1, description="Fraction by which drafting must beat the measured depth 0 to be chosen.")
+    kind: Literal["goodput"] = Field(default="goodput", description="Maximise expected tokens per second of the whole step.")
+    max_depth: int = Field(default=8, ge=0, le=64, description="Deepest draft the policy may choose; 0 drafts nothing.")
+    max_width: int = Field(default=1, ge=1, le=64, description="Candidate paths that go with a depth.")
+    margin: float = Field(default=0.01, ge=0, le=1, description="Fraction by which drafting must beat the measured depth 0 to be chosen.")
     probe_every: int = Field(
-        100, ge=20, le=1_000_000, description="Steps between measured probes of depth 0, and between exploratory probes of a depth."
+        default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; a neighbouring depth as often."
     )
-    start_depth: int = Field(3, ge=0, le=64, description="Depth while nothing was measured yet.")
-    shrinkage: float = Field(16.0, gt=0, le=1e6, description="Drafting steps after which a request's own history weighs half.")
+    start_depth: int = Field(default=3, ge=0, le=64, description="Depth while nothing was measured yet.")
+    shrinkage: float = Field(default=16.0, gt=0, le=1e6, description="Drafting steps after which a request's own history weighs half.")
 
     def decide(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision]:
         arena = Arena(self, load, requests, knowledge)

@@ -17,7 +17,7 @@ class OffPolicy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["off"] = Field("off", description="Never draft.")
+    kind: Literal["off"] = Field(default="off", description="Never draft.")
 
     def decide(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision]:
         return [OFF] * len(requests)

@@ -16,11 +16,11 @@ from policies.load import Load, RequestView
 class ThresholdStep(BaseModel):
     """One line of the table."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     up_to_running: int = Field(ge=1, le=1 << 16, description="Applies while at most this many requests run.")
     depth: int = Field(ge=0, le=64, description="Tokens in a drafted path; 0 drafts nothing.")
-    width: int = Field(1, ge=1, le=64, description="Candidate paths per request.")
+    width: int = Field(default=1, ge=1, le=64, description="Candidate paths per request.")
 
 
 class ThresholdPolicy(BaseModel):
@@ -28,7 +28,7 @@ class ThresholdPolicy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["threshold"] = Field("threshold", description="Depth by the number of running requests.")
+    kind: Literal["threshold"] = Field(default="threshold", description="Depth by the number of running requests.")
     steps: tuple[ThresholdStep, ...] = Field(
         min_length=1, max_length=64, description="Lines of the table, `up_to_running` strictly rising; off beyond the last."
     )

@@ -1,0 +1,353 @@
+"""The policy actor: reads what replicas measured, keeps each model's policy and publishes plans.
+
+`PolicyKeeper` is all of it without Ray: a state store, a clock, and calls that are answered at once. Policies live in the store as their
+own history (the last entry is in force), so a change is one append and none is lost; what was learned is saved now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from actors.fleet import Fleet, load_now, typical
+from actors.store import StateStore, StoreError, Value, open_state
+from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
+
+NAME = "specfleet-policy"
+BLOCK = 1000  # plan versions reserved at a time
+
+
+class PolicyError(Exception):
+    """A policy that was refused whole: the field (dotted path), its value, and what would be accepted."""
+
+    status = 400
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        super().__init__(field, value, accepted)
+        self.field, self.value, self.accepted = field, value, accepted
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value!r} is refused: {self.accepted}"
+
+
+class UnknownModel(Exception):
+    """No such model is registered."""
+
+    status = 404
+
+
+class PolicyConflict(Exception):
+    """The policy is no longer at the version that the change was made against."""
+
+    status = 409
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperSettings:
+    """stale: seconds without telemetry after which a replica is left out of load and estimates; gone: after which it is forgotten;
+    publish: seconds between plans of a model at least; save: seconds between saves of what was learned at least."""
+
+    stale: float = 5.0
+    gone: float = 60.0
+    publish: float = 0.5
+    save: float = 10.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """One model: its policy, the version of that (0: never changed), its replicas and the plan in force."""
+
+    name: str
+    policy: BaseModel
+    revision: int
+    limits: Limits
+    fleet: Fleet = field(default_factory=Fleet)
+    plan: Plan | None = None
+    saved: float = 0.0
+
+
+def parse_policy(data: object) -> Policy:
+    """The policy that a JSON object describes. PolicyError names the first field that is wrong."""
+    if not isinstance(data, Mapping):
+        raise PolicyError("", data, "a JSON object with a `kind`")
+    try:
+        made: Policy = TypeAdapter(Policy).validate_json(_as_json(data))
+        return made
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+def _as_json(data: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(dict(data)).encode()
+    except (TypeError, ValueError) as error:
+        raise PolicyError("", dict(data), "a JSON object with a `kind`") from error
+
+
+def _refused(error: ValidationError) -> PolicyError:
+    first = error.errors(include_url=False)[0]
+    path = [str(p) for p in first["loc"]]
+    if path and path[0] in ("off", "fixed", "threshold", "goodput"):
+        path = path[1:]
+    accepted = first["msg"]
+    if first["type"].startswith("union_tag"):
+        path, accepted = ["kind"], "one of off, fixed, threshold, goodput"
+    elif first["type"] == "extra_forbidden":
+        accepted = "no field of this name"
+    return PolicyError(".".join(path), first["input"], accepted)
+
+
+class PolicyKeeper:
+    """Everything the policy actor does. Not thread-safe: one caller at a time, as in an actor."""
+
+    def __init__(self, store: StateStore, clock: Callable[[], float] = time.time, settings: KeeperSettings | None = None) -> None:
+        self._store, self._clock, self._settings = store, clock, settings or KeeperSettings()
+        self._models: dict[str, Entry] = {}
+        self._refused_reports = 0
+        self._unsaved = 0
+        self._version = self._ceiling = int((store.get("policy/version") or {}).get("ceiling", 0))
+        for name in (store.get("policy/models") or {}).get("names", []):
+            self._recover(name, GoodputPolicy(), Limits())
+
+    def register(self, model: str, default: Value | None = None, limits: Limits | None = None) -> Plan:
+        """Make a model known, with the policy in force until somebody changes it. Registering again changes only the defaults.
+
+        PolicyError if the default is not a policy.
+        """
+        policy = parse_policy(default) if default is not None else GoodputPolicy()
+        known = self._models.get(model)
+        if known is None:
+            known = self._recover(model, policy, limits or Limits())
+            self._store.put("policy/models", {"names": sorted(self._models)})
+        else:
+            known.limits = limits or known.limits
+            known.policy = policy if known.revision == 0 and default is not None else known.policy
+        return self._publish(known)
+
+    def report(self, telemetry: Telemetry) -> Plan | None:
+        """Take in what a replica measured; the answer is the plan if the replica's is older. Nonsense is counted and not learned from.
+
+        UnknownModel if the model was never registered.
+        """
+        entry = self._entry(telemetry.model)
+        now = self._clock()
+        try:
+            clean = telemetry.validated()
+        except (ValueError, TypeError, AttributeError):
+            self._refused_reports += 1
+            return entry.plan
+        if entry.fleet.take(clean, now):
+            entry.limits = clean.limits or entry.limits
+            self._refresh(entry, now)
+        plan = self.plan(entry.name)
+        return plan if plan.version != clean.plan_version else None
+
+    def plan(self, model: str) -> Plan:
+        """The plan in force. UnknownModel."""
+        entry = self._entry(model)
+        return entry.plan or self._publish(entry)
+
+    def policy(self, model: str) -> Value:
+        """The policy in force with the version of it. UnknownModel."""
+        entry = self._entry(model)
+        return {
+            "model": model,
+            "version": entry.revision,
+            "policy": entry.policy.model_dump(mode="json"),
+            "plan_version": self.plan(model).version,
+        }
+
+    def put_policy(
+        self, model: str, policy: Value, who: str, why: str = "", expected_version: int | None = None, dry_run: bool = False
+    ) -> Value:
+        """Replace the policy, durably, and publish it. With `dry_run` nothing changes, and the answer says what would be decided now.
+
+        UnknownModel; PolicyError if any field is wrong; PolicyConflict if `expected_version` is not the version in force; StoreError if it
+        could not be made durable. Nothing is applied when any of these is raised.
+        """
+        return self._change(self._entry(model), parse_policy(policy), who, why, expected_version, dry_run)
+
+    def patch_policy(
+        self, model: str, changes: Value, who: str, why: str = "", expected_version: int | None = None, dry_run: bool = False
+    ) -> Value:
+        """Change some fields of the policy: merged into the one in force (or into the defaults of another `kind`), then as `put_policy`."""
+        entry = self._entry(model)
+        if not isinstance(changes, Mapping):
+            raise PolicyError("", changes, "a JSON object of fields to change")
+        same = changes.get("kind", entry.policy.model_dump()["kind"]) == entry.policy.model_dump()["kind"]
+        merged = (entry.policy.model_dump(mode="json") if same else {}) | dict(changes)
+        return self._change(entry, parse_policy(merged), who, why, expected_version, dry_run)
+
+    def history(self, model: str, count: int | None = None) -> list[Value]:
+        """Every change of the policy, oldest first: who, why, at (seconds since the epoch), from, to, version. UnknownModel, StoreError."""
+        return self._store.entries(f"policy/{self._entry(model).name}", count)
+
+    def load(self) -> Value:
+        """What every model does now, and what speculation is worth, as a JSON object."""
+        now = self._clock()
+        models = {name: self._summary(entry, now) for name, entry in sorted(self._models.items())}
+        return {"at": now, "models": models, "refused_reports": self._refused_reports, "unsaved": self._unsaved}
+
+    def save(self) -> None:
+        """Save what was learned of every model. StoreError."""
+        for entry in self._models.values():
+            self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
+
+    def _entry(self, model: str) -> Entry:
+        if model not in self._models:
+            raise UnknownModel(f"no model {model!r}; known are {', '.join(sorted(self._models)) or 'none'}")
+        return self._models[model]
+
+    def _recover(self, model: str, policy: BaseModel, limits: Limits) -> Entry:
+        """The model as the store remembers it."""
+        entry = Entry(model, policy, 0, limits, saved=self._clock())
+        last = self._store.entries(f"policy/{model}", 1)
+        if last:
+            entry.policy, entry.revision = parse_policy(last[-1]["to"]), int(last[-1]["version"])
+        learned = self._store.get(f"policy/learned/{model}")
+        if learned:
+            entry.fleet = Fleet.from_dict(learned)
+        self._models[model] = entry
+        return entry
+
+    def _change(self, entry: Entry, policy: Policy, who: str, why: str, expected: int | None, dry_run: bool) -> Value:
+        if expected is not None and expected != entry.revision:
+            raise PolicyConflict(f"the policy of {entry.name!r} is at version {entry.revision}, not {expected}")
+        if dry_run:
+            return self._answer(entry, policy, entry.revision) | {"dry_run": True, "forecast": self._forecast(entry, policy)}
+        if policy == entry.policy and entry.revision:
+            return self._answer(entry, policy, entry.revision)
+        version = entry.revision + 1
+        change = {"model": entry.name, "who": who, "why": why, "at": self._clock(), "version": version}
+        change |= {"from": entry.policy.model_dump(mode="json"), "to": policy.model_dump(mode="json")}
+        self._store.append(f"policy/{entry.name}", change)
+        entry.policy, entry.revision = policy, version
+        self._publish(entry)
+        return self._answer(entry, policy, version)
+
+    def _answer(self, entry: Entry, policy: BaseModel, version: int) -> Value:
+        plan = self.plan(entry.name).version
+        return {"model": entry.name, "version": version, "policy": policy.model_dump(mode="json"), "plan_version": plan}
+
+    def _refresh(self, entry: Entry, now: float) -> None:
+        """Publish and save if it is time to."""
+        if entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
+            self._publish(entry)
+        if not 0 <= now - entry.saved < self._settings.save:
+            entry.saved = now
+            try:
+                self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
+            except StoreError:
+                self._unsaved += 1
+
+    def _publish(self, entry: Entry) -> Plan:
+        now = self._clock()
+        entry.fleet.forget(now - self._settings.gone)
+        survival = entry.fleet.survival(max(entry.limits.max_depth, 1), now - self._settings.stale)
+        cost = entry.fleet.cost(now - self._settings.stale)
+        policy: Any = entry.policy
+        entry.plan = Plan.of(self._next_version(), entry.name, policy, cost, survival, entry.limits, now)
+        return entry.plan
+
+    def _next_version(self) -> int:
+        """Versions rise over restarts: a block of them is reserved in the store before any of it is used."""
+        if self._version >= self._ceiling:
+            self._store.put("policy/version", {"ceiling": self._version + BLOCK})
+            self._ceiling = self._version + BLOCK
+        self._version += 1
+        return self._version
+
+    def _summary(self, entry: Entry, now: float) -> Value:
+        live = entry.fleet.live(now - self._settings.stale)
+        plan = self.plan(entry.name)
+        forecast = plan.forecast(*typical(live))
+        return {
+            "policy": entry.policy.model_dump(mode="json"),
+            "policy_version": entry.revision,
+            "plan_version": plan.version,
+            **load_now(entry.fleet, live, now),
+            "survival": [round(plan.survival.survive(d), 4) for d in range(1, plan.limits.max_depth + 1)],
+            "expected": _expected(forecast),
+        }
+
+    def _forecast(self, entry: Entry, policy: Policy) -> Value:
+        """What the policy would decide for the present load."""
+        now = self.plan(entry.name)
+        proposed = Plan.of(now.version, entry.name, policy, now.cost, now.survival, now.limits, now.published)
+        return _expected(proposed.forecast(*typical(entry.fleet.live(self._clock() - self._settings.stale))))
+
+
+def _expected(forecast: Forecast) -> Value:
+    """A forecast as JSON: depths, tokens and seconds per step, the same at depth 0, and the gain (0.1 is ten per cent)."""
+    depths = [d.depth for d in forecast.decisions]
+    return {
+        "depth_mean": sum(depths) / len(depths) if depths else 0.0,
+        "depth_max": max(depths, default=0),
+        "tokens_per_step": forecast.tokens,
+        "step_seconds": forecast.seconds,
+        "off_step_seconds": forecast.off_seconds,
+        "gain_over_off": forecast.gain,
+    }
+
+
+class PolicyActor:
+    """The Ray actor's body: a thin shell around `PolicyKeeper`. Make it with `start_policy`."""
+
+    def __init__(self, state_url: str, models: Mapping[str, Value | None] | None = None, settings: KeeperSettings | None = None) -> None:
+        self._keeper = PolicyKeeper(open_state(state_url), time.time, settings)
+        for model, default in (models or {}).items():
+            self._keeper.register(model, default)
+
+    async def register(self, model: str, default: Value | None = None, limits: Limits | None = None) -> Plan:
+        return self._keeper.register(model, default, limits)
+
+    async def report(self, telemetry: Telemetry) -> Plan | None:
+        return self._keeper.report(telemetry)
+
+    async def plan(self, model: str) -> Plan:
+        return self._keeper.plan(model)
+
+    async def policy(self, model: str) -> Value:
+        return self._keeper.policy(model)
+
+    async def put_policy(
+        self, model: str, policy: Value, who: str, why: str = "", expected_version: int | None = None, dry_run: bool = False
+    ) -> Value:
+        return self._keeper.put_policy(model, policy, who, why, expected_version, dry_run)
+
+    async def patch_policy(
+        self, model: str, changes: Value, who: str, why: str = "", expected_version: int | None = None, dry_run: bool = False
+    ) -> Value:
+        return self._keeper.patch_policy(model, changes, who, why, expected_version, dry_run)
+
+    async def history(self, model: str, count: int | None = None) -> list[Value]:
+        return self._keeper.history(model, count)
+
+    async def load(self) -> Value:
+        return self._keeper.load()
+
+    async def save(self) -> None:
+        self._keeper.save()
+
+
+def start_policy(
+    state_url: str,
+    models: Mapping[str, Value | None] | None = None,
+    settings: KeeperSettings | None = None,
+    name: str = NAME,
+    namespace: str = "specfleet",
+) -> Any:
+    """The handle of the named policy actor, started if there is none; it is restarted whenever it dies and recovers from its state store.
+
+    models: default policy per model, None for goodput. ValueError if the URL names no store.
+    """
+    actor = ray.remote(PolicyActor).options(
+        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=-1, num_cpus=0
+    )
+    return actor.remote(state_url, dict(models or {}), settings)
