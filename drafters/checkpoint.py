@@ -73,8 +73,8 @@ def shapes(config: MLPSpeculatorConfig) -> dict[str, tuple[int, ...]]:
     vocab, width = config.vocab_size, config.width
     out: dict[str, tuple[int, ...]] = {}
     for i in range(config.n_predict):
-        names = {f"emb.{i}.weight": (vocab, width), f"proj.{i}.weight": (width, width if i else config.emb_dim)}
-        names |= {f"head.{i}.weight": (vocab, width), f"ln.{i}.weight": (width,), f"ln.{i}.bias": (width,)}
+        names: dict[str, tuple[int, ...]] = {f"emb.{i}.weight": (vocab, width), f"head.{i}.weight": (vocab, width)}
+        names |= {f"proj.{i}.weight": (width, width if i else config.emb_dim), f"ln.{i}.weight": (width,), f"ln.{i}.bias": (width,)}
         out |= {name: shape for name, shape in names.items() if first_name(name, config) == name}
     return out
 

@@ -43,7 +43,7 @@ class MLPSpeculatorConfig:
     @property
     def state_weight(self) -> float:
         """Share of a state kept by each head, so that half its magnitude is left after the last one."""
-        return 0.5 ** (0.5 / self.n_predict)
+        return math.exp2(-0.5 / self.n_predict)
 
     @property
     def token_weight(self) -> float:

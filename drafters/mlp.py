@@ -75,10 +75,10 @@ class MLPSpeculator(nn.Module):
 
     def check_base(self, hidden_size: int, vocab_size: int) -> None:
         """Refuse a base of another width or vocabulary with CheckpointError."""
-        for name, ours, theirs in (("emb_dim", self.config.emb_dim, hidden_size), ("vocab_size", self.config.vocab_size, vocab_size)):
-            if ours != theirs:
-                what = "hidden size" if name == "emb_dim" else "vocabulary"
-                raise CheckpointError(f"the speculator has {name} {ours}, but the base's {what} is {theirs}: it was not trained for this base")
+        if self.config.emb_dim != hidden_size:
+            raise CheckpointError(f"the speculator has emb_dim {self.config.emb_dim}, but the base's hidden size is {hidden_size}")
+        if self.config.vocab_size != vocab_size:
+            raise CheckpointError(f"the speculator has vocab_size {self.config.vocab_size}, but the base's vocabulary is {vocab_size}")
 
     def start(self, hidden: Tensor) -> Tensor:
         """The state before the first head. [..., emb_dim] -> [..., emb_dim]"""

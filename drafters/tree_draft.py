@@ -7,8 +7,9 @@ its log-probability, and the tree is the paper's (arXiv 2404.19124).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
+from engine.packed import PackedLinear, available
 from engine.sampling import Sampler, perturb
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,14 @@ class Head:
     """One head's weights, with the token weight multiplied into the embedding."""
 
     emb: Tensor  # [V, width]
-    proj: Tensor  # [width, emb_dim or width]
+    proj: nn.Module  # [.., emb_dim or width] -> [.., width]
     scale: Tensor  # [width]
     shift: Tensor  # [width]
-    out: Tensor  # [V, width]
+    out: nn.Module  # [.., width] -> [.., V]
 
     def advance(self, state: Tensor, token: Tensor, parent: Tensor | None) -> Tensor:
         """The states after `token` was read below row `parent` of `state` (row for row if None). [N, ..], [M], [M] -> [M, width]"""
-        moved = F.linear(state, self.proj)
+        moved = self.proj(state)
         u = F.embedding(token, self.emb).add_(moved if parent is None else moved.index_select(0, parent))
         return F.gelu(F.rms_norm(u, self.scale.shape, self.scale, EPS).add_(self.shift))
 
@@ -125,13 +129,13 @@ class MLPDrafter:
         front, chains = self.roots(jobs), all(job.width == 1 for job in jobs)
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(front.state, front.token, front.parent)
-            scores = self.perturbed(F.linear(state, head.out), jobs, forest, front, index)
+            scores = self.perturbed(head.out(state), jobs, forest, front, index)
             ranked = (front.score, scores.argmax(-1, keepdim=True)) if chains else rank(scores, front.score, self.branches[index])
             front = extend(forest, jobs, front, state, *ranked, index + 1)
         return forest
 
     def roots(self, jobs: Sequence[Job]) -> Front:
-        like = self.heads[0].proj
+        like = self.heads[0].emb
         hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
         token = torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
         score = torch.zeros(len(jobs), 1, device=like.device)
@@ -154,14 +158,23 @@ def plain(samplers: Iterable[Sampler]) -> bool:
 
 
 def inference_heads(speculator: MLPSpeculator) -> list[Head]:
-    """The heads' weights as drafting reads them; tied heads share them."""
-    scaled: dict[nn.Module, Tensor] = {}
-    heads = []
-    for emb, proj, ln, out in zip(speculator.emb, speculator.proj, speculator.ln, speculator.head, strict=True):
-        if emb not in scaled:
-            scaled[emb] = emb.weight.detach() * speculator.config.token_weight
-        heads.append(Head(scaled[emb], proj.weight.detach(), ln.weight.detach(), ln.bias.detach(), out.weight.detach()))
-    return heads
+    """The heads' weights as drafting reads them, once each however many heads share them."""
+    emb = once(speculator.emb, lambda module: module.weight.detach() * speculator.config.token_weight)
+    proj, out = once(speculator.proj, fast_linear), once(speculator.head, fast_linear)
+    scale, shift = once(speculator.ln, lambda module: module.weight.detach()), once(speculator.ln, lambda module: module.bias.detach())
+    return [Head(*parts) for parts in zip(emb, proj, scale, shift, out, strict=True)]
+
+
+def once(modules: Iterable[nn.Module], make: Callable[[Any], T]) -> list[T]:
+    """`make` of every module, called once for a module that is there several times."""
+    made: dict[nn.Module, T] = {}
+    return [made[module] if module in made else made.setdefault(module, make(module)) for module in modules]
+
+
+def fast_linear(layer: nn.Linear) -> nn.Module:
+    """The layer in the layout that is fastest for few rows."""
+    suits = layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu" and available()
+    return PackedLinear(layer.weight, None) if suits else layer
 
 
 def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
