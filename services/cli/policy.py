@@ -1,0 +1,113 @@
+"""`specfleet policy get|set|history`: the speculation policy of a served model, while it serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+import yaml
+
+from services.cli import options
+from services.cli.client import URL, Client, Json
+from services.cli.problem import Problem
+from services.cli.screen import emit_json, remark, show, table
+
+app = typer.Typer(no_args_is_help=True, help="See and change how deep a model drafts, while it serves.")
+
+COLUMNS = ["version", "at", "who", "why", "from", "to"]
+
+Model = Annotated[str, typer.Argument(help="A served model.")]
+
+
+@app.command()
+def get(model: Model, as_json: options.AsJson = False, url: options.Url = URL, key: options.Key = None) -> None:
+    """Show the policy in force."""
+    with Client(url, key) as client:
+        answer = client.get(path(model))
+    present(f"{model}: policy", answer, as_json)
+
+
+@app.command("set")
+def change(
+    model: Model,
+    fields: Annotated[list[str], typer.Argument(help="A JSON object, or fields as NAME=VALUE.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the outcome, change nothing.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the whole policy instead of the given fields.")] = False,
+    as_json: options.AsJson = False,
+    url: options.Url = URL,
+    key: options.Key = None,
+) -> None:
+    """Change the policy, or some fields of it: `specfleet policy set demo-code kind=fixed depth=4`."""
+    wanted = policy_fields(fields)
+    with Client(url, key) as client:
+        answer = client.send("PUT" if replace else "PATCH", path(model) + ("?dry_run=true" if dry_run else ""), wanted)
+    present(f"{model}: policy", answer, as_json)
+    if dry_run and not as_json:
+        remark("Nothing was changed.")
+
+
+@app.command()
+def history(model: Model, as_json: options.AsJson = False, url: options.Url = URL, key: options.Key = None) -> None:
+    """Show every change: when, who, from, to."""
+    with Client(url, key) as client:
+        answer = client.get(path(model) + "/history")
+    if as_json:
+        emit_json(answer)
+        return
+    rows = [[readable(name, change.get(name)) for name in COLUMNS] for change in answer["history"]]
+    show(table(f"{model}: policy changes", COLUMNS, rows))
+
+
+def path(model: str) -> str:
+    return f"/admin/policies/{quote(model, safe='')}"
+
+
+def policy_fields(arguments: Sequence[str]) -> Json:
+    """One JSON object, or NAME=VALUE with YAML's scalars. Raises Problem."""
+    if len(arguments) == 1 and arguments[0].lstrip().startswith("{"):
+        return json_object(arguments[0])
+    return dict(assignment(argument) for argument in arguments)
+
+
+def json_object(text: str) -> Json:
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise Problem(f"The policy is not a JSON object: {error}") from None
+
+
+def assignment(argument: str) -> tuple[str, Any]:
+    name, equals, value = argument.partition("=")
+    if not name or not equals:
+        raise Problem(f"{argument!r} is not NAME=VALUE.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise Problem(f"The value of {argument!r} cannot be read.") from None
+
+
+def present(title: str, answer: Json, as_json: bool) -> None:
+    if as_json:
+        emit_json(answer)
+    else:
+        show(table(title, ["field", "value"], [[name, readable(name, value)] for name, value in flat(answer)]))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) for every leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def readable(name: str, value: Any) -> Any:
+    """A value as a table shows it: seconds since the epoch as a date, mappings as JSON."""
+    if name == "at" and isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return json.dumps(value) if isinstance(value, Mapping | list) else value

@@ -1,0 +1,53 @@
+"""Where output goes: answers and JSON to standard output, remarks to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+
+def console(error: bool = False) -> Console:
+    """A console on standard output or standard error, found anew so that redirections hold."""
+    return Console(stderr=error, highlight=False)
+
+
+def remark(text: str) -> None:
+    """A dim line on standard error, so that standard output stays the answer alone."""
+    console(error=True).print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+
+def emit(text: str) -> None:
+    """Text as it is, without a line break, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def emit_json(value: Any) -> None:
+    emit(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def show(what: RenderableType) -> None:
+    console().print(what)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table with numbers to the right; None is a dash."""
+    built = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(row[index] is None or isinstance(row[index], int | float) for row in rows)
+        built.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        built.add_row(*(cell(value) for value in row))
+    return built
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else escape(str(value))
