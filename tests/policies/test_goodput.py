@@ -1,0 +1,151 @@
+"""Goodput on made-up machines: near the best fixed depth at every load, back again when things change, probes at the stated rate."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies import GoodputPolicy, Limits, Load, Plan, RequestView
+from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
+
+CASES = [
+    (memory_bound, 0.85, 1),
+    (memory_bound, 0.85, 8),
+    (memory_bound, 0.6, 64),
+    (compute_bound, 0.8, 1),
+    (compute_bound, 0.8, 64),
+    (compute_bound, 0.3, 8),
+    (kinked, 0.75, 1),
+    (kinked, 0.75, 8),
+    (kinked, 0.75, 32),
+    (kinked, 0.05, 4),
+]
+
+
+@pytest.mark.parametrize(("seconds", "keep", "requests"), CASES)
+def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, requests):
+    replica = Replica(Machine(seconds, keep), seed=requests)
+    replica.run(requests, 1200)
+    assert replica.run(requests, 800) > 0.97
+
+
+def test_goes_deep_when_rows_are_free():
+    replica = Replica(Machine(memory_bound, 0.9))
+    replica.run(4, 1200)
+    replica.depths.clear()
+    replica.run(4, 200)
+    assert sorted(replica.depths)[100] >= 6
+
+
+@pytest.mark.parametrize(("keep", "requests"), [(0.5, 64), (0.03, 8)])
+def test_is_off_when_drafting_does_not_pay(keep, requests):
+    replica = Replica(Machine(compute_bound, keep))
+    replica.run(requests, 1200)
+    replica.depths.clear()
+    replica.run(requests, 400)
+    assert sum(d > 0 for d in replica.depths) <= 0.02 * len(replica.depths)
+
+
+def test_recovers_when_the_drafter_gets_better_while_off():
+    replica = Replica(Machine(compute_bound, 0.02))
+    replica.run(8, 2000)
+    assert replica.depths[-1] == 0
+    replica.machine = Machine(memory_bound, 0.85)
+    replica.run(8, 6000)
+    assert replica.run(8, 400) > 0.97
+
+
+def test_recovers_when_the_drafter_gets_worse():
+    replica = Replica(Machine(memory_bound, 0.9))
+    replica.run(8, 1000)
+    replica.machine = Machine(compute_bound, 0.1)
+    replica.run(8, 3000)
+    assert replica.run(8, 400) > 0.97
+
+
+def test_follows_a_load_step():
+    replica = Replica(Machine(compute_bound, 0.7))
+    replica.run(1, 800)
+    replica.run(64, 600)
+    assert replica.run(64, 200) > 0.97
+    replica.run(1, 200)
+    assert replica.run(1, 400) > 0.97
+
+
+def test_probes_depth_0_at_the_stated_rate():
+    replica = Replica(Machine(memory_bound, 0.85), GoodputPolicy(probe_every=50))
+    replica.run(4, 1200)
+    views, load = [RequestView(str(i)) for i in range(4)], Load(4, 0, 400)
+    off = [step for step in range(1000) if not any(d.depth for d in replica.plan.decide(load, views, step))]
+    assert off == list(range(0, 1000, 50))
+
+
+def test_probes_take_two_per_cent_of_the_steps_at_most():
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(4, 1200)
+    views, load = [RequestView(str(i)) for i in range(4)], Load(4, 0, 400)
+    ordinary = replica.plan.decide(load, views, 1)
+    probes = [step for step in range(10_000) if replica.plan.decide(load, views, step) != ordinary]
+    assert 100 <= len(probes) <= 200
+
+
+def test_while_off_small_depths_are_probed():
+    replica = Replica(Machine(compute_bound, 0.02))
+    replica.run(8, 1200)
+    views, load = [RequestView(str(i)) for i in range(8)], Load(8, 0, 800)
+    drafting = [step for step in range(1000) if any(d.depth for d in replica.plan.decide(load, views, step))]
+    assert drafting == list(range(50, 1000, 100))
+
+
+def test_with_no_data_starts_at_a_moderate_depth_and_measures_depth_0_soon():
+    plan = Plan.of(1, "m", GoodputPolicy(start_depth=3))
+    depths = [plan.decide(Load(1), [RequestView("a")], step)[0].depth for step in range(1, 21)]
+    assert set(depths) == {3, 0} and depths.count(0) == 2
+    crowd = plan.decide(Load(64), [RequestView(str(i)) for i in range(64)], 1)
+    assert {d.depth for d in crowd} == {1}
+
+
+def test_depth_0_costs_what_was_measured_not_what_drafting_steps_suggest():
+    """Drafting steps look dear per row, but depth 0 with the drafter loaded is measured dearer still: drafting stays on."""
+    replica = Replica(Machine(lambda rows, depth: 0.02 if depth == 0 else 0.004 + 0.002 * depth, 0.5, noise=0.0))
+    replica.run(1, 1200)
+    assert replica.plan.decide(Load(1, 0, 100), [RequestView("a")], 1)[0].depth > 0
+
+
+def test_a_request_whose_drafts_are_kept_gets_more_than_one_whose_are_not():
+    replica = Replica(Machine(compute_bound, 0.6))
+    replica.run(2, 1200)
+    good, bad = RequestView("good", drafted=400, accepted=380, steps=100), RequestView("bad", drafted=400, accepted=20, steps=100)
+    deep, shallow = replica.plan.decide(Load(2, 0, 200), [good, bad], 1)
+    assert deep.depth > shallow.depth
+
+
+def test_nodes_stay_within_the_free_slots():
+    replica = Replica(Machine(memory_bound, 0.9))
+    replica.run(4, 1200)
+    views = [RequestView(str(i)) for i in range(4)]
+    for free in range(40):
+        for step in (1, 50, 150):
+            assert sum(d.nodes for d in replica.plan.decide(Load(4, 0, 400, free), views, step)) <= free
+
+
+def test_max_depth_0_never_drafts():
+    plan = Plan.of(1, "m", GoodputPolicy(max_depth=0), limits=Limits(5, 1))
+    assert all(plan.decide(Load(1), [RequestView("a")], step)[0].depth == 0 for step in range(200))
+
+
+def test_a_decision_is_quick():
+    """Measured under 100 microseconds of processor time for 8 requests; the bound leaves room for a busy machine."""
+    import time
+
+    replica = Replica(Machine(kinked, 0.75))
+    replica.run(8, 1200)
+    views = [RequestView(str(i), drafted=400, accepted=150 + 20 * i, steps=100) for i in range(8)]
+    load = Load(8, 0, 800)
+    replica.plan.decide(load, views, 1)
+    best = 1.0
+    for _ in range(20):
+        start = time.process_time()
+        for _ in range(50):
+            replica.plan.decide(load, views, 1)
+        best = min(best, (time.process_time() - start) / 50)
+    assert best < 3e-4
