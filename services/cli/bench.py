@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from services.cli import options
 from services.cli.client import URL, Client, Json
 from services.cli.machine import machine
-from services.cli.measurement import MODES, Cell, Shape, Summary, count, measure, report
+from services.cli.measurement import MODES, Cell, Mode, Shape, Summary, count, measure, report
 from services.cli.problem import Problem
 from services.cli.screen import console, emit_json, show, table
 
@@ -25,7 +25,7 @@ COLUMNS = ["model", "at once", "mode", "tokens/s", "× off", "tokens/step", "fir
 def bench(
     model: Annotated[list[str] | None, typer.Argument(help="Served models; default: all.", show_default=False)] = None,
     concurrency: Annotated[list[int] | None, typer.Option("--concurrency", "-c", min=1, help="Requests at once; 1 and 8.")] = None,
-    mode: Annotated[list[options.Mode] | None, typer.Option("--mode", help="Modes to compare.", show_default="off, auto, fixed")] = None,
+    modes: Annotated[str, typer.Option("--modes", help="Modes to compare.")] = ",".join(MODES),
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds, after one to warm up.")] = 3,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 96,
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.0,
@@ -37,7 +37,7 @@ def bench(
     key: options.Key = None,
 ) -> None:
     """Measure tokens per second with speculation off, on and fixed, round by round on the same prompts."""
-    shape = Shape(tuple(concurrency or (1, 8)), tuple(mode or MODES), rounds, max_tokens, temperature, depth=depth)
+    shape = Shape(tuple(concurrency or (1, 8)), listed(modes), rounds, max_tokens, temperature, depth=depth)
     with Client(url, key) as client:
         entries = client.models()
         cells, found = run(client, chosen(entries, model, prompts), shape)
@@ -49,6 +49,14 @@ def bench(
         emit_json(result)
     else:
         show(table("Speculation", COLUMNS, [row(entry) for entry in found]))
+
+
+def listed(modes: str) -> tuple[Mode, ...]:
+    """The modes of a list with commas. Raises Problem."""
+    named = modes.split(",")
+    if strangers := [name for name in named if name not in MODES]:
+        raise Problem(f"There is no mode {strangers[0]!r}; there are {', '.join(MODES)}.")
+    return tuple(mode for mode in MODES if mode in named)
 
 
 def run(client: Client, prompts: Mapping[str, Sequence[str]], shape: Shape) -> tuple[list[Cell], list[Summary]]:

@@ -37,7 +37,11 @@ class Conversation:
 
     def switch(self, model: str) -> None:
         self.model, self.kind = model, model_kind(self.client, model)
-        self.messages.clear()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
 
 
 def chat(
@@ -96,7 +100,7 @@ def follow(conversation: Conversation, line: str) -> None:
         if line:
             conversation.say(line)
     elif command == "/reset":
-        conversation.messages.clear()
+        conversation.reset()
     elif command == "/model" and argument.strip():
         conversation.switch(argument.strip())
     elif command == "/seed" and argument.strip().isdigit():

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-import yaml
 
 from services.cli import options
 from services.cli.client import URL, Client, Json
@@ -67,7 +66,7 @@ def path(model: str) -> str:
 
 
 def policy_fields(arguments: Sequence[str]) -> Json:
-    """One JSON object, or NAME=VALUE with YAML's scalars. Raises Problem."""
+    """One JSON object, or NAME=VALUE, where a value that is not JSON is text. Raises Problem."""
     if len(arguments) == 1 and arguments[0].lstrip().startswith("{"):
         return json_object(arguments[0])
     return dict(assignment(argument) for argument in arguments)
@@ -85,9 +84,9 @@ def assignment(argument: str) -> tuple[str, Any]:
     if not name or not equals:
         raise Problem(f"{argument!r} is not NAME=VALUE.")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise Problem(f"The value of {argument!r} cannot be read.") from None
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def present(title: str, answer: Json, as_json: bool) -> None:

@@ -1,0 +1,108 @@
+"""`specfleet status`, `policy` and `bench` against the real gateway and the real policy keeper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import CLIENT, Service, Shell
+
+
+def test_status_shows_models_and_load(shell: Shell) -> None:
+    done = shell("status")
+    assert done.code == 0
+    echo, code = (next(line for line in done.out.splitlines() if f"│ {model} " in line) for model in ("echo", "code"))
+    assert "ready" in echo and "goodput" in echo and "3.00" in echo and "5.00" in echo
+    assert "completion" not in code and "ngram" in code
+    assert "loading" in done.out and "failed" in done.out
+
+
+def test_status_without_the_admin_key(shell: Shell) -> None:
+    done = shell("status", key=CLIENT)
+    assert done.code == 0 and "echo" in done.out and "admin key" in done.err
+
+
+def test_status_as_json(shell: Shell) -> None:
+    answer = json.loads(shell("status", "--json").out)
+    assert {entry["id"]: entry["state"] for entry in answer["models"]}["slow"] == "loading"
+    assert answer["load"]["echo"]["running"] == 2
+
+
+def test_policy_set_get_history(shell: Shell, service: Service) -> None:
+    assert shell("policy", "set", "echo", "kind=fixed", "depth=2").code == 0
+    assert shell("policy", "set", "echo", "depth=4").code == 0
+    got = json.loads(shell("policy", "get", "echo", "--json").out)
+    assert got["version"] == 2 and got["policy"]["kind"] == "fixed" and got["policy"]["depth"] == 4
+    shown = shell("policy", "get", "echo").out
+    assert "policy.kind" in shown and "fixed" in shown
+    history = json.loads(shell("policy", "history", "echo", "--json").out)["history"]
+    assert [change["who"] for change in history] == ["operator", "operator"] and history[1]["from"]["depth"] == 2
+    assert "operator" in shell("policy", "history", "echo").out
+
+
+def test_policy_set_takes_json_and_replaces(shell: Shell, service: Service) -> None:
+    shell("policy", "set", "echo", '{"kind": "goodput", "max_depth": 3, "margin": 0.2}')
+    shell("policy", "set", "echo", '{"kind": "goodput", "max_depth": 5}', "--replace")
+    policy = service.keeper.policy("echo")["policy"]
+    assert (policy["max_depth"], policy["margin"]) == (5, 0.01)
+
+
+def test_policy_dry_run_changes_nothing(shell: Shell, service: Service) -> None:
+    done = shell("policy", "set", "echo", "kind=off", "--dry-run")
+    assert done.code == 0 and "Nothing was changed." in done.err and "off" in done.out
+    assert service.keeper.policy("echo")["version"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("set", "echo", "depth"), "'depth' is not NAME=VALUE."),
+        (("set", "echo", "{oops"), "not a JSON object"),
+        (("set", "echo", "kind=magic"), "one of off, fixed, threshold, goodput"),
+        (("set", "echo", "kind=fixed", "depth=-1"), "depth"),
+        (("get", "nothing"), "does not exist"),
+    ],
+)
+def test_policy_errors(shell: Shell, arguments: tuple[str, ...], said: str) -> None:
+    done = shell("policy", *arguments)
+    assert done.code == 1 and said in done.err and "Traceback" not in done.err
+
+
+def test_policy_needs_the_admin_key(shell: Shell) -> None:
+    assert shell("policy", "get", "echo", key=CLIENT).code == 1
+
+
+def test_bench_measures_every_cell(shell: Shell, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.json", tmp_path / "out.json"
+    prompts.write_text(json.dumps({"echo": ["Hi", "Ho"], "completion": ["def f", "class A", "import x"]}))
+    flags = ["--rounds", "2", "-c", "1", "-c", "2", "--prompts", str(prompts), "--out", str(out)]
+    done = shell("bench", "echo", "code", *flags)
+    assert done.code == 0 and "same text" in done.out
+    result = json.loads(out.read_text())
+    assert len(result["rounds"]) == 2 * 2 * 3 * 2 and len(result["summary"]) == 2 * 2 * 3
+    assert all(entry["same_text"] and entry["tokens_per_second"] > 0 and entry["first_ms"]["p50"] > 0 for entry in result["summary"])
+    assert {entry["against_off"] for entry in result["summary"] if entry["mode"] == "off"} == {1.0}
+    assert result["machine"]["cores"] and result["command"][0] == "specfleet"
+    assert {entry["requests"] for entry in result["rounds"] if entry["model"] == "code"} == {3}
+
+
+def test_bench_interleaves_modes(shell: Shell, service: Service, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"code": ["x"]}))
+    shell("bench", "code", "-c", "1", "--rounds", "2", "--prompts", str(prompts), "--json")
+    modes = [job.speculation.mode for job in service.fleet.jobs]
+    assert modes == ["off", "auto", "fixed", "auto", "fixed", "off", "fixed", "off", "auto"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(("nothing",), "no model 'nothing'"), (("code", "--modes", "fast"), "no mode 'fast'")])
+def test_bench_errors(shell: Shell, arguments: tuple[str, ...], said: str) -> None:
+    done = shell("bench", *arguments)
+    assert done.code == 1 and said in done.err
+
+
+def test_own_prompts_cover_the_demo_fleet() -> None:
+    lists = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "prompts.json").read_text())
+    for name in ("demo-chat", "demo-code", "demo-code-large", "chat", "completion"):
+        assert len(lists[name]) >= 8 and len(set(lists[name])) == len(lists[name])
