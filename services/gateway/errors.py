@@ -40,6 +40,10 @@ def timed_out() -> ApiError:
     return refused(408, "The request took longer than this service allows.", code="request_timeout")
 
 
+def unforeseen(identity: str) -> ApiError:
+    return refused(500, f"Something went wrong inside the service; the log has it as {identity}.", code="internal_error")
+
+
 def body(failure: Failure) -> dict[str, Any]:
     """OpenAI's error object."""
     return {"error": {"message": failure.message, "type": failure.type, "param": failure.param, "code": failure.code}}

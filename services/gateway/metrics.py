@@ -102,7 +102,7 @@ class Watch:
 
 
 def quantities(load: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """(model, quantity, value) for every number in what is reported by model."""
-    for model, report in load.items():
+    """(model, quantity, value) for every number that the policy actor reports of a model."""
+    for model, report in load.get("models", {}).items():
         if isinstance(report, Mapping):
             yield from ((model, name, float(value)) for name, value in report.items() if isinstance(value, int | float))

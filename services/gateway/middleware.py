@@ -7,7 +7,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.errors import ApiError, refused, response
+from services.gateway.errors import response, unforeseen
 from services.gateway.metrics import Metrics
 
 LOG = logging.getLogger("specfleet.gateway")
@@ -54,10 +54,6 @@ class Sent:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), self._header]}
         await self._send(message)
-
-
-def unforeseen(identity: str) -> ApiError:
-    return refused(500, f"Something went wrong inside the service; the log has it as {identity}.", code="internal_error")
 
 
 def endpoint(scope: Scope) -> str:

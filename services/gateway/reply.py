@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -12,9 +13,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from services.gateway import errors
 from services.gateway.answer import Answer, Chunk, Items, compact, event
-from services.gateway.errors import ApiError, timed_out
+from services.gateway.errors import ApiError, timed_out, unforeseen
 from services.protocol import Item
 
+LOG = logging.getLogger("specfleet.gateway")
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 JSON_HEADERS = {"content-type": "application/json"}
 
@@ -41,7 +43,7 @@ class Reply(Response):
 
     async def _events(self, first: Chunk, chunks: AsyncIterator[Chunk], send: Send) -> None:
         await send(start(STREAM_HEADERS))
-        async for content in events(rejoined(first, chunks)):
+        async for content in events(rejoined(first, chunks), self._answer.job.id):
             await send({"type": "http.response.body", "body": content, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -52,7 +54,7 @@ async def rejoined(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Ch
         yield chunk
 
 
-async def events(chunks: AsyncIterator[Chunk]) -> AsyncIterator[bytes]:
+async def events(chunks: AsyncIterator[Chunk], identity: str) -> AsyncIterator[bytes]:
     """Chunks as events, then [DONE]; an error in between is one event and the end. Chunks without choices or usage are left out."""
     try:
         async for chunk in chunks:
@@ -61,6 +63,9 @@ async def events(chunks: AsyncIterator[Chunk]) -> AsyncIterator[bytes]:
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield event(errors.body(error.failure))
+    except Exception:
+        LOG.exception("request %s failed within its stream", identity)
+        yield event(errors.body(unforeseen(identity).failure))
 
 
 async def send_whole(send: Send, content: bytes) -> None:
