@@ -77,7 +77,9 @@ class Replica:
             accepted = next((k for k in range(d.depth) if self.random.random() >= keep), d.depth)
             counts.add(d.depth, accepted)
             views[i] = self._next(views[i], d.depth, accepted)
-        self._measure(StepSample(requests, drafting, rows, 100 * requests, depth, took, 0.05 * took if depth else 0.0, budget=rows - requests))
+        self._measure(
+            StepSample(requests, drafting, rows, 100 * requests, depth, took, 0.05 * took if depth else 0.0, budget=rows - requests)
+        )
         self.depths.append(sum(d.depth for d in decisions) / requests)
         return sum(1 + sum(keep**j for j in range(1, d.depth + 1)) for d in decisions), took
 

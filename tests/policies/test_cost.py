@@ -1,0 +1,209 @@
+"""Step costs: depth 0 is measured, outliers and nonsense do not count, little data gives a usable curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies import CostModel, CostTable, DepthCounts, Limits, Load, StepSample, Telemetry
+from policies.cost import CELLS, Cells, bucket
+from policies.curve import Curve
+
+
+def off(n: int, seconds: float, context: int = 0) -> StepSample:
+    return StepSample(n, 0, n, context, 0, seconds)
+
+
+def drafting(n: int, depth: int, seconds: float, draft: float = 0.001, context: int = 0) -> StepSample:
+    return StepSample(n, n, n * (1 + depth), context, depth, seconds, draft, budget=n * depth)
+
+
+def learned(*samples: StepSample) -> CostModel:
+    model = CostModel()
+    for sample in samples:
+        assert model.add(sample)
+    return model
+
+
+def test_depth_0_is_never_extrapolated_from_drafting_steps():
+    table = learned(*[drafting(4, 3, 0.02)] * 10).table()
+    assert table.off(4) is None and table.off_count(4) == 0
+    assert table.forward(4, 16) == pytest.approx(0.019)
+
+
+def test_depth_0_is_what_was_measured_even_if_dearer_than_drafting():
+    table = learned(*[drafting(4, 3, 0.01)] * 10, *[off(4, 0.05)] * 10).table()
+    assert table.off(4) == pytest.approx(0.05)
+    assert table.step(4, 4, 0, 0, 0) == pytest.approx(0.05)
+
+
+def test_nothing_measured_is_none():
+    table = CostTable()
+    assert table.off(3) is None and table.forward(3, 9) is None and table.draft(3, 2) == 0.0 and table.step(3, 9, 0, 3, 2) is None
+
+
+def test_medians_do_not_feel_outliers():
+    samples = [off(2, 10.0 if i % 5 == 0 else 0.01) for i in range(30)]
+    assert learned(*samples).table().off(2) == pytest.approx(0.01)
+
+
+def test_old_samples_leave():
+    table = learned(*[off(2, 0.01)] * 100, *[off(2, 0.03)] * 32).table()
+    assert table.off(2) == pytest.approx(0.03)
+
+
+def test_one_sample_is_usable():
+    table = learned(off(1, 0.01), drafting(1, 3, 0.013)).table()
+    costs = [table.forward(1, rows) for rows in range(1, 30)]
+    assert costs == sorted(costs) and costs[3] == pytest.approx(0.012)
+    assert table.off(64) >= 0.01
+
+
+def test_cost_rises_with_rows_and_meets_measured_points():
+    rng = random.Random(0)
+    truth = lambda rows: 0.01 + 1e-4 * max(0, rows - 16)  # noqa: E731
+    samples = [
+        drafting(n, d, truth(n * (1 + d)) * rng.lognormvariate(0, 0.05) + 0.001) for _ in range(20) for n in (1, 4, 8) for d in (1, 2, 3, 5)
+    ]
+    table = learned(*samples).table()
+    for n in (1, 4, 8):
+        costs = [table.forward(n, rows) for rows in range(n, 80)]
+        assert all(b >= a - 1e-12 for a, b in pairwise(costs))
+        assert all(table.forward(n, n * (1 + d)) == pytest.approx(truth(n * (1 + d)), rel=0.05) for d in (1, 2, 3, 5))
+    assert table.forward(2, 10) == pytest.approx(truth(10), rel=0.1)
+
+
+def test_context_has_one_slope():
+    rng = random.Random(1)
+    samples = [off(4, 0.01 + 1e-6 * c, c) for c in (rng.randrange(20_000) for _ in range(64))]
+    table = learned(*samples).table()
+    assert table.slope == pytest.approx(1e-6, rel=0.1)
+    assert table.off(4, 50_000) == pytest.approx(0.06, rel=0.1)
+
+
+def test_noise_is_not_taken_for_a_slope():
+    rng = random.Random(2)
+    table = learned(*[off(4, 0.01 * rng.lognormvariate(0, 0.1), 1000 + i) for i in range(64)]).table()
+    assert 0 <= table.slope * 1000 <= 0.8 * 0.011
+
+
+def test_drafting_is_learned_by_depth_apart_from_the_forward():
+    table = learned(*[drafting(2, d, 0.01 + 0.002 * d, 0.002 * d) for d in (1, 2, 4) for _ in range(5)]).table()
+    assert [table.draft(2, d) for d in (1, 2, 3, 4)] == pytest.approx([0.002, 0.004, 0.006, 0.008])
+    assert table.draft(3, 2) == pytest.approx(0.004) and table.draft(2, 0) == 0 and table.draft(0, 3) == 0
+
+
+def test_prompt_chunks_stay_out_of_decoding_costs():
+    model = learned(off(2, 0.01))
+    model.add(replace(off(2, 0.5), rows=400, prefill=399))
+    model.add(replace(drafting(2, 3, 0.5), rows=400, prefill=392))
+    table = model.table()
+    assert table.off(2) == pytest.approx(0.01) and not table.forward_cells
+
+
+def test_steps_in_which_nothing_was_proposed_are_not_depth_0():
+    model = learned(replace(off(2, 0.5), depth=3, draft_seconds=0.4))
+    assert not model.off.windows and not model.forward.windows
+
+
+def test_fill_is_the_share_of_allowed_nodes_that_are_drawn():
+    samples = [StepSample(2, 2, 2 + 9, 0, 3, 0.01, 0.001, budget=18) for _ in range(5)]
+    assert learned(*samples).table().fill == pytest.approx(0.5)
+
+
+NONSENSE = [
+    {"seconds": math.nan},
+    {"seconds": math.inf},
+    {"seconds": -1.0},
+    {"seconds": 0.0},
+    {"seconds": 1e9},
+    {"draft_seconds": math.nan},
+    {"draft_seconds": -1.0},
+    {"draft_seconds": 5.0},
+    {"requests": 0},
+    {"requests": -3},
+    {"drafting": 9},
+    {"rows": 1},
+    {"rows": math.nan},
+    {"context": -1},
+    {"depth": -1},
+    {"depth": 10**6},
+    {"depth": 0},
+    {"prefill": -1},
+    {"budget": -1},
+    {"rows": "7"},
+    {"seconds": None},
+]
+
+
+@pytest.mark.parametrize("change", NONSENSE)
+def test_nonsense_is_not_learned(change):
+    model = CostModel()
+    assert not model.add(replace(drafting(2, 3, 0.01), **change))
+    assert model.to_dict() == CostModel().to_dict()
+
+
+def test_survives_the_trip_through_json():
+    model = learned(*[off(n, 0.01 * n, 50 * n) for n in (1, 2, 40)], *[drafting(3, d, 0.02) for d in (1, 2)])
+    copy = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    assert copy.to_dict() == model.to_dict() and copy.table() == model.table()
+
+
+@pytest.mark.parametrize("data", [{}, {"off": 3}, {"off": [[[1, 0], [[1, 0, math.nan]]]], "forward": [], "draft": [], "fill": []}])
+def test_a_damaged_snapshot_is_refused(data):
+    with pytest.raises(ValueError):
+        CostModel.from_dict(data)
+
+
+def test_replicas_weigh_the_same_and_a_liar_is_outvoted():
+    honest = [learned(*[off(2, 0.010 + 0.0001 * i)] * 32) for i in range(3)]
+    liar = learned(*[off(2, 1e-6)] * 32)
+    merged = liar.merged(honest)
+    assert merged.table().off(2) == pytest.approx(0.01, rel=0.03)
+
+
+def test_the_table_is_bounded():
+    cells = Cells()
+    for i in range(3 * CELLS):
+        cells.add((i, 0), (i, 0, 1))
+    assert len(cells.windows) == CELLS and (0, 0) not in cells.windows
+
+
+@given(st.integers(1, 1 << 20))
+def test_buckets_rise_and_stay_close(n):
+    assert bucket(n) <= bucket(n + 1) and abs(bucket(n) - n) <= 0.2 * n
+
+
+points = st.lists(st.tuples(st.integers(0, 50), st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=20)
+
+
+@given(points)
+def test_curves_never_fall_and_stay_within_the_data(data):
+    curve = Curve.through(data)
+    values = [curve.at(x) for x in range(60)]
+    assert all(b >= a - 1e-9 for a, b in pairwise(values))
+    assert min(y for _, y, _ in data) - 1e-9 <= values[0]
+    assert curve.ys[-1] <= max(y for _, y, _ in data) + 1e-9
+
+
+def test_telemetry_is_cleaned():
+    bad = replace(off(2, 0.01), seconds=math.nan)
+    lie = DepthCounts([0, 5], [0, 9])
+    told = Telemetry("r", "m", "mlp", "1", 1, Load(-5), (off(2, 0.01), bad), lie, -3, -1, Limits(-1, 2)).validated()
+    assert told.steps == (off(2, 0.01),) and told.survival == DepthCounts() and told.load == Load()
+    assert (told.tokens, told.plan_version, told.limits) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"replica": ""}, {"model": ""}, {"replica": 7}, {"sequence": -1}, {"sequence": math.nan}, {"drafter": "x" * 999}]
+)
+def test_telemetry_must_name_its_sender(change):
+    with pytest.raises(ValueError):
+        replace(Telemetry("r", "m", "mlp", "1", 1, Load()), **change).validated()

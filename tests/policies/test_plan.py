@@ -1,0 +1,180 @@
+"""Every kind honours every request's own limits; plans travel; kinds refuse what they do not know."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from policies import (
+    OFF,
+    CostModel,
+    Decision,
+    FixedPolicy,
+    GoodputPolicy,
+    Limits,
+    Load,
+    OffPolicy,
+    Plan,
+    Policy,
+    RequestView,
+    StepSample,
+    SurvivalCurve,
+    ThresholdPolicy,
+    ThresholdStep,
+)
+
+optional = st.none() | st.integers(0, 12)
+views = st.lists(
+    st.builds(
+        RequestView,
+        request_id=st.text(max_size=3),
+        mode=st.sampled_from(["auto", "off", "fixed"]),
+        max_depth=optional,
+        width=optional,
+        remaining=st.integers(0, 20),
+        drafted=st.integers(0, 1000),
+        accepted=st.integers(0, 1000),
+        steps=st.integers(0, 300),
+    ),
+    max_size=12,
+)
+steps = st.lists(
+    st.builds(ThresholdStep, up_to_running=st.integers(1, 64), depth=st.integers(0, 9), width=st.integers(1, 4)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda s: s.up_to_running,
+)
+kinds = st.one_of(
+    st.just(OffPolicy()),
+    st.builds(FixedPolicy, depth=st.integers(0, 12), width=st.integers(1, 9)),
+    steps.map(lambda rows: ThresholdPolicy(steps=tuple(sorted(rows, key=lambda s: s.up_to_running)))),
+    st.builds(GoodputPolicy, max_depth=st.integers(0, 12), max_width=st.integers(1, 9), probe_every=st.integers(20, 30)),
+)
+
+
+def measured() -> CostModel:
+    model = CostModel()
+    for n in (1, 2, 4, 8):
+        for _ in range(4):
+            model.add(StepSample(n, 0, n, 0, 0, 0.01))
+            model.add(StepSample(n, n, 4 * n, 0, 3, 0.011, 0.001, budget=3 * n))
+    return model
+
+
+@settings(max_examples=300, deadline=None)
+@given(kinds, views, st.integers(0, 12), st.integers(0, 9), st.integers(0, 200), st.booleans())
+def test_limits_always_hold(policy, requests, deepest, widest, step, warm):
+    cost = measured().table() if warm else None
+    plan = Plan.of(1, "m", policy, cost, SurvivalCurve((0.8, 0.7)), Limits(deepest, widest))
+    decisions = plan.decide(Load(len(requests)), requests, step)
+    assert len(decisions) == len(requests)
+    for r, d in zip(requests, decisions, strict=True):
+        own = deepest if r.max_depth is None else min(r.max_depth, deepest)
+        bound = max(0, min(own, r.remaining - 1))
+        breadth = widest if r.width is None else min(r.width, widest)
+        assert d == OFF or (0 < d.depth <= bound and 0 < d.width <= breadth)
+        if r.mode == "off" or isinstance(policy, OffPolicy):
+            assert d == OFF
+        elif r.mode == "fixed":
+            assert d.depth == (bound if breadth else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(kinds, views, st.integers(0, 40))
+def test_free_requests_fit_in_the_free_slots(policy, requests, free):
+    plan = Plan.of(1, "m", policy, limits=Limits(6, 4))
+    decisions = plan.decide(Load(len(requests), 0, 0, free), requests, 3)
+    fixed = sum(d.nodes for d, r in zip(decisions, requests, strict=True) if r.mode == "fixed")
+    assert sum(d.nodes for d in decisions) <= max(free, fixed)
+
+
+def test_fixed():
+    plan = Plan.of(1, "m", FixedPolicy(depth=4, width=2), limits=Limits(5, 3))
+    requests = [
+        RequestView("a"),
+        RequestView("b", max_depth=2),
+        RequestView("c", remaining=3),
+        RequestView("d", width=1),
+        RequestView("e", remaining=1),
+    ]
+    assert plan.decide(Load(5), requests, 0) == [Decision(4, 2), Decision(2, 2), Decision(2, 2), Decision(4, 1), OFF]
+
+
+def test_a_request_that_fixes_its_depth_gets_exactly_that():
+    for policy in (FixedPolicy(depth=1), ThresholdPolicy(steps=(ThresholdStep(up_to_running=1, depth=1),)), GoodputPolicy(max_depth=1)):
+        plan = Plan.of(1, "m", policy, limits=Limits(5, 3))
+        requests = [
+            RequestView("a", "fixed", 3),
+            RequestView("b", "fixed", 50),
+            RequestView("c", "fixed"),
+            RequestView("d", "fixed", 3, remaining=2),
+        ]
+        assert [d.depth for d in plan.decide(Load(64), requests, 0)] == [3, 5, 5, 1]
+    assert Plan.of(1, "m", OffPolicy()).decide(Load(1), [RequestView("a", "fixed", 3)], 0) == [OFF]
+
+
+def test_threshold():
+    policy = ThresholdPolicy(steps=(ThresholdStep(up_to_running=2, depth=5, width=2), ThresholdStep(up_to_running=8, depth=1)))
+    plan = Plan.of(1, "m", policy)
+    assert [plan.decide(Load(n), [RequestView("a")], 0)[0] for n in (1, 2, 3, 8, 9)] == [
+        Decision(5, 2),
+        Decision(5, 2),
+        Decision(1, 1),
+        Decision(1, 1),
+        OFF,
+    ]
+
+
+def test_plans_travel_without_their_memo():
+    plan = Plan.of(7, "m", GoodputPolicy(), measured().table(), SurvivalCurve((0.8, 0.7)), Limits(4, 2), 12.5)
+    fresh = pickle.dumps(plan)
+    load, requests = Load(8), [RequestView(str(i)) for i in range(8)]
+    before = [plan.decide(load, requests, step) for step in range(120)]
+    copy = pickle.loads(fresh)
+    assert copy == plan and (copy.version, copy.model, copy.published) == (7, "m", 12.5)
+    assert [copy.decide(load, requests, step) for step in range(120)] == before
+    assert len(pickle.dumps(plan)) < 1.1 * len(fresh) + 2000
+
+
+def test_a_forecast_states_the_gain_over_off():
+    plan = Plan.of(1, "m", FixedPolicy(depth=3), measured().table(), SurvivalCurve((0.5,) * 3), Limits(3, 1))
+    forecast = plan.forecast(Load(4), [RequestView(str(i)) for i in range(4)])
+    assert forecast.tokens == pytest.approx(4 * 1.875) and forecast.seconds == pytest.approx(0.011)
+    assert forecast.gain == pytest.approx(1.875 / 1.1 - 1)
+    assert Plan.of(1, "m", FixedPolicy(depth=3)).forecast(Load(4), [RequestView("a")]).gain is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "nonsense"},
+        {"depth": 3},
+        {"kind": "fixed", "depth": -1},
+        {"kind": "fixed", "depth": 65},
+        {"kind": "fixed", "depth": 2.5},
+        {"kind": "fixed", "depth": "3"},
+        {"kind": "fixed", "depth": 3, "extra": 1},
+        {"kind": "threshold", "steps": []},
+        {"kind": "threshold", "steps": [{"up_to_running": 4, "depth": 1}, {"up_to_running": 4, "depth": 2}]},
+        {"kind": "threshold", "steps": [{"up_to_running": 0, "depth": 1}]},
+        {"kind": "goodput", "margin": float("nan")},
+        {"kind": "goodput", "margin": -0.1},
+        {"kind": "goodput", "probe_every": 1},
+        {"kind": "off", "depth": 0},
+    ],
+)
+def test_kinds_refuse(data):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Policy).validate_python(data)
+
+
+def test_every_field_is_described_and_kinds_are_frozen():
+    schema = TypeAdapter(Policy).json_schema()
+    for definition in schema["$defs"].values():
+        assert all(field.get("description") for field in definition["properties"].values()), definition["title"]
+    with pytest.raises(ValidationError):
+        FixedPolicy().depth = 2  # type: ignore[misc]
