@@ -155,7 +155,9 @@ def ragged_attention(
     return out[None], None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Masked attention of one group of rows; query heads that share a key head are folded into the queries. [R, heads, Q, dim]"""
     rows, heads, queries, dim = q.shape
     fold = heads // k.shape[1]

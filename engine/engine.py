@@ -408,6 +408,7 @@ class Engine:
     def count(self, stats: Stats, tree: Tree, accepted: int) -> None:
         depth = tree.drafted_depth()
         stats.steps += 1
+        stats.drafts += depth > 0
         stats.drafted += tree.drafted
         stats.accepted += accepted
         stats.depth_sum += depth

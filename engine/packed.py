@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
 
 def available() -> bool:
     """Whether this build of torch has the operators."""
-    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
+    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def pack(model: nn.Module) -> int:

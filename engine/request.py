@@ -41,9 +41,13 @@ class TokenScore:
 
 @dataclass(slots=True)
 class Stats:
-    """What a request cost and what speculation did for it. steps: forwards that emitted tokens for it."""
+    """What a request cost and what speculation did for it. steps: forwards that emitted tokens for it; drafts: those that had a draft.
+
+    drafted counts tree nodes, depth_sum the depths of the trees.
+    """
 
     steps: int = 0
+    drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     depth_sum: int = 0

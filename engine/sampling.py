@@ -72,7 +72,7 @@ BOUNDS = (
 class Sampler:
     """One request's sampling state: its parameters and the token counts that penalties read."""
 
-    __slots__ = ("params", "bias", "counts", "seen")
+    __slots__ = ("bias", "counts", "params", "seen")
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
         self.params = params
@@ -119,7 +119,11 @@ def mix(x: Tensor) -> Tensor:
 
 
 def perturb(
-    logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], paths: Sequence[Sequence[int]] | None = None
+    logits: Tensor,
+    samplers: Sequence[Sampler],
+    owner: Sequence[int],
+    positions: Sequence[int],
+    paths: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Scores whose row-wise argmax is the draw.
 

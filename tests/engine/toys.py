@@ -53,7 +53,9 @@ def toy_base(config: PretrainedConfig | None = None) -> Base:
 class Oracle:
     """Drafts trees from texts known beforehand: right tokens mostly, wrong ones and siblings in between."""
 
-    def __init__(self, texts: Mapping[str, Sequence[int]], right: float = 0.8, seed: int = 0, max_depth: int = 8, max_width: int = 4) -> None:
+    def __init__(
+        self, texts: Mapping[str, Sequence[int]], right: float = 0.8, seed: int = 0, max_depth: int = 8, max_width: int = 4
+    ) -> None:
         self.name, self.version = "oracle", "1"
         self.max_depth, self.max_width = max_depth, max_width
         self.texts, self.right, self.random = texts, right, random.Random(seed)
@@ -64,7 +66,9 @@ class Oracle:
         for draft in batch:
             ahead = self.texts[draft.request][len(draft.tokens) :]
             for _ in range(draft.budget.width):
-                path = [token if self.random.random() < self.right else self.random.randrange(VOCAB) for token in ahead[: draft.budget.depth]]
+                path = [
+                    token if self.random.random() < self.right else self.random.randrange(VOCAB) for token in ahead[: draft.budget.depth]
+                ]
                 draft.tree.extend(path, draft.budget.nodes)
 
     def observe(self, batch: Sequence[Kept]) -> None:

@@ -1,0 +1,331 @@
+"""One model, whole: text in, text out, with its engine, its drafter and the plan in force. Plain asyncio; knows no Ray and no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from actors.request_log import RequestRecord
+from configs.settings import ModelSettings
+from drafters.registry import build_drafter
+from engine.engine import Engine
+from engine.loading import load_base
+from engine.request import Outcome, Overloaded, Request, TokenScore
+from engine.sampling import InvalidRequest, SamplingParams
+from services.pilot import Pilot
+from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
+from services.runner import EngineDied, EngineRunner, Ticket
+from services.text import Answer, Tokenizer
+
+log = logging.getLogger(__name__)
+SEED_BITS = 63
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One choice of a job: its request and its text. `started` is monotonic seconds."""
+
+    index: int
+    request: Request
+    answer: Answer
+    prefix: str
+    started: float = field(default_factory=time.monotonic)
+
+
+class ModelHost:
+    """Serves one model. `load` blocks for as long as the weights take; until it is done every job is answered with 503.
+
+    record: called with every finished request that may be logged.
+    """
+
+    def __init__(self, settings: ModelSettings, pilot: Pilot, record: Callable[[RequestRecord], None] = lambda _: None) -> None:
+        self.settings, self.pilot, self.record = settings, pilot, record
+        self.created = int(time.time())
+        self.failure: str | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.runner: EngineRunner | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load and begin to serve. Raises what loading raised; the status says so too."""
+        try:
+            self.tokenizer, engine = await asyncio.to_thread(self.load)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            raise
+        self.failure = None
+        runner = EngineRunner(engine, self.pilot.observe)
+        runner.start()
+        self.runner = runner
+
+    def load(self) -> tuple[Tokenizer, Engine]:
+        """The tokenizer and an engine around base and drafter, warmed up by a few tokens."""
+        s = self.settings
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device))
+        version = fingerprint(s.speculator) if s.speculator and s.drafter.startswith("mlp") else ""
+        drafter = build_drafter(
+            s.drafter, s.speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
+        )
+        self.pilot.take(drafter)
+        e = s.engine
+        sizes = {"slots": e.slots, "chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
+        engine = Engine(base, drafter, self.pilot.budgets, **sizes)
+        warm_up(engine)
+        return Tokenizer(s.base), engine
+
+    def stop(self) -> None:
+        if self.runner is not None:
+            self.runner.stop()
+
+    def status(self) -> ModelStatus:
+        """How this model is, without waiting for anything."""
+        name, drafter = self.settings.name, self.pilot.drafter_name
+        if self.failure is not None:
+            return ModelStatus(name, "failed", self.failure, created=self.created)
+        if self.runner is None or self.tokenizer is None:
+            return ModelStatus(name, "loading", "its weights are being loaded", created=self.created)
+        if not self.runner.alive:
+            return ModelStatus(name, "failed", f"its engine stopped: {self.runner.death}", created=self.created)
+        kind: Literal["chat", "completion"] = "chat" if self.tokenizer.chats else "completion"
+        return ModelStatus(name, "ready", "", self.longest, drafter, self.pilot.version, kind, self.created)
+
+    @property
+    def longest(self) -> int:
+        """Prompt and answer together, in tokens."""
+        assert self.runner is not None
+        engine = self.runner.engine
+        return min(engine.base.context, engine.pool.capacity, self.settings.engine.max_context or engine.base.context)
+
+    # -- one job ------------------------------------------------------------------------------------------------------------
+
+    async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
+        """A job's items: `Accepted` and tuples of pieces, or a `Failure`. Closing the generator cancels what still runs."""
+        tickets: list[Ticket[Piece]] = []
+        try:
+            runner = self.ready()
+            choices = self.choices(job)
+            by_id = {c.request.id: c for c in choices}
+            tickets = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
+            yield Accepted(tuple(c.request.params.seed for c in choices))
+            async for pieces in merge(runner, tickets):
+                yield pieces
+            tickets = []
+        except Exception as error:
+            yield failure(job, error)
+        finally:
+            if tickets and self.runner is not None:
+                self.runner.cancel(tickets)
+
+    def ready(self) -> EngineRunner:
+        status = self.status()
+        if self.runner is None or status.state != "ready":
+            raise NotReady(status)
+        return self.runner
+
+    def choices(self, job: Job) -> list[Choice]:
+        """The requests a job asks for, prompt-major. Raises InvalidRequest."""
+        prompts = self.prompts(job)
+        seed = secrets.randbits(SEED_BITS) if job.seed is None else job.seed
+        count = len(prompts) * job.n
+        return [self.choice(job, i, prompts[i // job.n], (seed + i) % 2**SEED_BITS) for i in range(count)]
+
+    def prompts(self, job: Job) -> list[tuple[list[int], str]]:
+        """Every prompt in tokens, and the text that is echoed in front of its answers."""
+        assert self.tokenizer is not None
+        if job.messages is not None:
+            return [(self.tokenizer.chat(job.messages), "")]
+        encoded = [(self.tokenizer.encode(p) if isinstance(p, str) else list(p), p) for p in job.prompts or ()]
+        return [(ids, (p if isinstance(p, str) else self.tokenizer.decode(ids)) if job.echo else "") for ids, p in encoded]
+
+    def choice(self, job: Job, index: int, prompt: tuple[list[int], str], seed: int) -> Choice:
+        assert self.tokenizer is not None
+        ids, prefix = prompt
+        answer = Answer(self.tokenizer, ids, job.stop)
+        prediction = self.tokenizer.encode_inside(job.prediction) if job.prediction else ()
+        request = Request(f"{job.id}-{index}", ids, self.params(job, ids, seed), answer.push, prediction, job.speculation)
+        return Choice(index, request, answer, prefix)
+
+    def params(self, job: Job, prompt: Sequence[int], seed: int) -> SamplingParams:
+        assert self.runner is not None
+        room = self.longest - len(prompt)
+        where = "messages" if job.messages is not None else "prompt"
+        if room < 1:
+            raise InvalidRequest(where, f"the prompt has {len(prompt)} tokens; this model reads {self.longest} with the answer")
+        if job.max_tokens is not None and job.max_tokens > room:
+            message = f"the prompt has {len(prompt)} tokens, so max_tokens can be at most {room}, not {job.max_tokens}"
+            raise InvalidRequest("max_tokens", message)
+        eos = frozenset() if job.ignore_eos else self.runner.engine.base.eos
+        return SamplingParams(
+            temperature=job.temperature,
+            top_p=job.top_p,
+            top_k=job.top_k,
+            min_p=job.min_p,
+            presence_penalty=job.presence_penalty,
+            frequency_penalty=job.frequency_penalty,
+            repetition_penalty=job.repetition_penalty,
+            logit_bias=job.logit_bias,
+            seed=seed,
+            max_tokens=room if job.max_tokens is None else job.max_tokens,
+            stop_tokens=eos | frozenset(job.stop_token_ids),
+            logprobs=job.logprobs,
+        )
+
+    # -- from tokens to text ------------------------------------------------------------------------------------------------
+
+    def piece(self, job: Job, choice: Choice, outcome: Outcome) -> Piece:
+        """What one step of the engine means to the client. Runs in the engine's thread."""
+        text = choice.answer.take() if outcome.finish is None else choice.answer.finish()
+        prefix, choice.prefix = choice.prefix, ""
+        tokens = outcome.tokens
+        logprobs = tuple(self.logprob(t, s) for t, s in zip(tokens, outcome.scores, strict=False))
+        if outcome.finish is None or outcome.stats is None:
+            return Piece(choice.index, prefix + text, tokens, logprobs, seed=choice.request.params.seed)
+        self.log(job, choice, outcome)
+        if outcome.finish == "error":
+            log.error("request %s failed: %s", choice.request.id, outcome.error)
+        usage, speculation = self.account(choice, outcome)
+        finish = cast(Finish, outcome.finish)
+        return Piece(choice.index, prefix + text, tokens, logprobs, finish, usage, speculation, choice.request.params.seed)
+
+    def logprob(self, token: int, score: TokenScore) -> TokenLogprob:
+        assert self.tokenizer is not None
+        top = tuple((*self.named(t), value) for t, value in score.top)
+        return TokenLogprob(*self.named(token), score.logprob, top)
+
+    def named(self, token: int) -> tuple[str, tuple[int, ...]]:
+        assert self.tokenizer is not None
+        raw = self.tokenizer.token_bytes(token)
+        return raw.decode(errors="replace"), tuple(raw)
+
+    def account(self, choice: Choice, outcome: Outcome) -> tuple[Usage, SpeculationReport]:
+        stats, count = outcome.stats, len(choice.answer.tokens)
+        assert stats is not None
+        count += sum(t in choice.request.params.stop_tokens for t in outcome.tokens[-1:])  # the stop token ends the text unseen
+        usage = Usage(len(choice.request.prompt), count, stats.cached, stats.accepted, stats.drafted - stats.accepted)
+        report = SpeculationReport(
+            self.pilot.drafter_name, self.pilot.version, stats.steps, stats.drafted, stats.accepted, count, stats.depth_sum, stats.depth_max
+        )
+        return usage, report
+
+    def log(self, job: Job, choice: Choice, outcome: Outcome) -> None:
+        """Offer a finished request to the log unless the model or the request says no."""
+        if not (self.settings.log and job.store) or outcome.finish not in ("stop", "length") or outcome.stats is None:
+            return
+        p, stats = choice.request.params, outcome.stats
+        sampling: dict[str, Any] = {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k, "min_p": p.min_p}
+        self.record(
+            RequestRecord(
+                id=choice.request.id,
+                model=job.model,
+                created=time.time(),
+                key=job.key,
+                prompt=tuple(choice.request.prompt),
+                output=tuple(choice.answer.tokens),
+                seed=p.seed,
+                sampling=sampling,
+                finish_reason=outcome.finish,
+                drafter=self.pilot.drafter_name,
+                speculator_version=self.pilot.version,
+                steps=stats.steps,
+                drafted=stats.drafted,
+                accepted=stats.accepted,
+                seconds=time.monotonic() - choice.started,
+            )
+        )
+
+
+class NotReady(RuntimeError):
+    """The model cannot serve yet, or no more."""
+
+    def __init__(self, status: ModelStatus) -> None:
+        super().__init__(f"The model {status.model} is {status.state}: {status.detail}")
+        self.status = status
+
+
+async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> AsyncGenerator[tuple[Piece, ...], None]:
+    """The pieces of several requests as they come; pieces that are there at the same time travel together."""
+    arrived: asyncio.Queue[Piece | EngineDied | None] = asyncio.Queue()
+
+    async def pump(ticket: Ticket[Piece]) -> None:
+        try:
+            async for piece in runner.items(ticket):
+                arrived.put_nowait(piece)
+        except EngineDied as error:
+            arrived.put_nowait(error)
+        arrived.put_nowait(None)
+
+    pumps = [asyncio.create_task(pump(t)) for t in tickets]
+    open_ = len(pumps)
+    try:
+        while open_:
+            items = [await arrived.get()]
+            while not arrived.empty():
+                items.append(arrived.get_nowait())
+            open_ -= items.count(None)
+            if died := next((i for i in items if isinstance(i, EngineDied)), None):
+                raise died
+            if pieces := tuple(i for i in items if isinstance(i, Piece)):
+                yield pieces
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+def failure(job: Job, error: Exception) -> Failure:
+    """An exception as the client will see it."""
+    match error:
+        case InvalidRequest():
+            chat = job.messages is not None and error.param == "prompt"
+            code = "context_length_exceeded" if error.param in ("prompt", "max_tokens") and "tokens" in str(error) else None
+            return Failure(400, str(error), "invalid_request_error", "messages" if chat else error.param, code)
+        case Overloaded():
+            return Failure(429, f"The model {job.model} is overloaded: {error}.", "rate_limit_error", None, "overloaded", 1.0)
+        case NotReady():
+            code = "model_loading" if error.status.state == "loading" else "model_failed"
+            return Failure(503, str(error), "service_unavailable_error", None, code, 2.0 if error.status.state == "loading" else 30.0)
+        case EngineDied():
+            return Failure(503, f"The model {job.model} is restarting.", "service_unavailable_error", None, "engine_restarting", 5.0)
+    log.exception("job %s failed", job.id, exc_info=error)
+    return Failure(500, f"The request {job.id} failed inside the service.", "server_error", None, "internal_error")
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a few tokens through, so that the first request meets warm kernels and allocated slots."""
+    for depth in range(2):
+        prompt = [1 + depth] * 8
+        engine.submit(Request(f"warm-{depth}", prompt, SamplingParams(temperature=float(depth), max_tokens=8)))
+        while engine.busy:
+            engine.step()
+    engine.pool.clear()
+
+
+def device(name: str) -> str:
+    """A device name for torch; auto is the GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def dtype(name: str, device_name: str) -> torch.dtype:
+    """A torch type; auto is float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device(device_name) == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def fingerprint(folder: str) -> str:
+    """A short digest of a speculator's weights, the version that answers and logs name."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in Path(folder).iterdir() if f.suffix in (".safetensors", ".bin")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

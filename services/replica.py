@@ -1,0 +1,121 @@
+"""A model's Serve deployment: a thin shell that gives `ModelHost` its Ray surroundings.
+
+Loads in the background, so that the service answers while weights are read; reports to the policy actor a few times a second and flies on
+by the last plan when that is away; hands finished requests to the request log without waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import ray
+from ray import serve
+
+from actors.policy import parse_policy
+from actors.request_log import RequestRecord
+from configs.settings import ModelSettings
+from policies import Plan
+from services.host import ModelHost
+from services.pilot import Pilot
+from services.protocol import Item, Job, ModelStatus
+
+log = logging.getLogger(__name__)
+REPORT_S = 0.25  # seconds between reports to the policy actor
+PATIENCE_S = 2.0  # seconds to wait for another actor
+RETRY_S = 15.0  # seconds between attempts to load
+MOST_RECORDS = 4096  # finished requests kept while the request log is away
+
+
+class ModelReplica:
+    """One replica of one model.
+
+    policy_actor, log_actor: callables that look the named actors up, or start them. Both may be away at any time.
+    """
+
+    def __init__(self, settings: ModelSettings, policy_actor: Callable[[], Any], log_actor: Callable[[], Any]) -> None:
+        self.find_policy, self.find_log = policy_actor, log_actor
+        self.settings = settings
+        first = Plan.of(0, settings.name, parse_policy(settings.policy))
+        self.pilot = Pilot(replica_name(), first)
+        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
+        self.host = ModelHost(settings, self.pilot, self.records.append)
+        self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write)]
+
+    # -- what the gateway calls ---------------------------------------------------------------------------------------------
+
+    async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
+        """See ModelHost.generate."""
+        answer = self.host.generate(job)
+        async with contextlib.aclosing(answer):
+            async for item in answer:
+                yield item
+
+    async def status(self) -> ModelStatus:
+        return self.host.status()
+
+    async def pid(self) -> int:
+        """The replica's process, for operators."""
+        return os.getpid()
+
+    def check_health(self) -> None:
+        """Raise when the engine thread died, so that Serve replaces this replica."""
+        if self.host.runner is not None and not self.host.runner.alive:
+            raise RuntimeError(f"the engine of {self.settings.name} stopped: {self.host.runner.death}")
+
+    # -- what goes on beside ------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Load the model, again and again if it fails; the status tells how it stands."""
+        while True:
+            try:
+                return await self.host.start()
+            except Exception:
+                log.exception("%s could not be loaded; next attempt in %s s", self.settings.name, RETRY_S)
+                await asyncio.sleep(RETRY_S)
+
+    async def report(self) -> None:
+        """Telemetry out, plans in."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            if self.host.runner is None:
+                continue
+            if not self.host.runner.engine.busy:
+                self.pilot.rest()
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    self.pilot.adopt(await (await asyncio.to_thread(self.find_policy)).report.remote(self.pilot.report()))
+            except Exception as error:
+                log.warning("the policy actor is away (%s); the last plan stays in force", type(error).__name__)
+
+    async def write(self) -> None:
+        """Finished requests to the request log."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            batch = [self.records.popleft() for _ in range(len(self.records))]
+            if not batch:
+                continue
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await (await asyncio.to_thread(self.find_log)).append.remote(batch)
+            except Exception as error:
+                log.warning("the request log is away (%s); %d records wait", type(error).__name__, len(batch))
+                self.records.extendleft(reversed(batch[-(MOST_RECORDS - len(self.records)) :]))
+
+    def __del__(self) -> None:
+        for task in getattr(self, "tasks", ()):
+            task.cancel()
+        if hasattr(self, "host"):
+            self.host.stop()
+
+
+def replica_name() -> str:
+    """This replica's unique name in the cluster."""
+    with contextlib.suppress(Exception):
+        return str(serve.get_replica_context().replica_id.unique_id)
+    return ray.get_runtime_context().get_actor_id() or "local"
