@@ -1,0 +1,101 @@
+"""The actors on a real Ray: calls, eight editors at once, death and recovery."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from actors.policy import PolicyError, start_policy
+from actors.request_log import RequestRecord, start_request_log
+from policies import DepthCounts, Load, StepSample, Telemetry
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.cluster
+
+
+def telemetry(sequence: int) -> Telemetry:
+    counts = DepthCounts()
+    counts.add(3, 2)
+    steps = (StepSample(1, 0, 1, 0, 0, 0.01), StepSample(1, 1, 4, 0, 3, 0.011, 0.001, budget=3))
+    return Telemetry("r", "m", "mlp", "1", sequence, Load(1), steps, counts, 4)
+
+
+def stop(actor) -> None:
+    ray.kill(actor, no_restart=True)
+
+
+def restarted(actor, method: str, *args):
+    """The answer of an actor that was killed, once it is back."""
+
+    def ask():
+        try:
+            return [ray.get(getattr(actor, method).remote(*args), timeout=30)]
+        except RayActorError:
+            return []
+
+    return wait_until(ask, 60)[0]
+
+
+def test_the_policy_actor_is_killed_and_recovers(cluster, tmp_path):
+    actor = start_policy(f"sqlite:///{tmp_path}/state.db", {"m": {"kind": "goodput"}}, name="policy-a")
+    try:
+        plan = ray.get(actor.report.remote(telemetry(1)))
+        assert plan.version >= 1 and ray.get(actor.report.remote(telemetry(1))) is not None
+        ray.get(actor.put_policy.remote("m", {"kind": "fixed", "depth": 2}, "ann", "calm"))
+        ray.get(actor.save.remote())
+        before = ray.get(actor.plan.remote("m"))
+        ray.kill(actor, no_restart=False)
+        after = restarted(actor, "plan", "m")
+        assert after.version > before.version and after.policy == before.policy
+        assert after.cost.off(1) == before.cost.off(1)
+        assert [c["who"] for c in ray.get(actor.history.remote("m"))] == ["ann"]
+        assert ray.get(actor.report.remote(telemetry(2))).version >= after.version
+        assert ray.get(actor.load.remote())["models"]["m"]["replicas"] == 1
+    finally:
+        stop(actor)
+
+
+def test_eight_editors_at_once_lose_nothing(cluster, tmp_path):
+    actor = start_policy(f"sqlite:///{tmp_path}/state.db", {"m": None}, name="policy-b")
+    try:
+        edits = [
+            actor.put_policy.remote("m", {"kind": "fixed", "depth": i % 9, "width": 1 + i // 9}, f"editor{i % 8}", str(i))
+            for i in range(40)
+        ]
+        answers = ray.get(edits)
+        history = ray.get(actor.history.remote("m"))
+        assert sorted(a["version"] for a in answers) == list(range(1, 41)) == [c["version"] for c in history]
+        assert {c["why"] for c in history} == {str(i) for i in range(40)}
+        assert all(a["to"] == b["from"] for a, b in pairwise(history))
+        with pytest.raises(PolicyError) as refused:
+            ray.get(actor.put_policy.remote("m", {"kind": "fixed", "depth": -1}, "ann", ""))
+        assert refused.value.field == "depth" and refused.value.value == -1 and refused.value.accepted
+        assert start_policy("sqlite:///unused.db", name="policy-b") == actor
+    finally:
+        stop(actor)
+
+
+def test_the_request_log_actor(cluster, redis_url):
+    actor = start_request_log(redis_url, name="log-a", max_records=1000)
+    try:
+        batches = [[RequestRecord(f"r{i}-{j}", "m", 0.0, "k", (1,), (2,), None) for j in range(10)] for i in range(10)]
+        for batch in batches:
+            actor.append.remote(batch)
+        wait_until(lambda: ray.get(actor.stats.remote())["written"] == 100, 30)
+        assert [r.id for r in ray.get(actor.tail.remote(2))] == ["r9-8", "r9-9"] and ray.get(actor.tail.remote(5, "other")) == []
+        ray.kill(actor, no_restart=False)
+        assert restarted(actor, "tail", 1)[0].id == "r9-9"
+        ray.get(actor.append.remote(batches[0][:1]))
+        assert ray.get(actor.flush.remote(10.0)) and ray.get(actor.stats.remote())["written"] == 1
+    finally:
+        stop(actor)
+
+
+def test_a_wrong_url_is_refused_before_anything_starts(cluster):
+    with pytest.raises(ValueError):
+        start_request_log("kafka://x", name="log-b")
+    with pytest.raises(ValueError):
+        start_policy("kafka://x", name="policy-c")

@@ -1,0 +1,348 @@
+"""The policy keeper without Ray: changes, history, telemetry good and bad, recovery."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
+from actors.store import StoreError, open_state
+from policies import DepthCounts, FixedPolicy, GoodputPolicy, Limits, Load, OffPolicy, RequestView, StepSample, Telemetry
+
+SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
+
+
+@pytest.fixture
+def store(url):
+    return open_state(url)
+
+
+@pytest.fixture
+def keeper(store, clock):
+    made = PolicyKeeper(store, clock, SETTINGS)
+    made.register("m", limits=Limits(4, 2))
+    return made
+
+
+def samples(seconds: float = 0.01, requests: int = 4) -> tuple[StepSample, ...]:
+    off = StepSample(requests, 0, requests, 0, 0, seconds)
+    deep = StepSample(requests, requests, 4 * requests, 0, 3, 1.1 * seconds, 0.1 * seconds, budget=3 * requests)
+    return (off, deep) * 4
+
+
+def kept(keep: float, n: int = 50, seed: int = 0) -> DepthCounts:
+    made, rng = DepthCounts(), random.Random(seed)
+    for _ in range(n):
+        made.add(3, next((k for k in range(3) if rng.random() >= keep), 3))
+    return made
+
+
+def telemetry(replica: str = "r1", sequence: int = 1, **more) -> Telemetry:
+    fields = {"load": Load(4, 2, 400), "steps": samples(), "survival": kept(0.7), "tokens": 60}
+    return Telemetry(replica, "m", "mlp", "v1", sequence, **(fields | more))
+
+
+def feed(keeper, clock, reports: int = 10, **more) -> None:
+    for _ in range(reports):
+        clock.now += 1
+        keeper.report(telemetry(sequence=round(clock.now), **more))
+
+
+def test_the_default_is_goodput(keeper):
+    assert keeper.policy("m")["policy"] == GoodputPolicy().model_dump(mode="json")
+    assert keeper.policy("m")["version"] == 0 and keeper.history("m") == []
+
+
+def test_a_change_is_in_force_at_once_and_recorded(keeper, clock):
+    before = keeper.plan("m")
+    answer = keeper.put_policy("m", {"kind": "fixed", "depth": 2}, "ann", "try it")
+    plan = keeper.plan("m")
+    assert plan.policy == FixedPolicy(depth=2) and plan.version == answer["plan_version"] > before.version
+    [change] = keeper.history("m")
+    assert (change["who"], change["why"], change["at"], change["version"]) == ("ann", "try it", clock.now, 1)
+    assert change["from"]["kind"] == "goodput" and change["to"] == {"kind": "fixed", "depth": 2, "width": 1}
+    json.dumps([answer, change])
+
+
+def test_a_replica_pulls_by_pushing(keeper):
+    plan = keeper.report(telemetry(sequence=1))
+    assert plan == keeper.plan("m")
+    assert keeper.report(telemetry(sequence=2, plan_version=plan.version)) is None
+    keeper.put_policy("m", {"kind": "off"}, "ann", "")
+    assert keeper.report(telemetry(sequence=3, plan_version=plan.version)).policy == OffPolicy()
+
+
+def test_a_patch_merges_and_then_validates_the_whole(keeper):
+    keeper.put_policy("m", {"kind": "goodput", "margin": 0.2}, "ann", "")
+    assert keeper.patch_policy("m", {"max_depth": 3}, "bob", "")["policy"] == GoodputPolicy(margin=0.2, max_depth=3).model_dump()
+    assert keeper.patch_policy("m", {"kind": "fixed", "depth": 1}, "bob", "")["policy"] == FixedPolicy(depth=1).model_dump()
+    with pytest.raises(PolicyError) as refused:
+        keeper.patch_policy("m", {"margin": 0.1}, "bob", "")
+    assert refused.value.field == "margin"
+    assert [c["version"] for c in keeper.history("m")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        ({"kind": "fixed", "depth": -1}, "depth"),
+        ({"kind": "fixed", "depth": "2"}, "depth"),
+        ({"kind": "fixed", "depth": True}, "depth"),
+        ({"kind": "fixed", "depth": 2, "colour": 1}, "colour"),
+        ({"kind": "bandit"}, "kind"),
+        ({"depth": 2}, "kind"),
+        ({}, "kind"),
+        ({"kind": ["off"]}, "kind"),
+        ({"kind": "goodput", "margin": math.nan}, "margin"),
+        ({"kind": "goodput", "margin": math.inf}, "margin"),
+        ({"kind": "goodput", "max_depth": 10**30}, "max_depth"),
+        ({"kind": "threshold", "steps": [{"up_to_running": 2, "depth": 99}]}, "steps.0.depth"),
+        ({"kind": "threshold"}, "steps"),
+        ([1], ""),
+        (None, ""),
+        ("off", ""),
+        ({"kind": object()}, ""),
+    ],
+)
+def test_an_invalid_policy_is_refused_whole_with_its_field(keeper, policy, field):
+    before = keeper.plan("m")
+    with pytest.raises(PolicyError) as refused:
+        keeper.put_policy("m", policy, "ann", "")
+    assert refused.value.field == field and refused.value.accepted
+    assert keeper.plan("m") is before and keeper.history("m") == []
+
+
+def test_a_dry_run_changes_nothing_and_says_what_would_be(keeper, clock):
+    feed(keeper, clock)
+    before = keeper.plan("m")
+    answer = keeper.put_policy("m", {"kind": "fixed", "depth": 3}, "ann", "", dry_run=True)
+    assert answer["dry_run"] and answer["policy"]["depth"] == 3
+    assert answer["forecast"]["depth_max"] == 3 and answer["forecast"]["tokens_per_step"] > 4
+    assert answer["forecast"]["gain_over_off"] == pytest.approx(answer["forecast"]["tokens_per_step"] / 4 / 1.1 - 1)
+    assert keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["forecast"]["gain_over_off"] == 0
+    assert keeper.plan("m") is before and keeper.history("m") == []
+    with pytest.raises(PolicyError):
+        keeper.put_policy("m", {"kind": "nope"}, "ann", "", dry_run=True)
+
+
+def test_compare_and_set(keeper):
+    keeper.put_policy("m", {"kind": "off"}, "ann", "", expected_version=0)
+    with pytest.raises(PolicyConflict):
+        keeper.put_policy("m", {"kind": "fixed"}, "bob", "", expected_version=0)
+    keeper.patch_policy("m", {"kind": "fixed"}, "bob", "", expected_version=1)
+    assert [c["who"] for c in keeper.history("m")] == ["ann", "bob"]
+
+
+def test_a_change_to_the_same_policy_is_still_one_change_at_most(keeper):
+    keeper.put_policy("m", {"kind": "off"}, "ann", "")
+    assert keeper.put_policy("m", {"kind": "off"}, "bob", "")["version"] == 1
+    assert len(keeper.history("m")) == 1
+
+
+def test_unknown_models(keeper):
+    for call in (keeper.plan, keeper.policy, keeper.history):
+        with pytest.raises(UnknownModel):
+            call("other")
+    with pytest.raises(UnknownModel):
+        keeper.report(replace(telemetry(), model="other"))
+
+
+def test_a_change_that_cannot_be_stored_is_not_applied(clock):
+    class Broken:
+        def __init__(self) -> None:
+            self.broken = False
+
+        def get(self, key):
+            return None
+
+        def put(self, key, value):
+            self._check()
+
+        def append(self, stream, entry):
+            self._check()
+
+        def entries(self, stream, count=None):
+            return []
+
+        def _check(self):
+            if self.broken:
+                raise StoreError("down")
+
+    store = Broken()
+    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper.register("m")
+    store.broken = True
+    with pytest.raises(StoreError):
+        keeper.put_policy("m", {"kind": "off"}, "ann", "")
+    assert keeper.plan("m").policy == GoodputPolicy() and keeper.policy("m")["version"] == 0
+    feed(keeper, clock, 30)
+    assert keeper.load()["unsaved"] > 0 and keeper.load()["models"]["m"]["replicas"] == 1
+
+
+def test_estimates_reach_the_plan(keeper, clock):
+    feed(keeper, clock, 20, survival=kept(0.9), limits=Limits(3, 2))
+    plan = keeper.plan("m")
+    assert plan.limits == Limits(3, 2)
+    assert plan.cost.off(4) == pytest.approx(0.01) and plan.cost.forward(4, 16) == pytest.approx(0.01)
+    assert plan.survival.survive(1) == pytest.approx(0.9, abs=0.06)
+
+
+def test_plans_are_published_a_few_times_a_second_at_most(keeper, clock):
+    versions = set()
+    for i in range(100):
+        clock.now += 0.05
+        keeper.report(telemetry(sequence=i + 1))
+        versions.add(keeper.plan("m").version)
+    assert 8 <= len(versions) <= 12
+
+
+def test_stale_replicas_drop_out_of_load(keeper, clock):
+    keeper.report(telemetry("r1", 1))
+    clock.now += 4
+    keeper.report(telemetry("r2", 1))
+    assert (keeper.load()["models"]["m"]["replicas"], keeper.load()["models"]["m"]["running"]) == (2, 8)
+    clock.now += 2
+    summary = keeper.load()["models"]["m"]
+    assert (summary["replicas"], summary["stale_replicas"], summary["running"]) == (1, 1, 4)
+    assert summary["telemetry_age"] == {"r1": 6.0, "r2": 2.0}
+    clock.now += 100
+    summary = keeper.load()["models"]["m"]
+    assert summary["replicas"] == 0 and summary["tokens_per_step"] is None
+
+
+def test_replicas_long_gone_leave_what_they_learned(keeper, clock):
+    feed(keeper, clock)
+    clock.now += 100
+    keeper.report(telemetry("r2", 1, steps=(), survival=DepthCounts()))
+    summary = keeper.load()["models"]["m"]
+    assert list(summary["telemetry_age"]) == ["r2"]
+    assert keeper.plan("m").cost.off(4) == pytest.approx(0.01)
+
+
+def test_repeated_and_late_reports_are_not_learned_twice(keeper, clock):
+    keeper.report(telemetry(sequence=5))
+    learned = keeper._models["m"].fleet.to_dict()
+    for sequence in (5, 4, 1):
+        keeper.report(telemetry(sequence=sequence, steps=samples(9.0)))
+    assert keeper._models["m"].fleet.to_dict() == learned
+
+
+NONSENSE = [
+    {"load": Load(-1, math.nan, 0)},
+    {"load": None},
+    {"steps": (StepSample(1, 0, 1, 0, 0, math.nan), StepSample(0, 0, 0, 0, 0, -1.0), "x", None)},
+    {"survival": DepthCounts([0, 1], [0, 5])},
+    {"survival": None},
+    {"tokens": -5},
+    {"tokens": math.nan},
+    {"plan_version": math.inf},
+    {"limits": Limits(-5, 10**9)},
+    {"steps": None},
+    {"sequence": math.nan},
+    {"replica": ""},
+    {"speculator_version": None},
+]
+
+
+@pytest.mark.parametrize("change", NONSENSE)
+def test_nonsense_neither_breaks_nor_teaches_anything(keeper, clock, change):
+    feed(keeper, clock)
+    before = keeper.plan("m")
+    clock.now += 1
+    keeper.report(replace(telemetry(sequence=10**9, steps=(), survival=DepthCounts(), tokens=0), **change))
+    after = keeper.plan("m")
+    assert after.cost == before.cost and after.limits == before.limits
+    assert after.survival.keep == pytest.approx(before.survival.keep, abs=0.01)
+    json.dumps(keeper.load(), allow_nan=False)
+
+
+def test_a_replica_that_lies_is_outvoted(keeper, clock):
+    for i in range(30):
+        clock.now += 0.2
+        for name in ("r1", "r2", "r3"):
+            keeper.report(telemetry(name, i + 1, survival=kept(0.5, 50, i)))
+        keeper.report(telemetry("liar", i + 1, steps=samples(1e-6) * 50, survival=kept(1.0, 5000)))
+    plan = keeper.plan("m")
+    assert plan.cost.off(4) == pytest.approx(0.01, rel=0.05)
+    assert plan.survival.survive(1) < 0.68
+
+
+def test_a_new_speculator_version_starts_from_the_old_one_but_soon_speaks_for_itself(keeper, clock):
+    feed(keeper, clock, 20, survival=kept(0.3))
+    clock.now += 1
+    keeper.report(replace(telemetry(sequence=10**9, survival=DepthCounts(), steps=()), speculator_version="v2"))
+    assert keeper.plan("m").survival.survive(1) < 0.45
+    for i in range(5):
+        clock.now += 1
+        keeper.report(replace(telemetry(sequence=10**9 + 1 + i, survival=kept(0.9, 50, i)), speculator_version="v2"))
+    assert keeper.plan("m").survival.survive(1) > 0.75
+
+
+def test_load_says_what_is_chosen_and_what_it_is_worth(keeper, clock):
+    feed(keeper, clock)
+    summary = keeper.load()["models"]["m"]
+    assert summary["policy"]["kind"] == "goodput" and summary["plan_version"] == keeper.plan("m").version
+    assert (summary["running"], summary["waiting"], summary["tokens_per_step"]) == (4, 2, 60 / 8)
+    assert summary["depths"] == {"0": 0.5, "3": 0.5}
+    assert len(summary["survival"]) == 4 and summary["survival"] == sorted(summary["survival"], reverse=True)
+    expected = summary["expected"]
+    assert expected["off_step_seconds"] == pytest.approx(0.01) and expected["gain_over_off"] > 0.3 and expected["depth_max"] >= 3
+    json.dumps(keeper.load(), allow_nan=False)
+
+
+def test_a_restart_recovers_everything_and_versions_rise(keeper, store, clock):
+    keeper.register("n", {"kind": "fixed", "depth": 1})
+    keeper.put_policy("m", {"kind": "goodput", "margin": 0.2}, "ann", "why")
+    feed(keeper, clock, 20, limits=Limits(3, 2))
+    keeper.save()
+    old, cost, history = keeper.plan("m"), keeper.plan("m").cost, keeper.history("m")
+    again = PolicyKeeper(store, clock, SETTINGS)
+    assert again.policy("m")["policy"] == GoodputPolicy(margin=0.2).model_dump() and again.policy("m")["version"] == 1
+    assert again.history("m") == history
+    assert again.plan("m").version > old.version and again.plan("m").cost.off(4) == cost.off(4)
+    assert again.plan("m").survival.keep[:3] == pytest.approx(old.survival.keep[:3], abs=0.02)
+    again.register("n", {"kind": "fixed", "depth": 2})
+    assert again.plan("n").policy == FixedPolicy(depth=2)
+    again.register("m", {"kind": "off"})
+    assert again.plan("m").policy == GoodputPolicy(margin=0.2)
+    again.put_policy("m", {"kind": "off"}, "bob", "")
+    assert [c["version"] for c in again.history("m")] == [1, 2]
+
+
+def test_versions_rise_over_many_restarts(store, clock):
+    last = 0
+    for _ in range(5):
+        keeper = PolicyKeeper(store, clock, SETTINGS)
+        keeper.register("m")
+        for i in range(3):
+            version = keeper.put_policy("m", {"kind": "fixed", "depth": i}, "ann", "")["plan_version"]
+            assert version > last
+            last = version
+
+
+def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock):
+    feed(keeper, clock, 5)
+    store.put("policy/learned/m", {"cost": {"off": "x"}, "survival": {"a": {"trials": [math.nan]}}})
+    again = PolicyKeeper(store, clock, SETTINGS)
+    assert again.plan("m").cost.off(4) is None
+    store.put("policy/learned/m", {})
+    assert PolicyKeeper(store, clock, SETTINGS).plan("m").policy == GoodputPolicy()
+
+
+def test_a_clock_that_jumps_back_does_not_stop_publication(keeper, clock):
+    feed(keeper, clock)
+    before = keeper.plan("m").version
+    clock.now -= 5000
+    keeper.report(telemetry(sequence=10**9))
+    assert keeper.plan("m").version > before
+
+
+def test_the_plan_of_a_warm_start_decides_without_any_replica(keeper, store, clock):
+    feed(keeper, clock, 20, survival=kept(0.9))
+    keeper.save()
+    plan = PolicyKeeper(store, clock, SETTINGS).plan("m")
+    assert plan.decide(Load(4), [RequestView(str(i)) for i in range(4)], 1)[0].depth >= 2

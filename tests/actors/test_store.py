@@ -1,0 +1,65 @@
+"""Both state stores keep values and streams, over a reopening, and say clearly when they cannot."""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from actors.store import StoreError, open_state
+
+
+def test_values(url):
+    store = open_state(url)
+    assert store.get("a") is None
+    store.put("a", {"x": [1, 2.5, None, "ü"]})
+    store.put("a", {"x": 2})
+    store.put("b", {})
+    assert store.get("a") == {"x": 2} and store.get("b") == {}
+
+
+def test_streams_keep_their_order(url):
+    store = open_state(url)
+    for i in range(5):
+        store.append("s", {"i": i})
+    store.append("other", {})
+    assert [e["i"] for e in store.entries("s")] == [0, 1, 2, 3, 4]
+    assert [e["i"] for e in store.entries("s", 2)] == [3, 4]
+    assert store.entries("s", 0) == [] and store.entries("none") == []
+
+
+def test_everything_outlives_the_store_object(url):
+    store = open_state(url)
+    store.put("a", {"x": 1})
+    store.append("s", {"y": 2})
+    store.close()
+    again = open_state(url)
+    assert again.get("a") == {"x": 1} and again.entries("s") == [{"y": 2}]
+
+
+def test_appends_from_many_threads_are_all_there(url):
+    store = open_state(url)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.append("s", {"i": i}), range(100)))
+    assert sorted(e["i"] for e in store.entries("s")) == list(range(100))
+
+
+@pytest.mark.parametrize("url", ["", "mysql://x/y", "sqlite://", "sqlite:///", "sqlite://host/file", "/tmp/x"])
+def test_other_urls_are_refused(url):
+    with pytest.raises(ValueError):
+        open_state(url)
+
+
+def test_an_unreachable_store_says_so(tmp_path):
+    with pytest.raises(StoreError):
+        open_state("redis://127.0.0.1:1/0").get("a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        open_state(f"sqlite:///{tmp_path}/file/store.db")
+
+
+def test_the_file_can_be_read_with_ordinary_tools(tmp_path):
+    open_state(f"sqlite:///{tmp_path}/store.db").put("a", {"x": 1})
+    with sqlite3.connect(tmp_path / "store.db") as db:
+        assert db.execute("SELECT value FROM state WHERE key = 'a'").fetchone() == ('{"x": 1}',)
