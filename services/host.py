@@ -38,6 +38,7 @@ class Choice:
     request: Request
     answer: Answer
     prefix: str
+    tokens: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -189,7 +190,9 @@ class ModelHost:
         text = choice.answer.take() if outcome.finish is None else choice.answer.finish()
         prefix, choice.prefix = choice.prefix, ""
         tokens = outcome.tokens
-        logprobs = tuple(self.logprob(t, s) for t, s in zip(tokens, outcome.scores, strict=False))
+        choice.tokens += tokens
+        shown = [(t, s) for t, s in zip(tokens, outcome.scores, strict=False) if t not in choice.request.params.stop_tokens]
+        logprobs = tuple(self.logprob(t, s) for t, s in shown)
         if outcome.finish is None or outcome.stats is None:
             return Piece(choice.index, prefix + text, tokens, logprobs, seed=choice.request.params.seed)
         self.log(job, choice, outcome)
@@ -210,9 +213,8 @@ class ModelHost:
         return raw.decode(errors="replace"), tuple(raw)
 
     def account(self, choice: Choice, outcome: Outcome) -> tuple[Usage, SpeculationReport]:
-        stats, count = outcome.stats, len(choice.answer.tokens)
+        stats, count = outcome.stats, len(choice.tokens)
         assert stats is not None
-        count += sum(t in choice.request.params.stop_tokens for t in outcome.tokens[-1:])  # the stop token ends the text unseen
         usage = Usage(len(choice.request.prompt), count, stats.cached, stats.accepted, stats.drafted - stats.accepted)
         report = SpeculationReport(
             self.pilot.drafter_name, self.pilot.version, stats.steps, stats.drafted, stats.accepted, count, stats.depth_sum, stats.depth_max
@@ -232,7 +234,7 @@ class ModelHost:
                 created=time.time(),
                 key=job.key,
                 prompt=tuple(choice.request.prompt),
-                output=tuple(choice.answer.tokens),
+                output=tuple(choice.tokens),
                 seed=p.seed,
                 sampling=sampling,
                 finish_reason=outcome.finish,

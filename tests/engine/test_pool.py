@@ -147,7 +147,14 @@ def test_what_can_never_run_is_refused_at_once(base):
     engine.submit(Request("a", [1], SamplingParams()))
     with pytest.raises(Overloaded):
         engine.submit(Request("b", [1], SamplingParams()))
-    for field, value in (("temperature", -1), ("temperature", float("nan")), ("top_p", 0.0), ("top_k", -1), ("max_tokens", 0), ("min_p", 2)):
+    for field, value in (
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("max_tokens", 0),
+        ("min_p", 2),
+    ):
         with pytest.raises(InvalidRequest) as refused:
             SamplingParams(**{field: value})
         assert refused.value.param == field

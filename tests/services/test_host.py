@@ -1,0 +1,188 @@
+"""One model whole: text in, text out, the same text whatever is drafted; overload, cancellation and failure are answers."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from actors.policy import parse_policy
+from configs.settings import EngineSettings, ModelSettings
+from engine.engine import Engine
+from policies import Plan
+from services.host import ModelHost
+from services.pilot import Pilot
+from services.protocol import Accepted, Failure, Job, Speculation
+from tests.conftest import wait_until
+from tests.services.folders import write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def settings(folder, **engine):
+    sizes = EngineSettings(**{"slots": 2048, "max_running": 8, **engine})
+    return ModelSettings(name="toy", base=str(folder), speculator=str(folder / "speculator"), engine=sizes, threads=1)
+
+
+@pytest.fixture
+async def host(folder):
+    async for made in running(settings(folder)):
+        yield made
+
+
+async def running(model_settings, policy=None):
+    records = []
+    plan = Plan.of(0, "toy", parse_policy(policy or {"kind": "fixed", "depth": 3, "width": 3}))
+    host = ModelHost(model_settings, Pilot("r1", plan), records.append)
+    host.records = records
+    await host.start()
+    yield host
+    host.stop()
+    host.runner.engine.check()
+
+
+async def answer(host, job):
+    """All items of a job, and its choices' texts."""
+    items = [item async for item in host.generate(job)]
+    texts: dict[int, str] = {}
+    for item in items:
+        if isinstance(item, tuple):
+            for piece in item:
+                texts[piece.choice] = texts.get(piece.choice, "") + piece.text
+    return items, texts
+
+
+def last(items, choice=0):
+    return next(p for item in reversed(items) if isinstance(item, tuple) for p in reversed(item) if p.choice == choice and p.finish)
+
+
+OFF = Speculation("off")
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.7, "presence_penalty": 1.0}]
+)
+async def test_text_does_not_depend_on_speculation(host, sampling):
+    job = dict(model="toy", prompts=("The quick",), max_tokens=40, seed=11, **sampling)
+    _, off = await answer(host, Job(id="a", speculation=OFF, **job))
+    for i, wish in enumerate((Speculation(), Speculation("fixed", 2), Speculation("auto", 1, 1), Speculation("fixed", 3, 4))):
+        items, texts = await answer(host, Job(id=f"b{i}", **job, speculation=wish))
+        assert texts == off
+        report = last(items).speculation
+        assert report.drafted > 0 and report.depth_max <= (wish.max_depth or 3)
+
+
+async def test_the_last_piece_accounts_for_everything(host):
+    items, texts = await answer(host, Job(id="a", model="toy", prompts=("The quick brown fox",), max_tokens=20, seed=1, logprobs=2))
+    assert isinstance(items[0], Accepted) and items[0].seeds == (1,)
+    end = last(items)
+    tokens = [t for item in items[1:] for p in item for t in p.tokens]
+    assert end.usage.completion_tokens == len(tokens) <= 20 and end.usage.prompt_tokens == len(host.tokenizer.encode("The quick brown fox"))
+    assert end.usage.accepted + end.usage.rejected == end.speculation.drafted
+    assert end.speculation.steps + end.usage.accepted == len(tokens)
+    logprobs = [lp for item in items[1:] for p in item for lp in p.logprobs]
+    assert len(logprobs) == len(tokens) and all(len(lp.top) == 2 and lp.logprob <= 0 for lp in logprobs)
+    assert host.records[-1].output == tuple(tokens) and host.records[-1].steps == end.speculation.steps
+
+
+async def test_choices_have_their_own_seeds_and_can_be_had_again(host):
+    job = dict(model="toy", prompts=("The", "def"), max_tokens=8, seed=5)
+    items, texts = await answer(host, Job(id="a", n=2, **job))
+    assert sorted(texts) == [0, 1, 2, 3] and items[0].seeds == (5, 6, 7, 8)
+    _, single = await answer(host, Job(id="b", model="toy", prompts=("def",), max_tokens=8, seed=7))
+    assert single[0] == texts[2]
+
+
+async def test_stop_strings_stop_tokens_and_echo(host):
+    job = dict(model="toy", prompts=("The quick",), max_tokens=40, seed=2)
+    first, whole = await answer(host, Job(id="a", **job))
+    stop = whole[0][5:8]
+    items, cut = await answer(host, Job(id="b", stop=(stop,), **job))
+    assert cut[0] == whole[0][: whole[0].index(stop)] and last(items).finish == "stop"
+    _, echoed = await answer(host, Job(id="c", echo=True, **job))
+    assert echoed[0] == "The quick" + whole[0]
+    token = [t for item in first[1:] for p in item for t in p.tokens][3]
+    items, _ = await answer(host, Job(id="d", stop_token_ids=(token,), **job))
+    assert last(items).finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (dict(prompts=("x " * 400,)), "prompt"),
+        (dict(prompts=("x",), max_tokens=5000), "max_tokens"),
+        (dict(prompts=((99999,),)), "prompt"),
+        (dict(prompts=("",)), "prompt"),
+        (dict(prompts=("x",), logit_bias={99999: 1.0}), "logit_bias"),
+        (dict(messages=({"role": "robot", "content": "x"},)), "messages"),
+        (dict(messages=({"role": "user", "content": "x " * 400},)), "messages"),
+    ],
+)
+async def test_what_does_not_fit_the_model_is_a_400_that_names_the_field(host, fields, param):
+    items, _ = await answer(host, Job(id="a", model="toy", **fields))
+    assert len(items) == 1 and isinstance(items[0], Failure)
+    assert (items[0].status, items[0].param) == (400, param)
+
+
+async def test_requests_that_opt_out_are_not_recorded(host):
+    await answer(host, Job(id="no", model="toy", prompts=("The",), max_tokens=3, store=False))
+    await answer(host, Job(id="yes", model="toy", prompts=("The",), max_tokens=3))
+    assert [r.id for r in host.records] == ["yes-0"]
+
+
+async def test_closing_the_stream_cancels_and_frees(host):
+    engine: Engine = host.runner.engine
+    async with aclosing(host.generate(Job(id="gone", model="toy", prompts=("The",), max_tokens=200, ignore_eos=True))) as stream:
+        await anext(stream)
+        await anext(stream)
+        assert engine.running
+    await asyncio.to_thread(wait_until, lambda: not engine.busy)
+    assert not host.runner.tickets and not host.records
+
+
+async def test_a_full_queue_is_an_answer(folder):
+    async for host in running(settings(folder, max_running=1, max_waiting=1)):
+        jobs = [Job(id=f"j{i}", model="toy", prompts=("The",), max_tokens=100, ignore_eos=True, seed=1) for i in range(8)]
+        results = await asyncio.gather(*(answer(host, job) for job in jobs))
+        refused = [items[0] for items, _ in results if isinstance(items[0], Failure)]
+        assert refused and all(f.status == 429 and f.retry_after for f in refused)
+        assert len({texts[0] for _, texts in results if texts}) == 1
+
+
+async def test_32_requests_at_once_do_not_disturb_each_other(folder):
+    async for host in running(settings(folder, slots=1024)):
+        jobs = [
+            Job(id=f"j{i}", model="toy", prompts=("The quick" * (i % 3 + 1),), max_tokens=16, seed=i, temperature=i % 2) for i in range(32)
+        ]
+        together = await asyncio.gather(*(answer(host, job) for job in jobs))
+        for i in (0, 7, 31):
+            assert (await answer(host, jobs[i]))[1] == together[i][1]
+
+
+async def test_an_engine_that_dies_fails_everyone_and_says_so(host):
+    def die():
+        raise MemoryError("no more")
+
+    streams = [host.generate(Job(id=f"d{i}", model="toy", prompts=("The",), max_tokens=200, ignore_eos=True)) for i in range(3)]
+    for stream in streams:
+        assert isinstance(await anext(stream), Accepted)
+    host.runner.commands.put(die)
+    for stream in streams:
+        items = [item async for item in stream]
+        assert isinstance(items[-1], Failure) and items[-1].status == 503
+    assert host.status().state == "failed"
+    items, _ = await answer(host, Job(id="late", model="toy", prompts=("The",)))
+    assert items[0].status == 503
+
+
+async def test_a_model_that_cannot_be_loaded_says_why(tmp_path):
+    host = ModelHost(settings(tmp_path / "nothing"), Pilot("r", Plan.of(0, "toy", parse_policy({"kind": "off"}))))
+    items, _ = await answer(host, Job(id="early", model="toy", prompts=("x",)))
+    assert (items[0].status, items[0].code) == (503, "model_loading") and items[0].retry_after
+    with pytest.raises(Exception):  # noqa: B017
+        await host.start()
+    assert host.status().state == "failed" and "nothing" in host.status().detail
