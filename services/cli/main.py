@@ -15,6 +15,7 @@ from services.cli.policy import app as policy
 from services.cli.problem import Problem
 from services.cli.serve import serve
 from services.cli.status import status
+from services.cli.train import train
 
 
 class Commands(TyperGroup):
@@ -41,6 +42,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(status)
 app.add_typer(policy, name="policy")
+app.command()(train)
 app.command()(bench)
 
 
