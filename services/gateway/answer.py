@@ -13,7 +13,7 @@ from typing import Any
 from services.gateway.errors import ApiError, refused
 from services.gateway.shapes import Choice, Kind
 from services.gateway.tally import Tally
-from services.protocol import Accepted, Failure, Item, Job, ModelStatus
+from services.protocol import Accepted, Failure, Item, Job, ModelStatus, Piece
 
 Chunk = dict[str, Any]
 Items = AsyncGenerator[Item, None]
@@ -40,6 +40,7 @@ class Answer:
                     yield self._chunk([opening for choice in range(self.choices) if (opening := shape.opening(choice))])
                     continue
                 for piece in item:
+                    self._check(piece)
                     tally.add(piece)
                     for chunk in shape.chunks(piece):
                         yield self._chunk([chunk]) | self._last(tally, chunk)
@@ -55,6 +56,11 @@ class Answer:
             for chunk in last["choices"]:
                 choices[chunk["index"]] = shape.fold(choices.get(chunk["index"]), chunk)
         return last | {"object": self.kind.object, "choices": [choices[index] for index in sorted(choices)]}
+
+    def _check(self, piece: Piece) -> None:
+        """Raises ApiError for a choice that ended because something went wrong."""
+        if piece.finish in ("error", "cancelled"):
+            raise refused(500, f"The request {self.job.id} could not be finished; it may be tried again.", code="generation_failed")
 
     @property
     def choices(self) -> int:

@@ -45,6 +45,7 @@ class Edge:
         deadline = asyncio.get_running_loop().time() + self.settings.gateway.request_timeout_s
         caller = self.keys.caller(request)
         self.limiter.admit(caller)
+        self.room()
         body = parsed(kind, await read_before(deadline, request, self.settings.gateway.max_body_bytes))
         status = self.served(body.model)
         request.state.model = body.model
@@ -53,6 +54,11 @@ class Edge:
         self.up(status)
         answer = answering(kind, job, status, body.include_usage or not body.stream)
         return Reply(answer, self.observed(job, caller, deadline), stream=bool(body.stream))
+
+    def room(self) -> None:
+        """Raises ApiError 503 when the gateway itself has its fill of requests."""
+        if self.metrics.ongoing >= self.settings.gateway.max_ongoing:
+            raise refused(503, "The service has too many requests at once.", code="gateway_full", retry_after=1.0)
 
     def served(self, model: str) -> ModelStatus:
         """What is known of a model. Raises ApiError 404."""

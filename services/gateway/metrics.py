@@ -15,10 +15,11 @@ STATES = ("loading", "ready", "failed")
 
 
 class Metrics:
-    """All metrics of one gateway, in a registry of its own."""
+    """All metrics of one gateway, in a registry of its own. ongoing: requests being generated now."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.ongoing = 0
         self.requests = Counter("specfleet_requests", "Answered requests.", ("endpoint", "model", "status"), registry=self.registry)
         self.in_flight = self._gauge("specfleet_requests_in_flight", "Requests being generated.")
         self.prompt = self._count("specfleet_prompt_tokens", "Prompt tokens of finished choices.")
@@ -65,10 +66,12 @@ class Watch:
         self._last: float | None = None
 
     def __enter__(self) -> Watch:
+        self._metrics.ongoing += 1
         self._metrics.in_flight.labels(self._model).inc()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._metrics.ongoing -= 1
         self._metrics.in_flight.labels(self._model).dec()
         self._metrics.duration.labels(self._model).observe(self._clock() - self._arrival)
 

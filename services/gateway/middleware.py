@@ -12,10 +12,14 @@ from services.gateway.metrics import Metrics
 
 LOG = logging.getLogger("specfleet.gateway")
 CLIENT_LEFT = 499
+REQUEST_ID = b"x-request-id"
 
 
 class Outermost:
-    """Gives each request `state.id` (also the header x-request-id), counts it, and turns unforeseen exceptions into a 500."""
+    """Gives each request `state.id`, counts it, and turns unforeseen exceptions into a 500.
+
+    The id is the answer's x-request-id as well, unless the request has one, which the proxy in front then returns.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -26,7 +30,8 @@ class Outermost:
             await self._app(scope, receive, send)
             return
         scope["state"] = dict(scope.get("state") or {}) | {"id": uuid.uuid4().hex, "model": ""}
-        sent = Sent(send, scope["state"]["id"])
+        named = any(name == REQUEST_ID for name, _ in scope["headers"])
+        sent = Sent(send, [] if named else [(REQUEST_ID, scope["state"]["id"].encode())])
         try:
             await self._guarded(scope, receive, sent)
         finally:
@@ -42,17 +47,17 @@ class Outermost:
 
 
 class Sent:
-    """A send that remembers the status and adds the request's id. status is 499 until an answer begins."""
+    """A send that remembers the status and adds headers. status is 499 until an answer begins."""
 
-    def __init__(self, send: Send, identity: str) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
-        self._header = (b"x-request-id", identity.encode())
+        self._headers = headers
         self.status = CLIENT_LEFT
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), self._header]}
+            message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
         await self._send(message)
 
 

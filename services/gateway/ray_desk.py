@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.policy import PolicyConflict, PolicyError, UnknownModel
 from actors.store import StoreError
@@ -15,34 +15,34 @@ from services.gateway.errors import ApiError, refused
 from services.gateway.fleet import Change
 
 T = TypeVar("T")
-ANSWER_S = 5.0
+LOG = logging.getLogger("specfleet.gateway")
+ANSWER_S = 5.0  # seconds
 
 
 class RayDesk:
-    """Finds the actor by name at every call, so that one that was started anew is found too."""
+    """Finds the actor anew at every call, so that one that was started again is found too. find: looks it up, or starts it."""
 
-    def __init__(self, name: str, namespace: str) -> None:
-        self._name = name
-        self._namespace = namespace
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self._find = find
 
     async def load(self) -> Mapping[str, Any]:
-        return await answered(self._actor().load.remote())
+        return await answered((await self._actor()).load.remote())
 
     async def policy(self, model: str) -> Mapping[str, Any]:
-        return await answered(self._actor().policy.remote(model))
+        return await answered((await self._actor()).policy.remote(model))
 
     async def change(self, change: Change) -> Mapping[str, Any]:
-        actor = self._actor()
+        actor = await self._actor()
         method = actor.patch_policy if change.partial else actor.put_policy
         call = method.remote(change.model, dict(change.policy), change.who, change.why, change.expected_version, change.dry_run)
         return await answered(call)
 
     async def history(self, model: str) -> Sequence[Mapping[str, Any]]:
-        return await answered(self._actor().history.remote(model))
+        return await answered((await self._actor()).history.remote(model))
 
-    def _actor(self) -> Any:
+    async def _actor(self) -> Any:
         try:
-            return ray.get_actor(self._name, self._namespace)
+            return await asyncio.to_thread(self._find)
         except (ValueError, RayError):
             raise away() from None
 
@@ -52,14 +52,25 @@ async def answered(call: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(ANSWER_S):
             return await call
-    except PolicyError as error:
-        raise refused(400, f"Invalid {error.field or 'policy'}: {error}.", param=error.field or None, code="invalid_value") from None
-    except UnknownModel as error:
-        raise refused(404, f"{error}.", param="model", code="model_not_found") from None
-    except PolicyConflict as error:
-        raise refused(409, f"{error}.", param="expected_version", code="version_conflict") from None
-    except (StoreError, TimeoutError, RayError):
+    except RayTaskError as error:
+        raise told(error.cause) from None
+    except (TimeoutError, RayError):
         raise away() from None
+
+
+def told(error: Exception) -> ApiError:
+    """What the actor raised, as the client reads it."""
+    match error:
+        case PolicyError():
+            return refused(400, f"Invalid {error.field or 'policy'}: {error}.", param=error.field or None, code="invalid_value")
+        case UnknownModel():
+            return refused(404, f"{error}.", param="model", code="model_not_found")
+        case PolicyConflict():
+            return refused(409, f"{error}.", param="expected_version", code="version_conflict")
+        case StoreError():
+            return refused(503, f"The change could not be stored: {error}.", code="store_away", retry_after=5.0)
+    LOG.error("the policy actor failed", exc_info=error)
+    return refused(500, "The policy actor failed; its log says why.", code="internal_error")
 
 
 def away() -> ApiError:

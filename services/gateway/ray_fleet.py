@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -14,23 +14,41 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from services.protocol import Failure, Item, Job, ModelStatus
 
 LOG = logging.getLogger("specfleet.gateway")
-ACCEPT_S = 30.0
+ACCEPT_S = 30.0  # seconds in which a replica must accept or refuse a job
+ANSWER_S = 5.0  # seconds in which replicas must say how they are
+MOST_ATTEMPTS = 4  # replicas asked for one job
+LOADING = "model_loading"
 
 
 class RayFleet:
-    """The fleet over Serve handles, one deployment per model. poll_s: seconds between questions about status."""
+    """The fleet over Serve handles, by model. poll_s: seconds between questions about status."""
 
     def __init__(self, handles: Mapping[str, Any], poll_s: float) -> None:
-        self._streams = {name: handle.options(stream=True) for name, handle in handles.items()}
         self._handles = dict(handles)
         self._poll_s = poll_s
-        self._statuses = {name: ModelStatus(name, "loading", "its replica is starting") for name in handles}
+        self._statuses = {name: starting(name) for name in handles}
 
     def statuses(self) -> Mapping[str, ModelStatus]:
         return self._statuses
 
     async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
-        answer = self._streams[job.model].generate.remote(job)
+        """A job's items; replicas that are still loading are passed over while another one is ready."""
+        for attempt in range(MOST_ATTEMPTS):
+            async with aclosing(self._attempt(job)) as items:
+                first = await anext(items)
+                if attempt < MOST_ATTEMPTS - 1 and self._elsewhere(job, first):
+                    continue
+                yield first
+                async for item in items:
+                    yield item
+                return
+
+    async def watch(self) -> None:
+        await asyncio.gather(*(self._follow(name) for name in self._handles))
+
+    async def _attempt(self, job: Job) -> AsyncGenerator[Item, None]:
+        """The items of one replica. Always at least one."""
+        answer = self._handles[job.model].options(stream=True).generate.remote(job)
         try:
             async with asyncio.timeout(ACCEPT_S):
                 yield await anext(answer)
@@ -41,8 +59,9 @@ class RayFleet:
         finally:
             answer.cancel()
 
-    async def watch(self) -> None:
-        await asyncio.gather(*(self._follow(name) for name in self._handles))
+    def _elsewhere(self, job: Job, first: Item) -> bool:
+        """Whether another replica may answer a job that this one could not take."""
+        return isinstance(first, Failure) and first.code == LOADING and self._statuses[job.model].state == "ready"
 
     async def _follow(self, name: str) -> None:
         while True:
@@ -50,16 +69,23 @@ class RayFleet:
             await asyncio.sleep(self._poll_s)
 
     async def _ask(self, name: str) -> ModelStatus:
-        """One replica's answer, waited for at most five polls; a model that does not answer is loading."""
-        answer = self._handles[name].status.remote()
+        """All replicas' answers as one; replicas that do not answer do not count."""
         try:
-            async with asyncio.timeout(max(2.0, 5 * self._poll_s)):
-                status: ModelStatus = await answer
-                return status
+            async with asyncio.timeout(ANSWER_S):
+                answers = await self._handles[name].broadcast("status").results_async(timeout_s=ANSWER_S, return_exceptions=True)
         except Exception as error:
-            with contextlib.suppress(Exception):
-                answer.cancel()
-            return ModelStatus(name, "loading", f"no replica answers ({type(error).__name__})")
+            return starting(name, f"no replica answers ({type(error).__name__})")
+        return together(name, [answer for answer in answers if isinstance(answer, ModelStatus)])
+
+
+def starting(name: str, detail: str = "its replica is starting") -> ModelStatus:
+    return ModelStatus(name, "loading", detail)
+
+
+def together(name: str, answers: Sequence[ModelStatus]) -> ModelStatus:
+    """A model is ready if any replica is, and failed only if all are."""
+    order = ("ready", "loading", "failed")
+    return min(answers, key=lambda answer: order.index(answer.state), default=starting(name))
 
 
 def broken(job: Job, error: Exception) -> Failure:
@@ -67,6 +93,8 @@ def broken(job: Job, error: Exception) -> Failure:
     LOG.warning("request %s on %s failed: %s: %s", job.id, job.model, type(error).__name__, str(error)[:500])
     if isinstance(error, BackPressureError):
         return Failure(429, f"The model {job.model} is overloaded.", "rate_limit_error", None, "overloaded", 1.0)
+    if isinstance(error, TimeoutError):
+        return Failure(503, f"No replica of {job.model} took the request.", "service_unavailable_error", None, "no_replica", 2.0)
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
         return Failure(503, f"The replica of {job.model} was lost.", "service_unavailable_error", None, "replica_lost", 2.0)
     return Failure(500, f"The request {job.id} failed inside the service.", "server_error", None, "internal_error")
