@@ -22,6 +22,10 @@ def constraints() -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 
+def make(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
+
+
 @pytest.mark.parametrize("declared", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
 def test_every_dependency_is_pinned_within_its_bounds(declared: str) -> None:
     requirement = Requirement(declared)
@@ -43,7 +47,7 @@ def test_command_is_installed() -> None:
 @pytest.mark.parametrize("target", ["serve", "test"])
 def test_make_plans_its_own_set_up(target: str, tmp_path: Path) -> None:
     """In a place without a virtual environment the target creates one and installs before it runs anything."""
-    done = subprocess.run(["make", "-n", target, f"VENV={tmp_path}/new"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = make("-n", target, f"VENV={tmp_path}/new")
     assert done.returncode == 0, done.stderr
     order = [done.stdout.index(step) for step in ("-m venv", "pip install")]
     assert order == sorted(order)
@@ -57,7 +61,7 @@ def test_make_refuses_an_old_python(tmp_path: Path) -> None:
         (old / name).write_text("#!/bin/sh\nexit 1\n")
         (old / name).chmod(0o755)
     environment = {"PATH": f"{old}:/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(["make", f"VENV={tmp_path}/v", f"{tmp_path}/v/bin/python"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = make(f"VENV={tmp_path}/v", f"{tmp_path}/v/bin/python", env=environment)
     assert done.returncode != 0
     assert "Python 3.11 or newer" in done.stderr
 

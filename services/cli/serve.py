@@ -21,7 +21,10 @@ def serve(
     settings = configured(config, host, port)
     from services.app import run
 
-    run(settings)
+    try:
+        run(settings)
+    except ConfigError as error:
+        raise Problem(str(error)) from None
 
 
 def configured(config: Path | None, host: str | None, port: int | None) -> Settings:

@@ -1,0 +1,17 @@
+# One image for every Ray node: the checkout, installed in place. Serves configs/demo.yaml when run by itself.
+FROM python:3.11-slim
+
+# wget: KubeRay's health probes call it.
+RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 1000 ray
+WORKDIR /app
+RUN chown ray:ray /app
+ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+
+COPY --chown=ray:ray . .
+RUN pip install --no-cache-dir -c constraints.txt -e .
+
+USER ray
+EXPOSE 8000
+CMD ["specfleet", "serve", "configs/demo.yaml"]
