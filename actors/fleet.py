@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from policies import CostModel, CostTable, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
+from policies import CostModel, CostTable, Limits, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
 
+MOST = 4096  # replicas remembered
 RECENT = 256  # steps of a replica that the summary looks back on
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
@@ -45,7 +46,7 @@ class Fleet:
     def take(self, telemetry: Telemetry, now: float) -> bool:
         """Learn from validated telemetry; False, and nothing learned, if it is not newer than the last of its replica."""
         known = self.replicas.get(telemetry.replica)
-        if known and telemetry.sequence <= known.last.sequence:
+        if (known and telemetry.sequence <= known.last.sequence) or (known is None and len(self.replicas) >= MOST):
             return False
         if known is None:
             known = self.replicas[telemetry.replica] = Replica(telemetry, now, survival=self._heir(telemetry))
@@ -58,6 +59,11 @@ class Fleet:
     def live(self, since: float) -> list[Replica]:
         """Replicas heard of since then."""
         return [r for r in self.replicas.values() if r.seen >= since]
+
+    def limits(self, since: float) -> Limits | None:
+        """What the drafter can do, as most live replicas state it."""
+        stated = Counter(r.last.limits for r in self.live(since) if r.last.limits)
+        return stated.most_common(1)[0][0] if stated else None
 
     def forget(self, before: float) -> None:
         """Let go of replicas not heard of since then, keeping what they learned."""

@@ -16,7 +16,7 @@ import ray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from actors.fleet import Fleet, load_now, typical
-from actors.store import StateStore, StoreError, Value, open_state
+from actors.store import StateStore, StoreError, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
 
 NAME = "specfleet-policy"
@@ -143,7 +143,6 @@ class PolicyKeeper:
             self._refused_reports += 1
             return entry.plan
         if entry.fleet.take(clean, now):
-            entry.limits = clean.limits or entry.limits
             self._refresh(entry, now)
         plan = self.plan(entry.name)
         return plan if plan.version != clean.plan_version else None
@@ -226,9 +225,10 @@ class PolicyKeeper:
         version = entry.revision + 1
         change = {"model": entry.name, "who": who, "why": why, "at": self._clock(), "version": version}
         change |= {"from": entry.policy.model_dump(mode="json"), "to": policy.model_dump(mode="json")}
+        reserved = self._next_version()
         self._store.append(f"policy/{entry.name}", change)
         entry.policy, entry.revision = policy, version
-        self._publish(entry)
+        self._publish(entry, reserved)
         return self._answer(entry, policy, version)
 
     def _answer(self, entry: Entry, policy: BaseModel, version: int) -> Value:
@@ -237,22 +237,24 @@ class PolicyKeeper:
 
     def _refresh(self, entry: Entry, now: float) -> None:
         """Publish and save if it is time to."""
-        if entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
-            self._publish(entry)
-        if not 0 <= now - entry.saved < self._settings.save:
-            entry.saved = now
-            try:
+        try:
+            if entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
+                self._publish(entry)
+            if not 0 <= now - entry.saved < self._settings.save:
+                entry.saved = now
                 self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
-            except StoreError:
-                self._unsaved += 1
+        except StoreError:
+            self._unsaved += 1
 
-    def _publish(self, entry: Entry) -> Plan:
-        now = self._clock()
+    def _publish(self, entry: Entry, reserved: int | None = None) -> Plan:
+        """A new plan of what is known now, under the version reserved for it or else the next."""
+        now, version = self._clock(), reserved or self._next_version()
         entry.fleet.forget(now - self._settings.gone)
+        entry.limits = entry.fleet.limits(now - self._settings.stale) or entry.limits
         survival = entry.fleet.survival(max(entry.limits.max_depth, 1), now - self._settings.stale)
         cost = entry.fleet.cost(now - self._settings.stale)
         policy: Any = entry.policy
-        entry.plan = Plan.of(self._next_version(), entry.name, policy, cost, survival, entry.limits, now)
+        entry.plan = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now)
         return entry.plan
 
     def _next_version(self) -> int:
@@ -345,9 +347,11 @@ def start_policy(
 ) -> Any:
     """The handle of the named policy actor, started if there is none; it is restarted whenever it dies and recovers from its state store.
 
-    models: default policy per model, None for goodput. ValueError if the URL names no store.
+    models: default policy per model, None for goodput. Calls made while it is away raise `ray.exceptions.RayActorError` and are not
+    repeated, so no change is made twice; a replica keeps its plan and reports again. ValueError if the URL names no store.
     """
+    check_state(state_url)
     actor = ray.remote(PolicyActor).options(
-        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=-1, num_cpus=0
+        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0
     )
     return actor.remote(state_url, dict(models or {}), settings)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import ray
 import redis
 
-from actors.store import StoreError, connect, sqlite_path
+from actors.store import StoreError, check_state, connect, sqlite_path
 
 STREAM = "specfleet:requests"
 NAME = "specfleet-request-log"
@@ -95,7 +95,7 @@ class RequestLog(Protocol):
 
 def open_log(url: str, retention: Retention | None = None) -> RequestLog:
     """The log at `sqlite:///path` or `redis://host:port/db`. ValueError for any other URL."""
-    _check(url)
+    check_state(url)
     kept = retention or Retention()
     return SqliteLog(sqlite_path(url), kept) if urlsplit(url).scheme == "sqlite" else RedisLog(url, kept)
 
@@ -331,7 +331,7 @@ class RequestLogActor:
         def opener() -> RequestLog:
             return open_log(url, Retention(max_records, max_age))
 
-        _check(url)
+        check_state(url)
         self._opener, self._writer = opener, LogWriter(opener, capacity)
 
     async def append(self, records: Iterable[RequestRecord]) -> None:
@@ -365,13 +365,8 @@ def start_request_log(url: str, name: str = NAME, namespace: str = "specfleet", 
 
     settings: `max_records`, `max_age` (seconds), `capacity` (records queued). ValueError if the URL names no store.
     """
-    _check(url)
+    check_state(url)
     actor = ray.remote(RequestLogActor).options(
         name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0
     )
     return actor.remote(url, **settings)
-
-
-def _check(url: str) -> None:
-    if urlsplit(url).scheme not in ("sqlite", "redis", "rediss"):
-        raise ValueError(f"no request log for {url!r}: use sqlite:///path or redis://host:port/db")

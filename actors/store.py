@@ -39,13 +39,18 @@ class StoreError(Exception):
 
 
 def open_state(url: str) -> StateStore:
-    """The store at `sqlite:///relative/or//absolute/path` or `redis://host:port/db`. ValueError for any other URL."""
+    """The store at `sqlite:///relative/path`, `sqlite:////absolute/path` or `redis://host:port/db`. ValueError for any other URL."""
+    check_state(url)
+    return SqliteState(sqlite_path(url)) if urlsplit(url).scheme == "sqlite" else RedisState(url)
+
+
+def check_state(url: str) -> None:
+    """ValueError if the URL names no store."""
     scheme = urlsplit(url).scheme
+    if scheme not in ("sqlite", "redis", "rediss"):
+        raise ValueError(f"no store for {url!r}: use sqlite:///path or redis://host:port/db")
     if scheme == "sqlite":
-        return SqliteState(sqlite_path(url))
-    if scheme in ("redis", "rediss"):
-        return RedisState(url)
-    raise ValueError(f"no state store for {url!r}: use sqlite:///path or redis://host:port/db")
+        sqlite_path(url)
 
 
 def sqlite_path(url: str) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -235,8 +235,10 @@ class CostTable:
         return own.at(rows) if rows >= first else min(own.ys[0], everything.at(rows))
 
     def _group(self, group: int) -> list[Cell]:
-        """Cells of about that many requests; the measured step without drafts is the one with as many rows as requests."""
-        return [c for c in self.forward_cells if c.key[0] == group] + [c for c in self.off_cells if c.key[0] == group]
+        """Cells of about that many requests. Depth 0 is the lower end, with as many rows as requests, and no dearer than more rows."""
+        own = [c for c in self.forward_cells if c.key[0] == group]
+        least = min((c.seconds for c in own), default=math.inf)
+        return own + [replace(c, seconds=min(c.seconds, least)) for c in self.off_cells if c.key[0] == group]
 
     def _curve(self, name: object, cells: Iterable[Cell], anchors: Iterable[Point], slope: float | None = None) -> Curve | None:
         """The curve of that name, made on first use, in seconds at context 0."""

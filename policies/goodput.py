@@ -33,9 +33,7 @@ class GoodputPolicy(BaseModel):
     max_depth: int = Field(default=8, ge=0, le=64, description="Deepest draft the policy may choose; 0 drafts nothing.")
     max_width: int = Field(default=1, ge=1, le=64, description="Candidate paths that go with a depth.")
     margin: float = Field(default=0.01, ge=0, le=1, description="Fraction by which drafting must beat the measured depth 0 to be chosen.")
-    probe_every: int = Field(
-        default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; of a neighbour as often."
-    )
+    probe_every: int = Field(default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; of a neighbour as often.")
     start_depth: int = Field(default=3, ge=0, le=64, description="Depth while nothing was measured yet.")
     shrinkage: float = Field(default=16.0, gt=0, le=1e6, description="Drafting steps after which a request's own history weighs half.")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from policies.load import Limits, Load
 from policies.step import StepSample
-from policies.survival import DepthCounts
+from policies.survival import DEEPEST, DepthCounts
 
 MOST_STEPS = 4096  # samples read of one report
 NAME = 256  # characters of a name
@@ -52,7 +52,7 @@ class Telemetry:
 
 
 def _possible(limits: Limits) -> bool:
-    return _count(limits.max_depth) and _count(limits.max_width) and limits.max_depth <= 256 and limits.max_width <= 256
+    return _count(limits.max_depth) and _count(limits.max_width) and limits.max_depth <= DEEPEST and limits.max_width <= 256
 
 
 def _count(n: object) -> bool:

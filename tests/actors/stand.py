@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from actors.store import StateStore, StoreError, Value
 from tests.conftest import wait_until
 
 
@@ -21,6 +22,51 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class MemoryState:
+    """A state store that forgets everything with the process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Value] = {}
+        self.streams: dict[str, list[Value]] = {}
+
+    def get(self, key: str) -> Value | None:
+        return self.values.get(key)
+
+    def put(self, key: str, value: Value) -> None:
+        self.values[key] = value
+
+    def append(self, stream: str, entry: Value) -> None:
+        self.streams.setdefault(stream, []).append(entry)
+
+    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+        found = self.streams.get(stream, [])
+        return found[len(found) - min(len(found), count) :] if count is not None else list(found)
+
+
+class Flaky:
+    """A state store that cannot be reached while `broken`."""
+
+    def __init__(self, inner: StateStore) -> None:
+        self.inner, self.broken = inner, False
+
+    def get(self, key: str) -> Value | None:
+        return self._reach().get(key)
+
+    def put(self, key: str, value: Value) -> None:
+        self._reach().put(key, value)
+
+    def append(self, stream: str, entry: Value) -> None:
+        self._reach().append(stream, entry)
+
+    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+        return self._reach().entries(stream, count)
+
+    def _reach(self) -> StateStore:
+        if self.broken:
+            raise StoreError("down")
+        return self.inner
 
 
 class RedisServer:

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from actors.fleet import Fleet
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
 from actors.store import StoreError, open_state
 from policies import DepthCounts, FixedPolicy, GoodputPolicy, Limits, Load, OffPolicy, RequestView, StepSample, Telemetry
+from tests.actors.stand import Flaky, MemoryState
 
 SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
 
@@ -152,35 +154,28 @@ def test_unknown_models(keeper):
 
 
 def test_a_change_that_cannot_be_stored_is_not_applied(clock):
-    class Broken:
-        def __init__(self) -> None:
-            self.broken = False
-
-        def get(self, key):
-            return None
-
-        def put(self, key, value):
-            self._check()
-
-        def append(self, stream, entry):
-            self._check()
-
-        def entries(self, stream, count=None):
-            return []
-
-        def _check(self):
-            if self.broken:
-                raise StoreError("down")
-
-    store = Broken()
+    store = Flaky(MemoryState())
     keeper = PolicyKeeper(store, clock, SETTINGS)
     keeper.register("m")
     store.broken = True
     with pytest.raises(StoreError):
         keeper.put_policy("m", {"kind": "off"}, "ann", "")
     assert keeper.plan("m").policy == GoodputPolicy() and keeper.policy("m")["version"] == 0
-    feed(keeper, clock, 30)
+
+
+def test_without_its_store_it_goes_on_with_the_last_plan(clock):
+    store = Flaky(MemoryState())
+    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper.register("m")
+    store.broken = True
+    feed(keeper, clock, 1500)
+    last = keeper.plan("m").version
     assert keeper.load()["unsaved"] > 0 and keeper.load()["models"]["m"]["replicas"] == 1
+    store.broken = False
+    feed(keeper, clock, 2)
+    assert keeper.plan("m").version > last
+    again = PolicyKeeper(store, clock, SETTINGS)
+    assert again.plan("m").version > keeper.plan("m").version
 
 
 def test_estimates_reach_the_plan(keeper, clock):
@@ -269,6 +264,19 @@ def test_a_replica_that_lies_is_outvoted(keeper, clock):
     plan = keeper.plan("m")
     assert plan.cost.off(4) == pytest.approx(0.01, rel=0.05)
     assert plan.survival.survive(1) < 0.68
+
+
+def test_limits_are_what_most_replicas_state(keeper, clock):
+    for name, limits in (("r1", Limits(3, 2)), ("r2", Limits(3, 2)), ("liar", Limits(0, 0))):
+        clock.now += 1
+        keeper.report(telemetry(name, 1, limits=limits))
+    assert keeper.plan("m").limits == Limits(3, 2)
+
+
+def test_made_up_names_do_not_fill_the_memory():
+    fleet, idle = Fleet(), telemetry(steps=(), survival=DepthCounts())
+    taken = [fleet.take(replace(idle, replica=f"r{i}"), 0.0) for i in range(4200)]
+    assert sum(taken) == len(fleet.replicas) == 4096
 
 
 def test_a_new_speculator_version_starts_from_the_old_one_but_soon_speaks_for_itself(keeper, clock):

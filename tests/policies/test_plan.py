@@ -65,7 +65,7 @@ def measured() -> CostModel:
     return model
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kinds, views, st.integers(0, 12), st.integers(0, 9), st.integers(0, 200), st.booleans())
 def test_limits_always_hold(policy, requests, deepest, widest, step, warm):
     cost = measured().table() if warm else None
