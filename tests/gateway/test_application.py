@@ -1,0 +1,73 @@
+"""What is deployed, and what is refused before anything starts. No cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from configs.problems import ConfigError
+from configs.settings import Settings
+from services import app
+
+
+def settings(**changes: Any) -> Settings:
+    model = {"name": "one", "base": "x", "drafter": "ngram"} | changes.pop("model", {})
+    return Settings(**{"models": [model]} | changes)
+
+
+def test_application_has_the_gateway_and_every_model() -> None:
+    built = app.application(
+        settings(model={"replicas": {"min": 1, "max": 3}, "num_gpus": 1, "engine": {"max_running": 8, "max_waiting": 4}})
+    )
+    gateway = built._bound_deployment
+    (model,) = (bound._bound_deployment for bound in gateway.init_args)
+    assert gateway.name == "gateway" and model.name == "one"
+    assert model.ray_actor_options["num_gpus"] == 1 and model.max_ongoing_requests == model.max_queued_requests == 8 + 4 + app.SPARE
+    scaling = model._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 6)
+
+
+def test_a_policy_that_is_none_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"models\[0\]\.policy\.depth.*-1"):
+        app.application(settings(model={"policy": {"kind": "fixed", "depth": -1}}))
+    with pytest.raises(ConfigError, match=r"models\[0\]\.policy\.kind.*goodput"):
+        app.application(settings(model={"policy": {"kind": "magic"}}))
+
+
+def test_builder_reads_the_file(tmp_path: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("models: [{name: one, base: x, drafter: none}]")
+    assert app.build(app.AppArgs(config=str(file)))._bound_deployment.name == "gateway"
+    with pytest.raises(ConfigError):
+        app.build(app.AppArgs(config=str(tmp_path / "nowhere.yaml")))
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"gateway\.port: {port}"):
+            app.check_port(settings(gateway={"port": port}))
+
+
+def test_banner_says_who_may_use_it() -> None:
+    assert "http://127.0.0.1:8000/v1 (open to everybody on this machine" in app.banner(settings())
+    keyed = settings(keys=[{"name": "a", "key": "12345678"}], gateway={"host": "::"})
+    assert "http://[::1]:8000/v1 (1 API keys)" in app.banner(keyed)
+
+
+@pytest.mark.parametrize(("auth", "mode"), [("token", None), ("disabled", "disabled"), ("inherit", "was")])
+def test_authorisation_is_decided(monkeypatch: pytest.MonkeyPatch, auth: str, mode: str | None) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "was")
+    app.authorise(settings(ray={"auth": auth}))
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_only_a_started_cluster_is_described() -> None:
+    assert app.resources(settings(ray={"address": "auto"})) == {}
+    started = app.resources(settings(ray={"num_cpus": 3, "object_store_mb": 100}))
+    assert started["num_cpus"] == 3 and started["object_store_memory"] == 100 * 2**20 and started["_node_ip_address"] == "127.0.0.1"
