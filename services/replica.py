@@ -39,12 +39,13 @@ class ModelReplica:
     """
 
     def __init__(self, settings: ModelSettings, policy_actor: Callable[[], Any], log_actor: Callable[[], Any]) -> None:
-        self.find_policy, self.find_log = policy_actor, log_actor
+        self.policy, self.request_log = Peer(policy_actor), Peer(log_actor)
         self.settings = settings
         first = Plan.of(0, settings.name, parse_policy(settings.policy))
         self.pilot = Pilot(replica_name(), first)
-        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
-        self.host = ModelHost(settings, self.pilot, self.records.append)
+        self.records: deque[RequestRecord] = deque()
+        self.lost = 0
+        self.host = ModelHost(settings, self.pilot, self.record)
         self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write)]
 
     # -- what the gateway calls ---------------------------------------------------------------------------------------------
@@ -88,10 +89,17 @@ class ModelReplica:
             if not self.host.runner.engine.busy:
                 self.pilot.rest()
             try:
-                async with asyncio.timeout(PATIENCE_S):
-                    self.pilot.adopt(await (await asyncio.to_thread(self.find_policy)).report.remote(self.pilot.report()))
+                self.pilot.adopt(await self.policy.call("report", self.pilot.report()))
             except Exception as error:
                 log.warning("the policy actor is away (%s); the last plan stays in force", type(error).__name__)
+
+    def record(self, record: RequestRecord) -> None:
+        """Keep a finished request for the log; when too many wait, the oldest is lost and counted. Runs in the engine's thread."""
+        if len(self.records) >= MOST_RECORDS:
+            with contextlib.suppress(IndexError):
+                self.records.popleft()
+                self.lost += 1
+        self.records.append(record)
 
     async def write(self) -> None:
         """Finished requests to the request log."""
@@ -101,17 +109,35 @@ class ModelReplica:
             if not batch:
                 continue
             try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await (await asyncio.to_thread(self.find_log)).append.remote(batch)
+                await self.request_log.call("append", batch)
             except Exception as error:
-                log.warning("the request log is away (%s); %d records wait", type(error).__name__, len(batch))
-                self.records.extendleft(reversed(batch[-(MOST_RECORDS - len(self.records)) :]))
+                self.records.extendleft(reversed(batch))
+                log.warning(
+                    "the request log is away (%s); %d records wait, %d were lost", type(error).__name__, len(self.records), self.lost
+                )
 
     def __del__(self) -> None:
         for task in getattr(self, "tasks", ()):
             task.cancel()
         if hasattr(self, "host"):
             self.host.stop()
+
+
+class Peer:
+    """Another actor, which may be away: looked up when first needed, and again after every failure."""
+
+    def __init__(self, find: Callable[[], Any]) -> None:
+        self.find, self.handle = find, None
+
+    async def call(self, method: str, argument: object) -> Any:
+        """Call a method and wait at most PATIENCE_S. Raises whatever went wrong."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                self.handle = self.handle or await asyncio.to_thread(self.find)
+                return await getattr(self.handle, method).remote(argument)
+        except BaseException:
+            self.handle = None
+            raise
 
 
 def replica_name() -> str:
