@@ -47,7 +47,7 @@ class Conversation:
 def chat(
     model: Annotated[str | None, typer.Argument(help="A served model; default: the first chat model.", show_default=False)] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
-    max_tokens: options.MaxTokens = None,
+    max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,

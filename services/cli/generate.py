@@ -18,7 +18,7 @@ from services.cli.screen import emit, emit_json, remark
 def generate(
     model: Annotated[str, typer.Argument(help="A served model; `specfleet status` lists them.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    max_tokens: options.MaxTokens = None,
+    max_tokens: options.MaxTokens = 256,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,

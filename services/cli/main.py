@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from services.cli.bench import bench
 from services.cli.chat import chat
+from services.cli.demo import app as demo
 from services.cli.generate import generate
 from services.cli.policy import app as policy
 from services.cli.problem import Problem
@@ -43,6 +44,7 @@ app.command()(generate)
 app.command()(status)
 app.add_typer(policy, name="policy")
 app.command()(train)
+app.add_typer(demo, name="demo")
 app.command()(bench)
 
 

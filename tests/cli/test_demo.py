@@ -1,0 +1,61 @@
+"""`specfleet demo build`: which stages run, in what order, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.cli import demo
+from services.demo.recipe import FleetRecipe, demo_fleet
+
+NAMES = [model.name for model in demo_fleet().models]
+
+
+@pytest.fixture
+def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str, int]]:
+    """What was made: stage, model, device, threads. Making a stage writes its product."""
+    made: list[tuple[str, str, str, int]] = []
+
+    def work(stage: demo.Stage) -> demo.Work:
+        def run(name: str, fleet: FleetRecipe, device: str, threads: int) -> None:
+            made.append((stage, name, device, threads))
+            file = demo.product(name, stage, fleet)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("made")
+
+        return run
+
+    fleet = replace(demo_fleet(), build_folder=tmp_path / "build", models_folder=tmp_path / "models")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "recipe", lambda: fleet)
+    monkeypatch.setattr(demo, "stages", lambda: {stage: work(stage) for stage in ("corpus", "base", "speculator")})
+    return made
+
+
+def test_builds_everything_once(run: Callable[..., object], done: list[tuple[str, str, str, int]]) -> None:
+    assert run("demo", "build", "--threads", "2").code == 0
+    assert [(stage, name) for stage, name, _, _ in done if stage != "corpus"] == [(s, n) for n in NAMES for s in ("base", "speculator")]
+    assert sorted(stage for stage, *_ in done).count("corpus") == 2 and {rest for *_, rest in done} == {2}
+    done.clear()
+    again = run("demo", "build")
+    assert not done and "is there" in again.err
+
+
+def test_one_stage_of_one_model(run: Callable[..., object], done: list[tuple[str, str, str, int]]) -> None:
+    arguments = ("demo", "build", "--only", "demo-code", "--stage", "base", "--device", "cuda")
+    run(*arguments)
+    run(*arguments, "--again")
+    assert done == [("base", "demo-code", "cuda", 1)] * 2
+
+
+def test_unknown_model(run: Callable[..., object], done: list[tuple[str, str, str, int]]) -> None:
+    failed = run("demo", "build", "--only", "gpt")
+    assert failed.code == 1 and "demo-chat" in failed.err and not done
+
+
+def test_stages_and_folders_are_the_recipes() -> None:
+    fleet = demo.recipe()
+    assert fleet.models_folder == demo.ROOT / "models" and list(demo.stages()) == ["corpus", "base", "speculator"]
