@@ -5,40 +5,28 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 import httpx
-import ray
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
-from ray.serve.schema import LoggingConfig
+from ray.serve.config import AutoscalingConfig
 
-from actors.policy import NAME as POLICY_ACTOR
-from actors.policy import PolicyError, parse_policy, start_policy
-from actors.request_log import NAME as LOG_ACTOR
-from actors.request_log import start_request_log
+from actors.policy import PolicyError, parse_policy
 from configs.problems import ConfigError
-from configs.settings import LOOPBACK, ModelSettings, Settings, load_settings
-from services.gateway.app import create_app
-from services.gateway.ray_desk import RayDesk
-from services.gateway.ray_fleet import RayFleet
+from configs.settings import ModelSettings, Settings, load_settings
+from services.cluster import QUIET, begin, end
+from services.gateway.deployment import ingress
+from services.named import log_actor, policy_actor
 from services.replica import ModelReplica
 
 GATEWAY = "gateway"
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 SPARE = 64  # calls beside generating ones: statuses, health checks
-MIB = 2**20
 
 
 class AppArgs(BaseModel):
@@ -47,21 +35,6 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     config: str | None = Field(default=None, description="A configuration file; none: configs/demo.yaml.")
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """Looks a named actor up, and starts it where there is none."""
-
-    name: str
-    namespace: str
-    start: Callable[[], Any]
-
-    def __call__(self) -> Any:
-        try:
-            return ray.get_actor(self.name, self.namespace)
-        except ValueError:
-            return self.start()
 
 
 def build(args: AppArgs) -> serve.Application:
@@ -112,28 +85,11 @@ def scale(model: ModelSettings) -> dict[str, Any]:
     return {"autoscaling_config": range_}
 
 
-def policy_actor(settings: Settings) -> Named:
-    models = {model.name: dict(model.policy) for model in settings.models}
-    start = partial(start_policy, settings.state.url, models, name=POLICY_ACTOR, namespace=settings.ray.namespace)
-    return Named(POLICY_ACTOR, settings.ray.namespace, start)
-
-
-def log_actor(settings: Settings) -> Named:
-    log = settings.request_log
-    kept = {"max_records": log.max_records, "max_age": log.max_age_s}
-    start = partial(start_request_log, log.url, name=LOG_ACTOR, namespace=settings.ray.namespace, **kept)
-    return Named(LOG_ACTOR, settings.ray.namespace, start)
-
-
 def gateway_application(settings: Settings, models: Mapping[str, serve.Application]) -> serve.Application:
     """The HTTP deployment; the models are bound to it so that they belong to one application."""
-
-    def asgi() -> FastAPI:
-        return gateway_app(settings)
-
     most = 2 * settings.gateway.max_ongoing + SPARE
     deployment = serve.deployment(
-        serve.ingress(asgi)(),
+        ingress(settings),
         name=GATEWAY,
         num_replicas=1,
         max_ongoing_requests=most,
@@ -145,13 +101,6 @@ def gateway_application(settings: Settings, models: Mapping[str, serve.Applicati
         logging_config=QUIET,
     )
     return deployment.bind(*models.values())
-
-
-def gateway_app(settings: Settings) -> FastAPI:
-    """The gateway within its replica, over the handles of this application."""
-    application_name = serve.get_replica_context().app_name
-    handles = {model.name: serve.get_deployment_handle(model.name, application_name) for model in settings.models}
-    return create_app(settings, RayFleet(handles, settings.gateway.poll_s), RayDesk(policy_actor(settings)))
 
 
 def run(settings: Settings) -> None:
@@ -195,39 +144,6 @@ def check_port(settings: Settings) -> None:
             raise ConfigError("configuration", [f"gateway.port: {port}: cannot listen on {host}: {error.strerror}"]) from None
 
 
-def begin(settings: Settings) -> None:
-    """Start or join the cluster, and start Serve's HTTP proxies."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    authorise(settings)
-    ray.init(address=settings.ray.address, namespace=settings.ray.namespace, logging_level="ERROR", **resources(settings))
-    location = ProxyLocation.HeadOnly if settings.ray.address is None else ProxyLocation.EveryNode
-    serve.start(proxy_location=location, http_options=http(settings), logging_config=QUIET)
-
-
-def authorise(settings: Settings) -> None:
-    """RAY_AUTH_MODE before Ray starts; unset, Ray makes a token for a cluster that it starts and finds it for one that it joins."""
-    if settings.ray.auth == "token":
-        os.environ.pop("RAY_AUTH_MODE", None)
-    if settings.ray.auth == "disabled":
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-
-
-def resources(settings: Settings) -> dict[str, Any]:
-    """What a cluster that is started here declares; nothing for one that is joined."""
-    if settings.ray.address is not None:
-        return {}
-    store = settings.ray.object_store_mb
-    local = {"_node_ip_address": "127.0.0.1"} if settings.gateway.host in LOOPBACK else {}
-    declared = {"num_cpus": settings.ray.num_cpus, "num_gpus": settings.ray.num_gpus, "object_store_memory": store and store * MIB}
-    return {"include_dashboard": False, **local, **declared}
-
-
-def http(settings: Settings) -> HTTPOptions:
-    gateway = settings.gateway
-    return HTTPOptions(host=gateway.host, port=gateway.port, request_timeout_s=gateway.request_timeout_s + 30)
-
-
 def deploy(app: serve.Application, settings: Settings) -> None:
     """Deploy without waiting for the models."""
     target = serve.RunTarget(app, name=settings.ray.application, route_prefix="/", logging_config=QUIET)
@@ -255,26 +171,3 @@ def banner(settings: Settings) -> str:
     names = ", ".join(model.name for model in settings.models)
     access = f"{len(settings.keys)} API keys" if settings.keys else "open to everybody on this machine, no API keys"
     return f"Specfleet answers at {url(settings)}/v1 ({access}): {names}"
-
-
-def end(settings: Settings) -> None:
-    """Take the application and its actors away; Serve and the cluster only if they were started here."""
-    if not ray.is_initialized():
-        return
-    if settings.ray.address is None:
-        serve.shutdown()
-    else:
-        serve.delete(settings.ray.application)
-    for actor, last_call in ((policy_actor(settings), "save"), (log_actor(settings), "close")):
-        dismiss(actor, last_call)
-    ray.shutdown()
-
-
-def dismiss(actor: Named, last_call: str) -> None:
-    """Let a named actor finish its work, and end it."""
-    try:
-        handle = ray.get_actor(actor.name, actor.namespace)
-        ray.wait([getattr(handle, last_call).remote()], timeout=5)
-        ray.kill(handle)
-    except (ValueError, ray.exceptions.RayError):
-        return

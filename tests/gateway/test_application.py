@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from configs.problems import ConfigError
-from configs.settings import Settings
-from services import app
+from configs.settings import ROOT, Settings
+from services import app, cluster
 
 
 def settings(**changes: Any) -> Settings:
@@ -35,6 +37,11 @@ def test_a_policy_that_is_none_is_named() -> None:
         app.application(settings(model={"policy": {"kind": "fixed", "depth": -1}}))
     with pytest.raises(ConfigError, match=r"models\[0\]\.policy\.kind.*goodput"):
         app.application(settings(model={"policy": {"kind": "magic"}}))
+
+
+def test_the_gateways_process_needs_no_torch() -> None:
+    code = "import sys, services.gateway.deployment; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_builder_reads_the_file(tmp_path: Any) -> None:
@@ -63,11 +70,11 @@ def test_banner_says_who_may_use_it() -> None:
 @pytest.mark.parametrize(("auth", "mode"), [("token", None), ("disabled", "disabled"), ("inherit", "was")])
 def test_authorisation_is_decided(monkeypatch: pytest.MonkeyPatch, auth: str, mode: str | None) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "was")
-    app.authorise(settings(ray={"auth": auth}))
+    cluster.authorise(settings(ray={"auth": auth}))
     assert os.environ.get("RAY_AUTH_MODE") == mode
 
 
 def test_only_a_started_cluster_is_described() -> None:
-    assert app.resources(settings(ray={"address": "auto"})) == {}
-    started = app.resources(settings(ray={"num_cpus": 3, "object_store_mb": 100}))
+    assert cluster.resources(settings(ray={"address": "auto"})) == {}
+    started = cluster.resources(settings(ray={"num_cpus": 3, "object_store_mb": 100}))
     assert started["num_cpus"] == 3 and started["object_store_memory"] == 100 * 2**20 and started["_node_ip_address"] == "127.0.0.1"
