@@ -142,8 +142,10 @@ class PolicyKeeper:
         except (ValueError, TypeError, AttributeError):
             self._refused_reports += 1
             return entry.plan
-        if entry.fleet.take(clean, now):
-            self._refresh(entry, now)
+        behind = clean.plan_version > self._version
+        self._version = max(self._version, clean.plan_version)
+        if entry.fleet.take(clean, now) or behind:
+            self._refresh(entry, now, at_once=behind)
         plan = self.plan(entry.name)
         return plan if plan.version != clean.plan_version else None
 
@@ -235,10 +237,10 @@ class PolicyKeeper:
         plan = self.plan(entry.name).version
         return {"model": entry.name, "version": version, "policy": policy.model_dump(mode="json"), "plan_version": plan}
 
-    def _refresh(self, entry: Entry, now: float) -> None:
-        """Publish and save if it is time to."""
+    def _refresh(self, entry: Entry, now: float, at_once: bool) -> None:
+        """Publish and save if it is time to; `at_once` when a replica follows a later plan than any known here, as after a loss."""
         try:
-            if entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
+            if at_once or entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
                 self._publish(entry)
             if not 0 <= now - entry.saved < self._settings.save:
                 entry.saved = now

@@ -17,12 +17,13 @@ from typing import Any
 from policies.curve import Curve, Point
 from policies.step import StepSample
 
-WINDOW = 32  # samples a cell remembers
-CELLS = 512  # cells a table may hold
 TABLES = ("off", "forward", "draft", "fill")
+WINDOW = 64  # samples a cell remembers
+FRESH = 2000  # steps after which a sample gives way to newer ones, however few
+CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
 
-Row = tuple[float, float, float]  # x (rows, requests or depth), context, seconds
+Row = tuple[float, float, float, int]  # x (rows, requests or depth), context, seconds, step of the model at which it was learned
 Key = tuple[int, int]
 
 
@@ -42,6 +43,8 @@ class Cells:
     def add(self, key: Key, row: Row) -> None:
         window = self.windows.pop(key, None) or deque(maxlen=WINDOW)
         window.append(row)
+        while len(window) > TRUSTED and window[0][3] < row[3] - FRESH:
+            window.popleft()
         self.windows[key] = window
         if len(self.windows) > CELLS:
             del self.windows[next(iter(self.windows))]
@@ -56,22 +59,26 @@ class Cells:
         return out
 
     def filled(self, before: Cells) -> Cells:
-        """These windows, and those of `before` for keys that have none here."""
+        """These windows, with those of `before` for keys that have none here, or too few samples to be believed alone."""
         out = Cells()
         out.windows = {**before.windows, **self.windows}
+        for key, window in self.windows.items():
+            if len(window) < TRUSTED and key in before.windows:
+                out.windows[key] = deque([*before.windows[key], *window], maxlen=WINDOW)
         return out
 
     def to_list(self) -> list[Any]:
-        return [[list(key), [list(row) for row in window]] for key, window in self.windows.items()]
+        return [[list(key), [list(row[:3]) for row in window]] for key, window in self.windows.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any]) -> Cells:
+        """The table that `to_list` wrote. ValueError if it is not one."""
         made = cls()
         for (a, b), rows in data:
             for x, context, seconds in rows:
                 if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds)):
                     raise ValueError("not a cost table")
-                made.add((int(a), int(b)), (float(x), float(context), float(seconds)))
+                made.add((int(a), int(b)), (float(x), float(context), float(seconds), 0))
         return made
 
 
@@ -94,25 +101,27 @@ class CostModel:
     """Learns from samples of one replica; `merged` joins replicas; `table` is what a plan carries."""
 
     def __init__(self) -> None:
-        self.off, self.forward, self.draft, self.fill = Cells(), Cells(), Cells(), Cells()
+        self.off, self.forward, self.draft, self.fill = (Cells() for _ in TABLES)
+        self.steps = 0
 
     def add(self, sample: StepSample) -> bool:
         """Learn from one step. False, and nothing learned, if it cannot be true."""
         if not sample.sane():
             return False
+        self.steps += 1
         if sample.drafting:
             self._add_drafting(sample)
         elif not sample.depth and not sample.prefill:
-            self.off.add((bucket(sample.requests), 0), (sample.requests, sample.context, sample.seconds))
+            self.off.add((bucket(sample.requests), 0), (sample.requests, sample.context, sample.seconds, self.steps))
         return True
 
     def _add_drafting(self, s: StepSample) -> None:
-        self.draft.add((bucket(s.drafting), s.depth), (s.depth, 0.0, s.draft_seconds))
+        self.draft.add((bucket(s.drafting), s.depth), (s.depth, 0.0, s.draft_seconds, self.steps))
         if s.prefill:
             return
-        self.forward.add((bucket(s.requests), bucket(s.rows)), (s.rows, s.context, s.seconds - s.draft_seconds))
+        self.forward.add((bucket(s.requests), bucket(s.rows)), (s.rows, s.context, s.seconds - s.draft_seconds, self.steps))
         if s.budget:
-            self.fill.add((s.depth, 0), (s.depth, 0.0, min((s.rows - s.requests) / s.budget, 1.0)))
+            self.fill.add((s.depth, 0), (s.depth, 0.0, min((s.rows - s.requests) / s.budget, 1.0), self.steps))
 
     def merged(self, others: Sequence[CostModel]) -> CostModel:
         """One model over replicas, each with the same weight in every cell."""
@@ -166,7 +175,7 @@ def _slope(windows: Sequence[Sequence[Row]], cells: Sequence[Cell]) -> float:
 def _deviations(rows: Sequence[Row]) -> list[tuple[float, float]]:
     middle, centre = median(r[1] for r in rows), median(r[2] for r in rows)
     bound = 3 * 1.4826 * median(abs(r[2] - centre) for r in rows)
-    return [(c - middle, max(-bound, min(bound, t - centre))) for _, c, t in rows]
+    return [(c - middle, max(-bound, min(bound, t - centre))) for _, c, t, _ in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,21 @@ def test_medians_do_not_feel_outliers():
 
 
 def test_old_samples_leave():
-    table = learned(*[off(2, 0.01)] * 100, *[off(2, 0.03)] * 32).table()
+    table = learned(*[off(2, 0.01)] * 100, *[off(2, 0.03)] * 64).table()
     assert table.off(2) == pytest.approx(0.03)
+
+
+def test_a_cell_visited_seldom_follows_its_few_new_samples():
+    model = learned(*[drafting(2, 3, 0.05)] * 64, *[off(2, 0.01)] * 3000)
+    for _ in range(3):
+        model.add(drafting(2, 3, 0.02))
+    assert model.table().forward(2, 8) == pytest.approx(0.019)
+
+
+def test_one_new_sample_does_not_replace_what_was_known_before():
+    before = learned(*[off(2, 0.01)] * 20)
+    assert learned(off(2, 0.5)).filled(before).table().off(2) == pytest.approx(0.01)
+    assert learned(*[off(2, 0.02)] * 3).filled(before).table().off(2) == pytest.approx(0.02)
 
 
 def test_one_sample_is_usable():
@@ -172,7 +185,7 @@ def test_replicas_weigh_the_same_and_a_liar_is_outvoted():
 def test_the_table_is_bounded():
     cells = Cells()
     for i in range(3 * CELLS):
-        cells.add((i, 0), (i, 0, 1))
+        cells.add((i, 0), (i, 0, 1, i))
     assert len(cells.windows) == CELLS and (0, 0) not in cells.windows
 
 

@@ -24,8 +24,8 @@ CASES = [
 @pytest.mark.parametrize(("seconds", "keep", "requests"), CASES)
 def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, requests):
     replica = Replica(Machine(seconds, keep), seed=requests)
-    replica.run(requests, 1200)
-    assert replica.run(requests, 800) > 0.97
+    replica.run(requests, 1000)
+    assert replica.run(requests, 400) > 0.97
 
 
 def test_goes_deep_when_rows_are_free():
@@ -39,7 +39,7 @@ def test_goes_deep_when_rows_are_free():
 @pytest.mark.parametrize(("keep", "requests"), [(0.5, 64), (0.03, 8)])
 def test_is_off_when_drafting_does_not_pay(keep, requests):
     replica = Replica(Machine(compute_bound, keep))
-    replica.run(requests, 1200)
+    replica.run(requests, 1000)
     replica.depths.clear()
     replica.run(requests, 400)
     assert sum(d > 0 for d in replica.depths) <= 0.02 * len(replica.depths)
@@ -50,7 +50,7 @@ def test_recovers_when_the_drafter_gets_better_while_off():
     replica.run(8, 2000)
     assert replica.depths[-1] == 0
     replica.machine = Machine(memory_bound, 0.85)
-    replica.run(8, 6000)
+    replica.run(8, 4800)
     assert replica.run(8, 400) > 0.97
 
 
