@@ -18,6 +18,7 @@ ACCEPT_S = 30.0  # seconds in which a replica must accept or refuse a job
 ANSWER_S = 5.0  # seconds in which replicas must say how they are
 MOST_ATTEMPTS = 4  # replicas asked for one job
 LOADING = "model_loading"
+UNAVAILABLE = "service_unavailable_error"
 
 
 class RayFleet:
@@ -50,14 +51,27 @@ class RayFleet:
         """The items of one replica. Always at least one."""
         answer = self._handles[job.model].options(stream=True).generate.remote(job)
         try:
-            async with asyncio.timeout(ACCEPT_S):
-                yield await anext(answer)
+            yield await self._first(job, answer)
             async for item in answer:
                 yield item
         except Exception as error:
             yield broken(job, error)
         finally:
             answer.cancel()
+
+    async def _first(self, job: Job, answer: Any) -> Item:
+        """A replica's first item; a Failure if it takes too long, or if the model has meanwhile lost its replicas."""
+        waiting = asyncio.ensure_future(anext(answer))
+        try:
+            async with asyncio.timeout(ACCEPT_S):
+                while not waiting.done():
+                    await asyncio.wait({waiting}, timeout=self._poll_s)
+                    if not waiting.done() and self._statuses[job.model].state != "ready":
+                        return Failure(503, f"The model {job.model} has no replica now.", UNAVAILABLE, None, "no_replica", 2.0)
+            item: Item = waiting.result()
+            return item
+        finally:
+            waiting.cancel()
 
     def _elsewhere(self, job: Job, first: Item) -> bool:
         """Whether another replica may answer a job that this one could not take."""
@@ -94,7 +108,7 @@ def broken(job: Job, error: Exception) -> Failure:
     if isinstance(error, BackPressureError):
         return Failure(429, f"The model {job.model} is overloaded.", "rate_limit_error", None, "overloaded", 1.0)
     if isinstance(error, TimeoutError):
-        return Failure(503, f"No replica of {job.model} took the request.", "service_unavailable_error", None, "no_replica", 2.0)
+        return Failure(503, f"No replica of {job.model} took the request.", UNAVAILABLE, None, "no_replica", 2.0)
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
-        return Failure(503, f"The replica of {job.model} was lost.", "service_unavailable_error", None, "replica_lost", 2.0)
+        return Failure(503, f"The replica of {job.model} was lost.", UNAVAILABLE, None, "replica_lost", 2.0)
     return Failure(500, f"The request {job.id} failed inside the service.", "server_error", None, "internal_error")

@@ -126,6 +126,25 @@ async def test_loading_replicas_are_passed_over_while_another_is_ready() -> None
     assert [item async for item in fleet.generate(JOB)] == [LOADING] and handle.asked == 1
 
 
+async def never() -> AsyncIterator[Item]:
+    await asyncio.Event().wait()
+    yield Accepted(())
+
+
+async def test_a_model_that_loses_its_replicas_refuses_those_who_wait() -> None:
+    handle = Handle(never)
+    fleet = RayFleet({"one": handle}, 0.01)
+    watch = asyncio.create_task(fleet.watch())
+    await asyncio.sleep(0.03)
+    waiting = asyncio.create_task(anext(fleet.generate(JOB)))
+    await asyncio.sleep(0.03)
+    assert not waiting.done()
+    handle.states = ()
+    failure = await asyncio.wait_for(waiting, 1)
+    watch.cancel()
+    assert isinstance(failure, Failure) and (failure.status, failure.code, failure.retry_after) == (503, "no_replica", 2.0)
+
+
 def desk(error: Exception | None) -> tuple[RayDesk, list[Any]]:
     calls: list[Any] = []
 
