@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -70,7 +71,8 @@ def load_base(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torc
 
 
 def register() -> None:
-    """Make ragged attention known to transformers; doing so twice changes nothing."""
+    """Make ragged attention known to transformers, and transformers quiet; doing so twice changes nothing."""
+    transformers.utils.logging.disable_progress_bar()
     AttentionInterface.register(IMPLEMENTATION, ragged_attention)
 
 
