@@ -106,10 +106,11 @@ class Fleet:
         return made
 
     def _heir(self, telemetry: Telemetry) -> Survival:
-        """A new estimate: the one of the same drafter and version if there is any, else a faint copy of the latest."""
-        estimates = self.survival_before | {_kind(r.last): r.survival for r in self.replicas.values()}
-        made, same = Survival(), estimates.get(_kind(telemetry))
-        parent = same or next(reversed(estimates.values()), None)
+        """A new estimate: a copy of the one of the same drafter and version if there is any, else a faint copy of the latest."""
+        kind, made = _kind(telemetry), Survival()
+        same = next((r.survival for r in reversed(self.replicas.values()) if _kind(r.last) == kind), self.survival_before.get(kind))
+        parent = same or next((r.survival for r in reversed(self.replicas.values())), None)
+        parent = parent or next(reversed(self.survival_before.values()), None)
         if parent is not None:
             made = Survival.from_dict(parent.to_dict())
             made.fade(0.5 if same else INHERITED)
