@@ -136,7 +136,9 @@ def summaries(cells: Sequence[Cell]) -> list[Summary]:
     groups: dict[tuple[str, int, Mode], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.model, cell.concurrency, cell.mode), []).append(cell)
-    return [summary(group, groups.get((model, concurrency, "off"), [])) for (model, concurrency, _), group in groups.items()]
+    places = dict.fromkeys((cell.model, cell.concurrency) for cell in cells)
+    order = [(*place, mode) for place in places for mode in MODES if (*place, mode) in groups]
+    return [summary(groups[key], groups.get((key[0], key[1], "off"), [])) for key in order]
 
 
 def summary(cells: Sequence[Cell], off: Sequence[Cell]) -> Summary:

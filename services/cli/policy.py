@@ -17,7 +17,7 @@ from services.cli.screen import emit_json, remark, show, table
 
 app = typer.Typer(no_args_is_help=True, help="See and change how deep a model drafts, while it serves.")
 
-COLUMNS = ["version", "at", "who", "why", "from", "to"]
+COLUMNS = ["version", "when", "who", "why", "change"]
 
 Model = Annotated[str, typer.Argument(help="A served model.")]
 
@@ -51,14 +51,13 @@ def change(
 
 @app.command()
 def history(model: Model, as_json: options.AsJson = False, url: options.Url = URL, key: options.Key = None) -> None:
-    """Show every change: when, who, from, to."""
+    """Show every change: when, who, why, and the fields that it changed."""
     with Client(url, key) as client:
         answer = client.get(path(model) + "/history")
     if as_json:
         emit_json(answer)
         return
-    rows = [[readable(name, change.get(name)) for name in COLUMNS] for change in answer["history"]]
-    show(table(f"{model}: policy changes", COLUMNS, rows))
+    show(table(f"{model}: policy changes", COLUMNS, [row(entry) for entry in answer["history"]]))
 
 
 def path(model: str) -> str:
@@ -93,7 +92,7 @@ def present(title: str, answer: Json, as_json: bool) -> None:
     if as_json:
         emit_json(answer)
     else:
-        show(table(title, ["field", "value"], [[name, readable(name, value)] for name, value in flat(answer)]))
+        show(table(title, ["field", "value"], [[name, value] for name, value in flat(answer)]))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,8 +104,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, value
 
 
-def readable(name: str, value: Any) -> Any:
-    """A value as a table shows it: seconds since the epoch as a date, mappings as JSON."""
-    if name == "at" and isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return json.dumps(value) if isinstance(value, Mapping | list) else value
+def row(entry: Mapping[str, Any]) -> list[Any]:
+    when = datetime.fromtimestamp(entry["at"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return [entry["version"], when, entry["who"], entry.get("why"), difference(entry["from"], entry["to"])]
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """kind: goodput → fixed, depth: 3: the fields of the policy that are new or other than before."""
+    changed = [name for name in after if name not in before or before[name] != after[name]]
+    return ", ".join(f"{name}: {f'{before[name]} → ' if name in before else ''}{after[name]}" for name in changed)

@@ -7,14 +7,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+WIDE = 160  # columns where there is no terminal to fit
+
 
 def console(error: bool = False) -> Console:
     """A console on standard output or standard error, found anew so that redirections hold."""
-    return Console(stderr=error, highlight=False)
+    terminal = (sys.stderr if error else sys.stdout).isatty()
+    return Console(stderr=error, highlight=False, width=None if terminal else WIDE)
 
 
 def remark(text: str) -> None:
@@ -38,7 +42,7 @@ def show(what: RenderableType) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table with numbers to the right; None is a dash."""
-    built = Table(title=title, title_justify="left", header_style="bold")
+    built = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 1), pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(row[index] is None or isinstance(row[index], int | float) for row in rows)
         built.add_column(column, justify="right" if numeric else "left", overflow="fold")

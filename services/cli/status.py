@@ -9,7 +9,7 @@ from services.cli import options
 from services.cli.client import URL, Client, Json, Refused
 from services.cli.screen import emit_json, remark, show, table
 
-COLUMNS = ["model", "state", "drafter", "version", "policy", "depth now", "tokens/step", "expected × off", "running", "waiting"]
+COLUMNS = ["model", "state", "drafter", "version", "policy", "depth", "tokens/step", "× off", "running", "waiting"]
 
 
 def status(as_json: options.AsJson = False, url: options.Url = URL, key: options.Key = None) -> None:

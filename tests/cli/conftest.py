@@ -112,8 +112,7 @@ def telemetry(model: str) -> Telemetry:
 
 
 @pytest.fixture
-def shell(service: Service, monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.setenv("COLUMNS", "200")
+def shell(service: Service) -> Shell:
     return Shell(service.url)
 
 

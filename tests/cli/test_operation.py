@@ -13,7 +13,7 @@ from tests.cli.conftest import CLIENT, Service, Shell
 def test_status_shows_models_and_load(shell: Shell) -> None:
     done = shell("status")
     assert done.code == 0
-    echo, code = (next(line for line in done.out.splitlines() if f"│ {model} " in line) for model in ("echo", "code"))
+    echo, code = (next(line for line in done.out.splitlines() if line.strip().startswith(f"{model} ")) for model in ("echo", "code"))
     assert "ready" in echo and "goodput" in echo and "3.00" in echo and "5.00" in echo
     assert "completion" not in code and "ngram" in code
     assert "loading" in done.out and "failed" in done.out
@@ -39,7 +39,8 @@ def test_policy_set_get_history(shell: Shell, service: Service) -> None:
     assert "policy.kind" in shown and "fixed" in shown
     history = json.loads(shell("policy", "history", "echo", "--json").out)["history"]
     assert [change["who"] for change in history] == ["operator", "operator"] and history[1]["from"]["depth"] == 2
-    assert "operator" in shell("policy", "history", "echo").out
+    shown = shell("policy", "history", "echo").out
+    assert "operator" in shown and "kind: goodput → fixed" in shown and "depth: 2 → 4" in shown
 
 
 def test_policy_set_takes_json_and_replaces(shell: Shell, service: Service) -> None:
@@ -86,6 +87,14 @@ def test_bench_measures_every_cell(shell: Shell, tmp_path: Path) -> None:
     assert {entry["against_off"] for entry in result["summary"] if entry["mode"] == "off"} == {1.0}
     assert result["machine"]["cores"] and result["command"][0] == "specfleet"
     assert {entry["requests"] for entry in result["rounds"] if entry["model"] == "code"} == {3}
+
+
+def test_bench_table_goes_from_off_to_fixed(shell: Shell, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"code": ["x"]}))
+    done = shell("bench", "code", "--rounds", "1", "--modes", "fixed,off", "--prompts", str(prompts))
+    lines = [line.split()[:3] for line in done.out.splitlines() if line.strip().startswith("code")]
+    assert lines == [["code", "1", "off"], ["code", "1", "fixed"], ["code", "8", "off"], ["code", "8", "fixed"]]
 
 
 def test_bench_interleaves_modes(shell: Shell, service: Service, tmp_path: Path) -> None:
