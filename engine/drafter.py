@@ -33,7 +33,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What one step kept of one request: tokens emitted, nodes drafted, drafted tokens accepted, hidden states at kept draws [k, emb_dim]."""
+    """What one step kept of one request.
+
+    tokens: emitted; drafted: nodes drafted; accepted: drafted tokens kept; hidden: states whose logits drew the tokens [k, emb_dim].
+    """
 
     request: str
     tokens: Sequence[int]

@@ -75,7 +75,8 @@ class ModelReplica:
         """Load the model, again and again if it fails; the status tells how it stands."""
         while True:
             try:
-                return await self.host.start()
+                await self.host.start()
+                return
             except Exception:
                 log.exception("%s could not be loaded; next attempt in %s s", self.settings.name, RETRY_S)
                 await asyncio.sleep(RETRY_S)

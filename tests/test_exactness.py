@@ -15,7 +15,6 @@ from drafters.ngram import NgramDrafter
 from drafters.tree_draft import MLPDrafter
 from engine.engine import Engine
 from engine.request import Request
-from engine.sampling import SamplingParams
 from tests.engine.toys import VOCAB, Oracle, everywhere, mixed_requests, ragged, run, texts, toy_base
 
 SAMPLING = {

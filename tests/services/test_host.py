@@ -77,7 +77,7 @@ async def test_text_does_not_depend_on_speculation(host, sampling):
 
 
 async def test_the_last_piece_accounts_for_everything(host):
-    items, texts = await answer(host, Job(id="a", model="toy", prompts=("The quick brown fox",), max_tokens=20, seed=1, logprobs=2))
+    items, _ = await answer(host, Job(id="a", model="toy", prompts=("The quick brown fox",), max_tokens=20, seed=1, logprobs=2))
     assert isinstance(items[0], Accepted) and items[0].seeds == (1,)
     end = last(items)
     tokens = [t for item in items[1:] for p in item for t in p.tokens]

@@ -1,0 +1,106 @@
+"""A replica's pilot: budgets by the plan in force, telemetry of what really happened."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.policy import PolicyKeeper, parse_policy
+from actors.store import open_state
+from engine.engine import Engine
+from engine.request import Request
+from engine.sampling import SamplingParams
+from policies import Plan
+from services.pilot import Pilot
+from services.protocol import Speculation
+from tests.engine.toys import Oracle, run, texts, toy_base
+
+
+@pytest.fixture(scope="module")
+def base():
+    return toy_base()
+
+
+def requests(limits, count=3):
+    return [Request(f"p{i}", [5, 6, 7 + i], SamplingParams(max_tokens=30, seed=i), limits=wish) for i, wish in enumerate(limits * count)]
+
+
+def fly(base, policy, wishes, right=1.0):
+    """Run requests under a policy with an oracle; the pilot and the stats by wish."""
+    plain = texts(run(Engine(base, slots=1024), requests(wishes)))
+    known = {r.id: list(r.prompt) + plain[r.id] for r in requests(wishes)}
+    pilot, drafter = Pilot("r1", Plan.of(0, "toy", parse_policy(policy))), Oracle(known, right)
+    pilot.take(drafter)
+    pilot.adopt(Plan.of(1, "toy", parse_policy(policy), limits=pilot.limits))
+    engine = Engine(base, drafter, pilot.budgets, slots=1024)
+    for request in requests(wishes):
+        engine.submit(request)
+    stats, text = {}, {}
+    while engine.busy:
+        report = engine.step()
+        pilot.observe(report)
+        for outcome in report.outcomes:
+            text.setdefault(outcome.request.id, []).extend(outcome.tokens)
+            if outcome.finish:
+                stats[outcome.request.limits] = outcome.stats
+    assert text == plain
+    return pilot, stats
+
+
+def test_requests_bound_the_policy(base):
+    off, shallow, auto = Speculation("off"), Speculation("auto", 2), Speculation()
+    _, stats = fly(base, {"kind": "fixed", "depth": 5}, [off, shallow, auto])
+    assert [stats[w].depth_max for w in (off, shallow, auto)] == [0, 2, 5]
+    _, stats = fly(base, {"kind": "off"}, [Speculation("fixed", 4), auto])
+    assert {s.depth_max for s in stats.values()} == {0}
+    _, stats = fly(base, {"kind": "fixed", "depth": 1}, [Speculation("fixed", 4)])
+    assert stats[Speculation("fixed", 4)].depth_max == 4
+
+
+def test_telemetry_counts_what_happened(base):
+    pilot, _ = fly(base, {"kind": "fixed", "depth": 3, "width": 1}, [Speculation()])
+    report = pilot.report().validated()
+    assert report.tokens == 3 * 30 and report.replica == "r1" and report.limits.max_depth == 8
+    assert all(s.seconds > 0 and s.rows >= s.requests for s in report.steps)
+    assert report.survival.survived[1] == report.survival.trials[1] > 0, "the oracle is always right"
+    assert pilot.report().tokens == 0, "a report tells only what is new"
+
+
+def test_wrong_drafts_are_told_by_depth(base):
+    pilot, _ = fly(base, {"kind": "fixed", "depth": 4, "width": 1}, [Speculation()], right=0.5)
+    survival = pilot.report().survival
+    assert survival.sane() and 0 < survival.survived[1] < survival.trials[1]
+    assert survival.trials[2] <= survival.survived[1]
+
+
+def test_older_plans_are_not_adopted():
+    pilot = Pilot("r1", Plan.of(5, "toy", parse_policy({"kind": "off"})))
+    pilot.adopt(Plan.of(4, "toy", parse_policy({"kind": "fixed", "depth": 2})))
+    pilot.adopt(None)
+    assert pilot.plan.version == 5
+
+
+def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
+    """Telemetry of an engine whose drafts are all wrong turns goodput off; plans flow back."""
+    keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"))
+    pilot = Pilot("r1", keeper.register("toy", {"kind": "goodput"}))
+    drafter = Oracle({}, 0.0)
+    drafter.texts = AlwaysWrong()
+    pilot.take(drafter)
+    engine = Engine(base, drafter, pilot.budgets, slots=4096, max_running=4)
+    depths = []
+    for i in range(120):
+        if not engine.busy:
+            for j in range(4):
+                engine.submit(Request(f"k{i}-{j}", [5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0)))
+        report = engine.step()
+        depths.append(max((v.depth for v in report.verified), default=0))
+        pilot.observe(report)
+        if i % 5 == 4:
+            pilot.adopt(keeper.report(pilot.report()))
+    assert max(depths[:10]) > 0, "it tries"
+    assert sum(d > 0 for d in depths[-40:]) <= 8, "and gives up, but for a probe now and then"
+
+
+class AlwaysWrong:
+    def __getitem__(self, name):
+        return [0] * 500
