@@ -1,6 +1,6 @@
 """The recipe of the demo fleet: every name, size, seed and step count, in frozen dataclasses. Knows no torch and no files."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -60,7 +60,7 @@ class Phase:
 class Optimization:
     """Muon for hidden matrices, AdamW for embeddings and norms, under a trapezoidal schedule."""
 
-    phases: tuple[Phase, ...] = (Phase(0.35, 256, 16), Phase(0.86, 512, 16), Phase(0.96, 1024, 8), Phase(1.0, 2048, 4))
+    phases: tuple[Phase, ...]
     micro_tokens: int = 4096  # tokens in one forward and backward pass
     warmup: float = 0.02  # share of steps
     decay: float = 0.35  # share of steps
@@ -87,11 +87,11 @@ class ModelRecipe:
     intermediate: int
     steps: int
     seed: int
+    optimization: Optimization
     head_dim: int = 64
     positions: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    optimization: Optimization = field(default_factory=Optimization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,22 @@ def demo_packages() -> tuple[Package, ...]:
     )
 
 
+def growing_windows(short: float) -> tuple[Phase, ...]:
+    """Windows of 256 tokens for a share `short` of the steps, then 512, at last up to 2048; the batch doubles once."""
+    return (Phase(short, 256, 16), Phase(0.86, 512, 16), Phase(0.96, 1024, 8), Phase(1.0, 2048, 4))
+
+
+def demo_models() -> tuple[ModelRecipe, ...]:
+    chat = Optimization(growing_windows(262 / 650), warmup=15 / 650, decay=162 / 650)
+    code = Optimization(growing_windows(0.4))
+    large = Optimization(growing_windows(350 / 680), warmup=20 / 680)
+    return (
+        ModelRecipe("demo-chat", "chat", hidden=256, layers=5, heads=4, intermediate=688, steps=650, seed=2, optimization=chat),
+        ModelRecipe("demo-code", "code", hidden=192, layers=5, heads=3, intermediate=512, steps=360, seed=3, optimization=code),
+        ModelRecipe("demo-code-large", "code", hidden=320, layers=6, heads=5, intermediate=864, steps=680, seed=1, optimization=large),
+    )
+
+
 def demo_fleet() -> FleetRecipe:
     """The fleet that `models/` holds."""
-    return FleetRecipe(
-        corpus=CorpusRecipe(demo_packages()),
-        tokenizer=TokenizerRecipe(),
-        models=(
-            ModelRecipe("demo-chat", "chat", hidden=256, layers=5, heads=4, intermediate=688, steps=750, seed=2),
-            ModelRecipe("demo-code", "code", hidden=192, layers=5, heads=3, intermediate=512, steps=700, seed=3),
-            ModelRecipe("demo-code-large", "code", hidden=320, layers=6, heads=5, intermediate=864, steps=1000, seed=1),
-        ),
-    )
+    return FleetRecipe(corpus=CorpusRecipe(demo_packages()), tokenizer=TokenizerRecipe(), models=demo_models())

@@ -50,7 +50,7 @@ def test_a_trained_model_loads_by_transformers(fleet: FleetRecipe):
 
 
 def test_the_rate_is_a_trapezoid():
-    rates = [rate(step, 100, Optimization(warmup=0.1, decay=0.4)) for step in range(100)]
+    rates = [rate(step, 100, Optimization((Phase(1.0, 8, 1),), warmup=0.1, decay=0.4)) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:60] == [1.0] * 51
     assert rates[80] == pytest.approx(0.5)
