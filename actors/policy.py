@@ -6,6 +6,7 @@ own history (the last entry is in force), so a change is one append and none is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -208,9 +209,10 @@ class PolicyKeeper:
     def _recover(self, model: str, policy: BaseModel, limits: Limits) -> Entry:
         """The model as the store remembers it."""
         entry = Entry(model, policy, 0, limits, saved=self._clock())
-        last = self._store.entries(f"policy/{model}", 1)
-        if last:
-            entry.policy, entry.revision = parse_policy(last[-1]["to"]), int(last[-1]["version"])
+        for change in self._store.entries(f"policy/{model}", 1):
+            entry.revision = int(change["version"])
+            with contextlib.suppress(PolicyError):  # a kind or field of another release: the default stands until somebody changes it
+                entry.policy = parse_policy(change["to"])
         learned = self._store.get(f"policy/learned/{model}")
         if learned:
             entry.fleet = Fleet.from_dict(learned)

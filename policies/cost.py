@@ -201,9 +201,8 @@ class CostTable:
         return None if curve is None else curve.at(requests) + self.slope * context
 
     def off_count(self, requests: int) -> int:
-        """Samples of depth 0 at about that many requests."""
-        own = self._off_cell(requests)
-        return own.count if own else 0
+        """Samples of depth 0 at about that many requests (within a quarter)."""
+        return sum(c.count for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests)
 
     def forward(self, requests: int, rows: float, context: float = 0) -> float | None:
         """The forward, sampling and commit of a step with drafts in it, without the drafting."""

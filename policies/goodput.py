@@ -16,7 +16,7 @@ from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, deepest, settled
 from policies.survival import skill
 
-HASTE = 10  # steps between depth-0 probes while there are too few samples of it
+HASTE = 20  # steps between depth-0 probes while there are too few samples of it
 ENOUGH = 3  # samples of depth 0 from which it counts as measured
 
 HOPELESS = 0.02  # survival below which a depth is not considered

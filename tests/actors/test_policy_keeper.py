@@ -321,6 +321,13 @@ def test_a_restart_recovers_everything_and_versions_rise(keeper, store, clock):
     assert [c["version"] for c in again.history("m")] == [1, 2]
 
 
+def test_replicas_are_led_on_although_the_state_was_lost(clock):
+    keeper = PolicyKeeper(MemoryState(), clock, SETTINGS)
+    keeper.register("m")
+    assert keeper.report(telemetry(plan_version=123_456)).version > 123_456
+    assert keeper.report(telemetry("r2", plan_version=7)).version > 123_456
+
+
 def test_versions_rise_over_many_restarts(store, clock):
     last = 0
     for _ in range(5):
@@ -339,6 +346,14 @@ def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock):
     assert again.plan("m").cost.off(4) is None
     store.put("policy/learned/m", {})
     assert PolicyKeeper(store, clock, SETTINGS).plan("m").policy == GoodputPolicy()
+
+
+def test_a_stored_policy_of_another_release_leaves_the_default(store, clock):
+    store.append("policy/m", {"version": 7, "to": {"kind": "bandit"}})
+    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper.register("m", {"kind": "fixed"})
+    assert keeper.plan("m").policy == FixedPolicy()
+    assert keeper.put_policy("m", {"kind": "off"}, "ann", "")["version"] == 8
 
 
 def test_a_clock_that_jumps_back_does_not_stop_publication(keeper, clock):

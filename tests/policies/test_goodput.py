@@ -98,7 +98,7 @@ def test_while_off_small_depths_are_probed():
 
 def test_with_no_data_starts_at_a_moderate_depth_and_measures_depth_0_soon():
     plan = Plan.of(1, "m", GoodputPolicy(start_depth=3))
-    depths = [plan.decide(Load(1), [RequestView("a")], step)[0].depth for step in range(1, 21)]
+    depths = [plan.decide(Load(1), [RequestView("a")], step)[0].depth for step in range(1, 41)]
     assert set(depths) == {3, 0} and depths.count(0) == 2
     crowd = plan.decide(Load(64), [RequestView(str(i)) for i in range(64)], 1)
     assert {d.depth for d in crowd} == {1}
