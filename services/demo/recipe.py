@@ -138,7 +138,7 @@ def demo_models() -> tuple[ModelRecipe, ...]:
     large = Optimization(growing_windows(350 / 680), warmup=20 / 680)
     return (
         ModelRecipe("demo-chat", "chat", hidden=256, layers=5, heads=4, intermediate=688, steps=650, seed=2, optimization=chat),
-        ModelRecipe("demo-code", "code", hidden=192, layers=5, heads=3, intermediate=512, steps=360, seed=3, optimization=code),
+        ModelRecipe("demo-code", "code", hidden=192, layers=5, heads=3, intermediate=512, steps=480, seed=3, optimization=code),
         ModelRecipe("demo-code-large", "code", hidden=320, layers=6, heads=5, intermediate=864, steps=680, seed=1, optimization=large),
     )
 
