@@ -128,7 +128,8 @@ class Peer:
     """Another actor, which may be away: looked up when first needed, and again after every failure."""
 
     def __init__(self, find: Callable[[], Any]) -> None:
-        self.find, self.handle = find, None
+        self.find = find
+        self.handle: Any = None
 
     async def call(self, method: str, argument: object) -> Any:
         """Call a method and wait at most PATIENCE_S. Raises whatever went wrong."""
