@@ -3,8 +3,6 @@
 `serve run services.app:build config=FILE` and `specfleet serve FILE` both begin here.
 """
 
-from __future__ import annotations
-
 import signal
 import socket
 import threading

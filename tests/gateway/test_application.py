@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import subprocess
@@ -48,6 +49,7 @@ def test_builder_reads_the_file(tmp_path: Any) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("models: [{name: one, base: x, drafter: none}]")
     assert app.build(app.AppArgs(config=str(file)))._bound_deployment.name == "gateway"
+    assert inspect.signature(app.build).parameters["args"].annotation is app.AppArgs  # what serve run looks at
     with pytest.raises(ConfigError):
         app.build(app.AppArgs(config=str(tmp_path / "nowhere.yaml")))
 
