@@ -1,14 +1,16 @@
 """Drafting with an MLP speculator: the paper's tree, grown for a whole batch at once, in the noise the base will draw with.
 
 Every head's logits go through `engine.sampling.perturb`, so a branch is scored by how surely the base draws it; at temperature 0 that is
-its log-probability, and the tree is the paper's (arXiv 2404.19124).
+its log-probability, and the tree is the paper's (arXiv 2404.19124). At higher temperatures the noise has already decided most of it, so
+only the best branches are followed between heads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -47,28 +49,38 @@ class Job:
     draft: Draft
     depth: int
     width: int
+    beam: int | None  # branches followed between heads; None: all of them
 
     @classmethod
     def of(cls, draft: Draft, heads: int, candidates: int) -> Job:
         room = draft.budget.nodes - draft.tree.drafted
         width = min(draft.budget.width, candidates) if draft.hidden is not None else 0
-        return cls(draft, min(draft.budget.depth, heads, room), width)
+        if width == 1:
+            return cls(draft, min(draft.budget.depth, heads, room), 1, 1)
+        return cls(draft, min(draft.budget.depth, heads, room), width, 2 * width if draft.sampler.params.temperature > 0 else None)
 
 
 @dataclass(slots=True)
 class Forest:
-    """Branches of all jobs in flat lists; parent -1 is a job's last forced node. `leaves` holds each job's deepest branches."""
+    """Branches of all jobs in flat lists; parent -1 is a job's last forced node. `leaves`: each job's best path ends."""
 
     leaves: list[list[int]]
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)  # summed log-probability in shared noise
 
-    def add(self, parent: int, token: int, score: float) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.scores.append(score)
-        return len(self.tokens) - 1
+    def add(self, parents: Sequence[int], tokens: Tensor, scores: Tensor) -> range:
+        """A row of tokens below each parent. tokens, scores: [parents, k]. Returns the new branches, row by row."""
+        first, k = len(self.tokens), tokens.shape[1]
+        self.tokens += tokens.flatten().tolist()
+        self.scores += scores.flatten().tolist()
+        self.parents += [parent for parent in parents for _ in range(k)]
+        return range(first, len(self.tokens))
+
+    def top(self, branches: Sequence[int], count: int | None) -> list[int]:
+        """The `count` best-scored of the branches, best first. Tokens that cannot be drawn (cut off by top_k, ..) are never among them."""
+        ordered = sorted((b for b in branches if self.scores[b] > -math.inf), key=self.scores.__getitem__, reverse=True)
+        return ordered[:count]
 
     def path(self, branch: int) -> list[int]:
         """Branches from the first one down to `branch`."""
@@ -77,11 +89,6 @@ class Forest:
             path.append(branch)
             branch = self.parents[branch]
         return path[::-1]
-
-    def best(self, job: int, width: int) -> list[list[int]]:
-        """The job's `width` best paths, best first."""
-        ordered = sorted(self.leaves[job], key=self.scores.__getitem__, reverse=True)
-        return [self.path(leaf) for leaf in ordered[:width]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,14 @@ class Front:
     token: Tensor  # [rows]
     score: Tensor  # [rows, 1]
     parent: Tensor | None  # [rows], None: row for row
+
+    def spans(self) -> Iterator[tuple[int, range]]:
+        """Every job's rows, which lie together."""
+        start = 0
+        for owner, rows in groupby(self.owners):
+            stop = start + sum(1 for _ in rows)
+            yield owner, range(start, stop)
+            start = stop
 
 
 class MLPDrafter:
@@ -115,7 +130,7 @@ class MLPDrafter:
         if jobs:
             forest = self.grow(jobs)
             for index, job in enumerate(jobs):
-                plant(job, forest, forest.best(index, job.width))
+                plant(job, forest, forest.leaves[index])
 
     def observe(self, batch: Sequence[Kept]) -> None:
         """Nothing to learn while serving."""
@@ -184,31 +199,26 @@ def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def extend(forest: Forest, jobs: Sequence[Job], front: Front, state: Tensor, score: Tensor, token: Tensor, depth: int) -> Front:
-    """Add the ranked tokens to the forest; returns the front of the jobs that go deeper than `depth`.
-
-    A chain takes the best token only, and tokens that cannot be drawn (cut off by top_k, top_p or min_p) are not branches.
-    """
+    """Add the ranked tokens [rows, k] to the forest: the leaves of jobs as deep as `depth`, and the front of those that go deeper."""
     k = token.shape[1]
-    rows: list[int] = []
+    added = forest.add(front.branches, token, score)
     branches: list[int] = []
     owners: list[int] = []
-    for row, (tokens, scores) in enumerate(zip(token.tolist(), score.tolist(), strict=True)):
-        owner = front.owners[row]
-        taken = 1 if jobs[owner].width == 1 else k
-        added = [forest.add(front.branches[row], t, s) for t, s in zip(tokens[:taken], scores, strict=False) if s > -math.inf]
-        if jobs[owner].depth == depth:
-            forest.leaves[owner] += added
-            continue
-        rows += range(row * k, row * k + len(added))
-        branches += added
-        owners += [owner] * len(added)
-    index = torch.tensor(rows, dtype=torch.long, device=token.device)
+    for owner, rows in front.spans():
+        job, own = jobs[owner], added[rows.start * k : rows.stop * k]
+        if job.depth == depth:
+            forest.leaves[owner] = forest.top(own, job.width)
+        else:
+            chosen = forest.top(own, job.beam)
+            branches += chosen
+            owners += [owner] * len(chosen)
+    index = torch.tensor(branches, dtype=torch.long, device=token.device) - added.start
     return Front(branches, owners, state, token.view(-1)[index], score.view(-1)[index][:, None], index // k)
 
 
-def plant(job: Job, forest: Forest, paths: Sequence[Sequence[int]]) -> None:
-    """Merge branches into the job's tree. Under a tight cap the best-scored ones go first: a branch never outscores its parent."""
-    branches = dict.fromkeys(branch for path in paths for branch in path)
+def plant(job: Job, forest: Forest, leaves: Sequence[int]) -> None:
+    """Merge the paths to `leaves` into the job's tree. Under a tight cap the best-scored nodes go first: none outscores its parent."""
+    branches = dict.fromkeys(branch for leaf in leaves for branch in forest.path(leaf))
     tree, room = job.draft.tree, job.draft.budget.nodes
     order = list(branches) if tree.drafted + len(branches) <= room else sorted(branches, key=lambda b: -forest.scores[b])
     nodes = {-1: tree.forced - 1}

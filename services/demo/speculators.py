@@ -34,7 +34,7 @@ def speculator_job(name: str, fleet: FleetRecipe | None = None, device: str = "c
         shape=speculator_shape(recipe.corpus),
         first=Stage(600, 8, 256, 1.0, 0.1),
         second=Stage(120, 8, 256, 0.3, 0.01),
-        peak=3e-3,
+        peak=1e-2,
         seed=recipe.seed,
         device=device,
     )

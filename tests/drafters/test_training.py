@@ -84,9 +84,9 @@ def test_losses_fall_and_the_report_says_so(job: TrainingJob) -> None:
     assert (saved.config.emb_dim, saved.config.vocab_size, saved.config.base_model_name_or_path) == (WIDTH, VOCAB, "toy")
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 5), (1, 24), (2, 4)])
+@pytest.mark.parametrize(("stage", "step"), [(1, 5), (1, 8), (2, 4)])
 def test_a_run_cut_off_ends_in_the_same_weights(job: TrainingJob, tmp_path: Path, stage: int, step: int) -> None:
-    job = replace(job, first=replace(job.first, steps=24 if stage == 1 and step > 5 else 8))
+    job = replace(job, first=replace(job.first, steps=8))
     whole = train(replace(job, work=tmp_path / "whole", output=tmp_path / "uncut"))
 
     def cut(advance: Advance) -> None:
