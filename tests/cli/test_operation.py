@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CLIENT, Service, Shell
+from tests.cli.conftest import ADMIN, CLIENT, Service, Shell
 
 
 def test_status_shows_models_and_load(shell: Shell) -> None:
@@ -115,3 +117,12 @@ def test_own_prompts_cover_the_demo_fleet() -> None:
     lists = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "prompts.json").read_text())
     for name in ("demo-chat", "demo-code", "demo-code-large", "chat", "completion"):
         assert len(lists[name]) >= 8 and len(set(lists[name])) == len(lists[name])
+
+
+def test_benchmark_script_is_bench(service: Service, tmp_path: Path) -> None:
+    root, prompts, out = Path(__file__).resolve().parents[2], tmp_path / "prompts.json", tmp_path / "out.json"
+    prompts.write_text(json.dumps({"code": ["x"]}))
+    flags = ["code", "--rounds", "1", "-c", "1", "--prompts", str(prompts), "--out", str(out), "--url", service.url, "--key", ADMIN]
+    done = subprocess.run([sys.executable, "benchmarks/speculation.py", *flags], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/step" in done.stdout and len(json.loads(out.read_text())["summary"]) == 3
