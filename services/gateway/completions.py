@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from configs.settings import GatewaySettings, SamplingDefaults
@@ -34,14 +33,15 @@ class CompletionKind:
         return Job(identity, body.model, prompts=prompts, logprobs=body.logprobs, echo=bool(body.echo), key=key, **fields)
 
     def shape(self, job: Job) -> Shape:
-        return CompletionShape()
+        return CompletionShape(job)
 
 
 class CompletionShape:
-    """Increments of a text. Remembers where each choice's next token begins, in characters."""
+    """Increments of a text. Remembers where each choice's next token begins, in characters; after the prompt if that is echoed."""
 
-    def __init__(self) -> None:
-        self._offsets: defaultdict[int, int] = defaultdict(int)
+    def __init__(self, job: Job) -> None:
+        echoed = [len(prompt) if job.echo and isinstance(prompt, str) else 0 for prompt in job.prompts or ()]
+        self._offsets = [length for length in echoed for _ in range(job.n)]
 
     def opening(self, choice: int) -> Choice | None:
         return None

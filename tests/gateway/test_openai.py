@@ -58,7 +58,7 @@ async def test_the_clients_own_fold(client: openai.AsyncOpenAI) -> None:
 async def test_completions(client: openai.AsyncOpenAI) -> None:
     answer = await client.completions.create(model="echo", prompt=["a", "b"], logprobs=1, echo=True, max_tokens=3)
     assert [choice.text for choice in answer.choices] == ["Hello world!"] * 2
-    assert answer.choices[0].logprobs.text_offset == [0, 5, 11] and answer.usage.total_tokens == 16
+    assert answer.choices[0].logprobs.text_offset == [1, 6, 12] and answer.usage.total_tokens == 16
     stream = await client.completions.create(model="echo", prompt=[1, 2], stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "Hello world!" and chunks[-1].usage.total_tokens == 8
