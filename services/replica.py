@@ -28,6 +28,7 @@ from services.protocol import Item, Job, ModelStatus
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
 PATIENCE_S = 2.0  # seconds to wait for another actor
+FIRST_PLAN_TRIES = 10  # waits of PATIENCE_S for a policy actor that is just starting
 RETRY_S = 15.0  # seconds between attempts to load
 MOST_RECORDS = 4096  # finished requests kept while the request log is away
 
@@ -72,7 +73,8 @@ class ModelReplica:
     # -- what goes on beside ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Load the model, again and again if it fails; the status tells how it stands."""
+        """Load the model, again and again if it fails; the status tells how it stands. The plan in force comes first."""
+        await self.first_plan()
         while True:
             try:
                 await self.host.start()
@@ -80,6 +82,15 @@ class ModelReplica:
             except Exception:
                 log.exception("%s could not be loaded; next attempt in %s s", self.settings.name, RETRY_S)
                 await asyncio.sleep(RETRY_S)
+
+    async def first_plan(self) -> None:
+        """The plan in force before the first request, unless the policy actor is not there in time."""
+        for _ in range(FIRST_PLAN_TRIES):
+            try:
+                self.pilot.adopt(await self.policy.call("plan", self.settings.name))
+                return
+            except Exception as error:
+                log.info("no plan yet (%s)", type(error).__name__)
 
     async def report(self) -> None:
         """Telemetry out, plans in."""
@@ -137,6 +148,8 @@ class Peer:
             async with asyncio.timeout(PATIENCE_S):
                 self.handle = self.handle or await asyncio.to_thread(self.find)
                 return await getattr(self.handle, method).remote(argument)
+        except TimeoutError:
+            raise  # slow, or just starting: the handle is still right
         except BaseException:
             self.handle = None
             raise

@@ -1,0 +1,139 @@
+"""The service as it is started from a shell: `specfleet serve` and `serve run`, Redis behind it, the other commands beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from configs.settings import Settings, load_settings
+from tests.conftest import wait_until
+from tests.e2e.service import ADMIN, USER, free_port, ready, url, write_config
+from tests.services.folders import write_model
+
+pytestmark = [pytest.mark.cluster]
+BIN = Path(sys.executable).parent
+
+
+@contextmanager
+def process(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, asked to end by SIGINT and gone afterwards."""
+    with log.open("wb") as out:
+        started = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            yield started
+        finally:
+            started.send_signal(signal.SIGINT)
+            try:
+                started.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                pytest.fail(f"{command[0]} did not end within a minute of SIGINT:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory) -> Iterator[int]:
+    server = shutil.which("redis-server")
+    assert server, "redis-server is needed: apt-get install redis-server"
+    port, folder = free_port(), tmp_path_factory.mktemp("redis")
+    options = ["--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    with process(server, "--bind", "127.0.0.1", *options, log=folder / "log"):
+        client = redis.Redis(port=port)
+        wait_until(lambda: answers(client), timeout=10)
+        yield port
+
+
+def answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, redis_port) -> Path:
+    folder = tmp_path_factory.mktemp("service")
+    model = write_model(folder / "model")
+    stores = {"request_log": {"url": f"redis://127.0.0.1:{redis_port}/1"}, "state": {"url": f"redis://127.0.0.1:{redis_port}/2"}}
+    return write_config(folder, [{"name": "toy", "base": str(model), "speculator": str(model / "speculator")}], **stores)
+
+
+def specfleet(settings: Settings, *arguments: str) -> str:
+    """What a command prints; it must succeed."""
+    command = [str(BIN / "specfleet"), *arguments, "--url", url(settings), "--key", ADMIN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_specfleet_serve_with_redis_and_its_commands(config, redis_port):
+    settings = load_settings(config)
+    with process(str(BIN / "specfleet"), "serve", str(config), log=config.parent / "serve.log") as server:
+        wait_until(lambda: up(settings) or ended(server, config), timeout=120, every=0.3)
+        ready(settings)
+        asked = ("generate", "toy", "The quick", "--max-tokens", "12", "--seed", "5", "--json")
+        on, off = (json.loads(specfleet(settings, *asked, "--speculation", mode)) for mode in ("auto", "off"))
+        assert text_of(on) == text_of(off)
+        assert "toy" in specfleet(settings, "status", "--json")
+        specfleet(settings, "policy", "set", "toy", '{"kind": "fixed", "depth": 2}')
+        assert json.loads(specfleet(settings, "policy", "get", "toy", "--json"))["policy"]["depth"] == 2
+        log = redis.Redis(port=redis_port, db=1)
+        wait_until(lambda: any(log.xlen(key) >= 2 for key in log.scan_iter() if log.type(key) == b"stream"), timeout=10)
+    assert server.returncode == 0, (config.parent / "serve.log").read_text()[-2000:]
+
+
+def test_serve_run_builds_the_same_service_and_remembers_the_policy(config):
+    settings = load_settings(config)
+    command = (str(BIN / "serve"), "run", "services.app:build", f"config={config}")
+    with process(*command, log=config.parent / "run.log") as server:
+        default = "http://127.0.0.1:8000"  # `serve run` listens where Serve does by default
+        wait_until(lambda: ready_at(default) or ended(server, config), timeout=180, every=0.3)
+        headers = {"Authorization": f"Bearer {USER}"}
+        body = {"model": "toy", "prompt": "The quick", "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(default + "/v1/completions", json=body, headers=headers, timeout=30)
+        assert answer.status_code == 200 and answer.json()["speculation"]["depth_max"] == 2, "the policy set before is still in force"
+        assert settings.models[0].name in httpx.get(default + "/v1/models", headers=headers).text
+
+
+def test_a_wrong_configuration_is_refused_before_anything_starts(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("models: [{name: a, base: b, drafter: none, colour: red}]\n")
+    done = subprocess.run([str(BIN / "specfleet"), "serve", str(wrong)], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "colour" in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def up(settings: Settings) -> bool:
+    try:
+        return httpx.get(url(settings) + "/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ready_at(address: str) -> bool:
+    try:
+        return httpx.get(address + "/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ended(server: subprocess.Popen[bytes], config: Path) -> bool:
+    """Fail at once when the server is gone."""
+    if server.poll() is not None:
+        logs = "".join(file.read_text()[-2000:] for file in config.parent.glob("*.log"))
+        pytest.fail(f"the server ended with {server.returncode}:\n{logs}")
+    return False
+
+
+def text_of(answer: dict) -> str:
+    """The text of a chat's JSON."""
+    return answer["choices"][0]["message"]["content"]
