@@ -83,6 +83,7 @@ def converse(conversation: Conversation) -> None:
         except Problem as problem:
             remark(str(problem))
         except KeyboardInterrupt:
+            emit("\n")
             remark("stopped")
 
 

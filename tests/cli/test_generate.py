@@ -123,3 +123,16 @@ def test_conversation_survives_an_error(shell: Shell, service: Service) -> None:
     done = shell("chat", "echo", input="Hi\nAgain\n")
     assert done.code == 0 and done.err.count("queue is full") == 2
     assert len(service.fleet.jobs[-1].messages or ()) == 1
+
+
+def test_an_answer_can_be_interrupted(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(text: str) -> None:
+        if text.strip():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("services.cli.chat.emit", interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr("services.cli.chat.remark", lambda text: said.append(text))
+        said: list[str] = []
+        done = shell("chat", "echo", input="Hi\n/quit\n")
+    assert done.code == 0 and "stopped" in said
