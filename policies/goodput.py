@@ -113,11 +113,17 @@ class Arena:
         return self._within(tuple(min(cap, depth) for cap in self.caps))
 
     def explore(self, best: tuple[int, ...], turn: int) -> tuple[int, ...]:
-        """One deeper than the best, or one shallower, in turn; while off, the best drafting depths, or depth 1, in turn."""
+        """By turns: a neighbour of the best depths, or one of all depths up to twice as deep, so that none is judged by old samples.
+
+        While off: the best drafting depths, or depth 1.
+        """
         if not any(best):
             found = self.best(drafting=True) if turn % 2 else (1,) * len(best)
             return self._within(tuple(max(d, 1) for d in found))
-        shift = 1 if turn % 2 else -1
+        if turn % 2:
+            depth = 1 + turn // 2 % (2 * max(best) + 1)
+            return self._within(tuple(min(cap, depth) if d else 0 for d, cap in zip(best, self.caps, strict=True)))
+        shift = 1 if turn % 4 else -1
         return self._within(tuple(max(1, min(cap, d + shift)) if d else 0 for d, cap in zip(best, self.caps, strict=True)))
 
     def best(self, drafting: bool = False) -> tuple[int, ...]:

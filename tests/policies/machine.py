@@ -33,6 +33,7 @@ class Machine:
     seconds: Seconds
     keep: float
     noise: float = 0.05
+    neighbour: float = 1.0  # how much slower everything gets while somebody else uses the machine
 
     def goodput(self, requests: int, depth: int) -> float:
         """Tokens per second if every request always drafts that deep."""
@@ -49,6 +50,7 @@ class Replica:
     def __init__(self, machine: Machine, policy: GoodputPolicy | None = None, seed: int = 0, deepest: int = 8) -> None:
         self.machine, self.policy = machine, policy or GoodputPolicy()
         self.random, self.limits = random.Random(seed), Limits(deepest, 4)
+        self.pace = 1.0
         self.cost, self.survival, self.step = CostModel(), Survival(), 0
         self.plan = Plan.of(0, "m", self.policy, limits=self.limits)
         self.depths: list[float] = []
@@ -85,7 +87,9 @@ class Replica:
 
     def _measure(self, true: StepSample) -> None:
         """With noise, and one stall in a hundred."""
-        factor = self.random.lognormvariate(0, self.machine.noise) * (20 if self.random.random() < 0.01 else 1)
+        if self.random.random() < 0.02:
+            self.pace = self.machine.neighbour if self.pace == 1.0 else 1.0
+        factor = self.pace * self.random.lognormvariate(0, self.machine.noise) * (20 if self.random.random() < 0.01 else 1)
         self.cost.add(replace(true, seconds=true.seconds * factor, draft_seconds=true.draft_seconds * factor))
 
     def _next(self, view: RequestView, drafted: int, accepted: int) -> RequestView:

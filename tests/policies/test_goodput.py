@@ -28,6 +28,13 @@ def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, re
     assert replica.run(requests, 400) > 0.97
 
 
+@pytest.mark.parametrize(("seconds", "keep"), [(memory_bound, 0.85), (compute_bound, 0.8)])
+def test_a_neighbour_that_slows_the_machine_now_and_then_does_not_mislead_much(seconds, keep):
+    replica = Replica(Machine(seconds, keep, neighbour=3.0), seed=5)
+    replica.run(8, 1000)
+    assert replica.run(8, 400) > 0.92
+
+
 def test_goes_deep_when_rows_are_free():
     replica = Replica(Machine(memory_bound, 0.9))
     replica.run(4, 1200)
