@@ -335,7 +335,7 @@ class RequestLogActor:
         self._opener, self._writer = opener, LogWriter(opener, capacity)
 
     async def append(self, records: Iterable[RequestRecord]) -> None:
-        """Queue finished records; callers need not wait for the answer."""
+        """Queue finished records; callers need not wait for the answer, and batches sent at the same time may change places."""
         for record in records:
             self._writer.offer(record)
 
