@@ -21,6 +21,9 @@ def status(as_json: options.AsJson = False, url: options.Url = URL, key: options
         emit_json({"models": models, "load": load})
         return
     show(table(url, COLUMNS, [row(entry, load.get(str(entry["id"]), {})) for entry in models]))
+    for entry in models:
+        if entry.get("detail"):
+            remark(f"{entry['id']}: {entry['detail']}")
     if not load:
         remark("Depth and load need the admin key: give it with --key.")
 

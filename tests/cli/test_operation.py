@@ -19,6 +19,7 @@ def test_status_shows_models_and_load(shell: Shell) -> None:
     assert "ready" in echo and "goodput" in echo and "3.00" in echo and "5.00" in echo
     assert "completion" not in code and "ngram" in code
     assert "loading" in done.out and "failed" in done.out
+    assert "slow: it is loading" in done.err and "broken: it is failed" in done.err
 
 
 def test_status_without_the_admin_key(shell: Shell) -> None:
