@@ -158,7 +158,17 @@ def ragged_attention(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """Masked attention of one group of rows; query heads that share a key head are folded into the queries. [R, heads, Q, dim]"""
+    """Masked attention of one group of rows; query heads that share a key head are folded into the queries. [R, heads, Q, dim]
+
+    In float32 on a CPU it is computed in float64: kernels sum in an order that depends on how many queries and keys they are given, and
+    rounding back to float32 makes a row's result the same in any company.
+    """
+    if q.dtype == torch.float32 and q.device.type == "cpu":
+        return attend_group(q.double(), k.double(), v.double(), mask.double(), scale, softcap, sinks).float()
+    return attend_group(q, k, v, mask, scale, softcap, sinks)
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     rows, heads, queries, dim = q.shape
     fold = heads // k.shape[1]
     if softcap is not None or sinks is not None:
@@ -171,7 +181,8 @@ def attend(
 
 def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Attention with logit soft-capping (Gemma 2) or attention sinks (gpt-oss), which fused kernels lack."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = scores if scores.dtype == torch.float64 else scores.float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask

@@ -24,6 +24,7 @@ from engine.slots import Block, SlotPool, SlotTable
 from engine.tree import Budget, Tree, replay
 
 log = logging.getLogger(__name__)
+UNDRAWN = -1  # in place of a token: the logits were not numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest for one that could never run, Overloaded when the queue is full."""
         self.validate(request)
-        if len(self.waiting) >= self.max_waiting:
+        if len(self.waiting) + len(self.running) >= self.max_waiting + self.max_running:
             raise Overloaded(f"{len(self.waiting)} requests are waiting, and no more than {self.max_waiting} may")
         sampler = Sampler(request.params, request.prompt, self.base.vocab_size, self.base.device)
         table = SlotTable(len(request.prompt) + request.params.max_tokens + self.nodes)
@@ -350,8 +351,8 @@ class Engine:
                 owner.append(index)
                 positions.append(len(plan.text.table) + tree.depths[node] + 1)
                 paths.append([tree.tokens[i] for i in tree.ancestry(node)] if penalised else [])
-        scores = perturb(logits, [p.text.sampler for p in plans], owner, positions, paths)
-        return scores.argmax(-1).tolist()
+        best = perturb(logits, [p.text.sampler for p in plans], owner, positions, paths).max(-1)
+        return torch.where(best.values.isnan(), UNDRAWN, best.indices).tolist()
 
     def score(self, plan: Plan, logits: Tensor) -> Tensor | None:
         """Log-probabilities at a request's rows if it asked for any. [rows, V]"""
@@ -373,7 +374,7 @@ class Engine:
         try:
             emitted, finish = self.accept(text, new)
         except Exception as error:
-            log.exception("the stop condition of request %s raised", text.request.id)
+            log.exception("request %s cannot go on", text.request.id)
             return next(self.fail([plan], error)), None
         path = path[: tree.forced + len(emitted) - 1]
         at = [plan.rows.start + node - first for node in path[first:]]  # rows of logits that drew what was emitted
@@ -385,8 +386,7 @@ class Engine:
         self.pool.give([slot for node, slot in enumerate(plan.slots) if node not in kept])
         self.keep(text, [plan.slots[node] for node in path])
         text.hidden = hidden[at[-1]]
-        if self.drafter is not None:
-            self.drafter.observe([Kept(text.request.id, emitted, tree.drafted, accepted, hidden[at])])
+        self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, hidden[at]))
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
         verified = Verified(text.request.id, tree.drafted_depth(), accepted, finish is not None) if tree.drafted else None
         if finish is None:
@@ -398,6 +398,8 @@ class Engine:
         """The new tokens up to the one that ends the text, and how it ended."""
         params, emitted = text.request.params, []
         for token in new:
+            if token == UNDRAWN:
+                raise ArithmeticError("the base computed logits that are not numbers")
             emitted.append(token)
             if token in params.stop_tokens or (text.request.stop is not None and text.request.stop(token)):
                 return emitted, "stop"
@@ -429,9 +431,18 @@ class Engine:
     def retire(self, text: Text, tokens: Sequence[int], scores: tuple[TokenScore, ...], finish: str, error: str | None = None) -> Outcome:
         """Give back everything a request holds."""
         self.vacate(text)
-        if self.drafter is not None:
-            self.drafter.forget(text.request.id)
+        self.tell(text.request.id)
         return Outcome(text.request, tuple(tokens), scores, finish, error, text.stats)
+
+    def tell(self, news: Kept | str) -> None:
+        """Let the drafter learn from what was kept, or forget a request; what it makes of that is its own affair."""
+        if self.drafter is None:
+            return
+        try:
+            self.drafter.forget(news) if isinstance(news, str) else self.drafter.observe([news])
+        except Exception:
+            log.exception("the drafter could not take in what happened")
+            self.draft_failures += 1
 
     def fail(self, plans: Sequence[Plan], error: Exception) -> Iterator[Outcome]:
         """End the requests of a step that raised."""

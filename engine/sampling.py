@@ -65,6 +65,7 @@ BOUNDS = (
     ("frequency_penalty", -2.0, 2.0),
     ("repetition_penalty", 0.01, 10.0),
     ("max_tokens", 1, 2**31),
+    ("seed", 0, 2**63 - 1),
     ("logprobs", 0, 64),
 )
 

@@ -17,14 +17,12 @@ Key = tuple[int, tuple[int, ...]]
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """Slots of one full block of tokens; `parent` is the uid of the block before it, 0 at the start of the text."""
+    """Slots of one full block of tokens. key: the uid of the block before it (0 at the start of a text) and its tokens."""
 
     uid: int
     key: Key
     slots: list[int]
     refs: int = 0
-    children: int = 0
-    parent: Block | None = None
 
 
 class SlotPool:
@@ -38,8 +36,8 @@ class SlotPool:
             raise ValueError(f"slots must be at least 2, got {size}")
         self.size, self.block, self.headroom = size, block, min(headroom, size // 4)
         self.free: list[int] = list(range(size - 1, 0, -1))
-        self.blocks: OrderedDict[Key, Block] = OrderedDict()  # least recently used first
-        self.idle = 0  # slots in blocks that nobody refers to
+        self.blocks: dict[Key, Block] = {}
+        self.idle: OrderedDict[Key, Block] = OrderedDict()  # those that nobody refers to, least recently used first
         self.uids = 0
 
     @property
@@ -50,7 +48,7 @@ class SlotPool:
     @property
     def available(self) -> int:
         """Slots free now or after evicting every idle block."""
-        return len(self.free) + self.idle
+        return len(self.free) + len(self.idle) * self.block
 
     @property
     def cached(self) -> int:
@@ -76,23 +74,20 @@ class SlotPool:
                 break
             found.append(block)
             parent = block.uid
-        for block in reversed(found):  # parents become more recent than children: leaves are evicted first
+        for block in found:
             self.acquire(block)
         return found
 
     def acquire(self, block: Block) -> None:
-        if block.refs == 0:
-            self.idle -= self.block
         block.refs += 1
-        self.blocks.move_to_end(block.key)
+        self.idle.pop(block.key, None)
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Give up references taken by `match` or `publish`."""
+        """Give up references to a chain, children first: a parent is always more recently idle than its children, so leaves go first."""
         for block in reversed(blocks):
             block.refs -= 1
-            self.blocks.move_to_end(block.key)
             if block.refs == 0:
-                self.idle += self.block
+                self.idle[block.key] = block
 
     def publish(self, parent: Block | None, tokens: Sequence[int], slots: Sequence[int]) -> Block:
         """Make one computed block findable and hold it. If another request published the same block first, that one is held
@@ -101,10 +96,7 @@ class SlotPool:
         block = self.blocks.get(key)
         if block is None:
             self.uids += 1
-            block = self.blocks[key] = Block(self.uids, key, list(slots), parent=parent)
-            self.idle += self.block
-            if parent:
-                parent.children += 1
+            block = self.blocks[key] = Block(self.uids, key, list(slots))
         else:
             self.give(slots)
         self.acquire(block)
@@ -115,26 +107,27 @@ class SlotPool:
         self.evict(self.headroom - len(self.free))
 
     def evict(self, count: int) -> None:
-        """Free at least `count` slots from idle leaf blocks, if there are that many."""
-        while count > 0 and self.idle > 0:
-            block = next(b for b in self.blocks.values() if b.refs == 0 and b.children == 0)
-            del self.blocks[block.key]
-            if block.parent:
-                block.parent.children -= 1
-            self.idle -= self.block
+        """Free at least `count` slots from idle blocks, if there are that many."""
+        while count > 0 and self.idle:
+            key, block = self.idle.popitem(last=False)
+            del self.blocks[key]
             self.free.extend(block.slots)
             count -= self.block
 
     def clear(self) -> None:
         """Forget every idle block."""
-        self.evict(self.idle)
+        self.evict(self.size)
 
     def check(self, held: Sequence[int]) -> None:
         """Assert that every slot is in exactly one place. held: the slots that requests own outside cached blocks."""
         cached = [slot for block in self.blocks.values() for slot in block.slots]
         everything = sorted([*self.free, *held, *cached])
         assert everything == list(range(1, self.size)), "a slot leaked or is held twice"
-        assert self.idle == sum(self.block for b in self.blocks.values() if b.refs == 0), "idle count is wrong"
+        assert set(self.idle) == {key for key, b in self.blocks.items() if b.refs == 0}, (
+            "an idle block is held, or one that nobody holds is lost"
+        )
+        uids = {b.uid for b in self.blocks.values()} | {0}
+        assert all(parent in uids for parent, _ in self.blocks), "a block outlived the one before it"
 
 
 class SlotTable:

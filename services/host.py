@@ -116,7 +116,7 @@ class ModelHost:
         tickets: list[Ticket[Piece]] = []
         try:
             runner = self.ready()
-            choices = self.choices(job)
+            choices = await asyncio.to_thread(self.choices, job)
             by_id = {c.request.id: c for c in choices}
             tickets = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
             yield Accepted(tuple(c.request.params.seed for c in choices))
@@ -138,9 +138,22 @@ class ModelHost:
     def choices(self, job: Job) -> list[Choice]:
         """The requests a job asks for, prompt-major. Raises InvalidRequest."""
         prompts = self.prompts(job)
+        self.fits(len(prompts) * job.n)
+        prediction = self.prediction(job)
         seed = secrets.randbits(SEED_BITS) if job.seed is None else job.seed
         count = len(prompts) * job.n
-        return [self.choice(job, i, prompts[i // job.n], (seed + i) % 2**SEED_BITS) for i in range(count)]
+        return [self.choice(job, i, prompts[i // job.n], prediction, (seed + i) % 2**63) for i in range(count)]
+
+    def fits(self, count: int) -> None:
+        """Refuse a job of more choices than the engine ever holds."""
+        most = self.settings.engine.max_running + self.settings.engine.max_waiting
+        if count > most:
+            raise InvalidRequest("n", f"the request asks for {count} choices; this model takes at most {most} at once")
+
+    def prediction(self, job: Job) -> list[int]:
+        """The predicted answer in tokens, as much of it as an answer can have."""
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_inside(job.prediction)[: self.longest] if job.prediction else []
 
     def prompts(self, job: Job) -> list[tuple[list[int], str]]:
         """Every prompt in tokens, and the text that is echoed in front of its answers."""
@@ -150,11 +163,10 @@ class ModelHost:
         encoded = [(self.tokenizer.encode(p) if isinstance(p, str) else list(p), p) for p in job.prompts or ()]
         return [(ids, (p if isinstance(p, str) else self.tokenizer.decode(ids)) if job.echo else "") for ids, p in encoded]
 
-    def choice(self, job: Job, index: int, prompt: tuple[list[int], str], seed: int) -> Choice:
+    def choice(self, job: Job, index: int, prompt: tuple[list[int], str], prediction: Sequence[int], seed: int) -> Choice:
         assert self.tokenizer is not None
         ids, prefix = prompt
         answer = Answer(self.tokenizer, ids, job.stop)
-        prediction = self.tokenizer.encode_inside(job.prediction) if job.prediction else ()
         request = Request(f"{job.id}-{index}", ids, self.params(job, ids, seed), answer.push, prediction, job.speculation)
         return Choice(index, request, answer, prefix)
 
@@ -258,13 +270,13 @@ class NotReady(RuntimeError):
 
 async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> AsyncGenerator[tuple[Piece, ...], None]:
     """The pieces of several requests as they come; pieces that are there at the same time travel together."""
-    arrived: asyncio.Queue[Piece | EngineDied | None] = asyncio.Queue()
+    arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def pump(ticket: Ticket[Piece]) -> None:
         try:
             async for piece in runner.items(ticket):
                 arrived.put_nowait(piece)
-        except EngineDied as error:
+        except Exception as error:
             arrived.put_nowait(error)
         arrived.put_nowait(None)
 
@@ -276,8 +288,8 @@ async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> Async
             while not arrived.empty():
                 items.append(arrived.get_nowait())
             open_ -= items.count(None)
-            if died := next((i for i in items if isinstance(i, EngineDied)), None):
-                raise died
+            if broken := next((i for i in items if isinstance(i, Exception)), None):
+                raise broken
             if pieces := tuple(i for i in items if isinstance(i, Piece)):
                 yield pieces
     finally:
@@ -304,12 +316,13 @@ def failure(job: Job, error: Exception) -> Failure:
 
 
 def warm_up(engine: Engine) -> None:
-    """Run a few tokens through, so that the first request meets warm kernels and allocated slots."""
-    for depth in range(2):
-        prompt = [1 + depth] * 8
-        engine.submit(Request(f"warm-{depth}", prompt, SamplingParams(temperature=float(depth), max_tokens=8)))
+    """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
+    for number in range(2):
+        engine.submit(Request(f"warm-{number}", [1 + number] * 8, SamplingParams(temperature=float(number), max_tokens=8)))
         while engine.busy:
-            engine.step()
+            for outcome in engine.step().outcomes:
+                if outcome.finish == "error":
+                    raise RuntimeError(f"the model cannot compute: {outcome.error}")
     engine.pool.clear()
 
 

@@ -31,7 +31,7 @@ class Ticket(Generic[T]):
 
     request: Request
     translate: Callable[[Outcome], T]
-    items: asyncio.Queue[tuple[T | EngineDied, bool]] = field(default_factory=asyncio.Queue)
+    items: asyncio.Queue[tuple[T | Exception, bool]] = field(default_factory=asyncio.Queue)
 
 
 class EngineRunner:
@@ -88,11 +88,11 @@ class EngineRunner:
         self.commands.put(end)
 
     async def items(self, ticket: Ticket[T]) -> AsyncIterator[T]:
-        """A request's items until it ended. Raises EngineDied if the engine did."""
+        """A request's items until it ended. Raises EngineDied if the engine did, and what `translate` raised."""
         last = False
         while not last:
             item, last = await ticket.items.get()
-            if isinstance(item, EngineDied):
+            if isinstance(item, Exception):
                 raise item
             yield item
 
@@ -137,12 +137,24 @@ class EngineRunner:
         for outcome in report.outcomes:
             ticket = self.tickets.get(outcome.request.id)
             if ticket is not None:
-                parcels.append((ticket, ticket.translate(outcome), outcome.finish is not None))
+                parcels.append((ticket, self.translated(ticket, outcome), outcome.finish is not None))
                 if outcome.finish is not None:
                     del self.tickets[outcome.request.id]
         if parcels:
             self.hop(unpack, parcels)
-        self.on_step(report)
+        try:
+            self.on_step(report)
+        except Exception:
+            log.exception("a step could not be recorded")
+
+    def translated(self, ticket: Ticket[T], outcome: Outcome) -> T | Exception:
+        """What an outcome means; what cannot be told ends its request."""
+        try:
+            return ticket.translate(outcome)
+        except Exception as error:
+            log.exception("an outcome of request %s cannot be told", outcome.request.id)
+            self.engine.cancel(outcome.request.id)
+            return error
 
     def bury(self) -> None:
         """Let nobody in any more, and fail everyone who is."""

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 
 from engine.sampling import InvalidRequest
 
+UNFINISHED = "\ufffd"
 CONTEXT_TOKENS = 8  # prompt tokens a decoder reads first, so that the first new token is spaced as in running text
 
 
 class Tokenizer:
-    """A model's tokenizer: a transformers fast tokenizer and what the API needs of it."""
+    """A model's tokenizer: a transformers fast tokenizer and what the API needs of it. Safe to use from several threads."""
 
     def __init__(self, folder: str | Path) -> None:
         self.hf: Any = AutoTokenizer.from_pretrained(folder)
@@ -36,11 +37,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the special tokens that the model expects in front."""
-        return list(self.hf(text)["input_ids"])
+        return list(self.hf.backend_tokenizer.encode(text).ids)
 
     def encode_inside(self, text: str) -> list[int]:
         """Tokens of text in the middle of a text."""
-        return list(self.hf(text, add_special_tokens=False)["input_ids"])
+        return list(self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, up to where the assistant speaks next. Raises InvalidRequest for what the template refuses."""
@@ -84,6 +85,8 @@ class Answer:
         self.tokenizer, self.stops = tokenizer, tuple(s for s in stops if s)
         self.longest = max((len(s) for s in self.stops), default=0)
         self.context = list(prompt[-CONTEXT_TOKENS:])
+        if tokenizer.decode(self.context).endswith(UNFINISHED):
+            self.context = []  # the prompt ends inside a character, which would be told again
         self.stream = DecodeStream(ids=self.context, skip_special_tokens=True)
         self.tokens: list[int] = []
         self.text = ""
@@ -114,10 +117,8 @@ class Answer:
 
     def uncertain(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self.longest - 1, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-length:]) for stop in self.stops):
-                return length
-        return 0
+        tail = self.text[max(0, len(self.text) - self.longest + 1) :]
+        return max((overlap(tail, stop) for stop in self.stops), default=0)
 
     def finish(self) -> str:
         """What is left to send when no more tokens come, an unfinished character included."""
@@ -129,3 +130,13 @@ class Answer:
                 self.cut(searched)
         piece, self.sent = self.text[self.sent :], len(self.text)
         return piece
+
+
+def overlap(tail: str, stop: str) -> int:
+    """Length of the longest end of `tail` that `stop` begins with."""
+    at = tail.find(stop[0])
+    while at >= 0:
+        if stop.startswith(tail[at:]):
+            return len(tail) - at
+        at = tail.find(stop[0], at + 1)
+    return 0

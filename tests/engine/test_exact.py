@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 
+from engine.attention import KVStore, Row
 from engine.engine import Engine
 from engine.request import Request
 from engine.sampling import Sampler, SamplingParams, gumbel, perturb
+from engine.tree import Tree
 from tests.engine.toys import VOCAB, Oracle, everywhere, mixed_requests, ragged, run, texts, toy_base, toy_config, toy_model
 
 
@@ -75,6 +79,40 @@ def test_right_drafts_save_steps(base, plain):
     assert sum(s.accepted for s in stats) >= 0.7 * tokens
     assert all(s.accepted <= s.drafted for s in stats)
     assert sum(s.steps for s in stats) + sum(s.accepted for s in stats) == tokens
+
+
+def test_logits_are_the_same_bits_in_any_company(base):
+    """Text could agree by luck; numbers cannot: alone, beside others, behind a draft, after another chunking."""
+    draw = random.Random(5)
+    prompt = [draw.randrange(VOCAB) for _ in range(60)]
+    others = [[draw.randrange(VOCAB) for _ in range(n)] for n in (5, 90, 33)]
+    want = None
+    for chunks in ([60], [7] * 9, [59, 1]):
+        for company in ([], others[:1], others):
+            for draft in (0, 1, 6, 14):
+                got = last_logits(base, prompt, chunks, company, draft)
+                want = got if want is None else want
+                assert torch.equal(got, want)
+
+
+def last_logits(base, prompt, chunks, company, draft):
+    """Logits at the prompt's last token, read in chunks, beside other prompts, with drafted nodes after it."""
+    store, slots, done = KVStore(1024), list(range(1, 1024)), []
+    for size in chunks:
+        part = prompt[len(done) : len(done) + size]
+        last = len(done) + len(part) == len(prompt)
+        tree = Tree.chain(part)
+        for i in range(draft if last else 0):
+            tree.child(len(part) - 1 + i // 3, i)
+        rows, tokens = [Row(np.array(done, dtype=np.int64), slots[: len(tree)], tree.parents, tree.depths)], list(tree.tokens)
+        done, slots = done + slots[: len(part)], slots[len(tree) :]
+        for other in company:
+            chain = Tree.chain(other)
+            rows.append(Row(np.zeros(0, dtype=np.int64), slots[-len(other) :], chain.parents, chain.depths))
+            tokens += other
+        step, positions = base.lay_out(store, rows)
+        logits, hidden = base.forward(step, tokens, positions, [len(part) - 1])
+    return torch.cat([logits[0], hidden[0]])
 
 
 def test_stop_conditions_cut_inside_a_draft(base, plain):

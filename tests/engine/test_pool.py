@@ -120,6 +120,43 @@ def test_a_broken_drafter_costs_speed_only(base):
         assert engine.draft_failures > 0
 
 
+def test_a_drafter_that_cannot_learn_or_forget_costs_nothing(base):
+    class Deaf(Oracle):
+        def observe(self, batch):
+            raise ValueError("what?")
+
+        def forget(self, request):
+            raise ValueError("who?")
+
+    requests = mixed_requests(3)
+    plain = texts(run(Engine(base, slots=1024), requests))
+    known = {r.id: list(r.prompt) + plain[r.id] for r in requests}
+    assert texts(run(Engine(base, Deaf(known), everywhere(3), slots=1024), requests)) == plain
+
+
+def test_logits_that_are_not_numbers_fail_their_request_only(base):
+    class Broken(Flaky):
+        def forward(self, *args):
+            logits, hidden = self.base.forward(*args)
+            logits = logits.clone()
+            logits[-1] = float("nan")
+            return logits, hidden
+
+    good, bad = mixed_requests(2)
+    plain = texts(run(Engine(base, slots=1024), [good]))
+    engine = Engine(base, slots=1024, max_running=2, chunk=512)
+    engine.submit(good), engine.submit(bad)
+    outcomes = list(engine.step().outcomes)
+    engine.base = Broken(base, random.Random(0), 0)
+    outcomes += engine.step().outcomes
+    engine.base = base
+    while engine.busy:
+        outcomes += engine.step().outcomes
+    assert [o.finish for o in outcomes if o.request is bad][-1] == "error"
+    assert [t for o in outcomes if o.request is good for t in o.tokens] == plain[good.id]
+    engine.check()
+
+
 def test_a_stop_condition_that_raises_fails_its_request_only(base):
     def bad(token):
         raise ValueError("cannot read this")
@@ -133,18 +170,20 @@ def test_a_stop_condition_that_raises_fails_its_request_only(base):
 
 
 def test_what_can_never_run_is_refused_at_once(base):
-    engine = Engine(base, slots=100, max_waiting=1)
+    engine = Engine(base, slots=100, max_waiting=1, max_running=1)
     for prompt, params, field in (
         ([], SamplingParams(), "prompt"),
         ([VOCAB], SamplingParams(), "prompt"),
         ([1] * 60, SamplingParams(max_tokens=60), "max_tokens"),
         ([1] * 200, SamplingParams(max_tokens=1), "prompt"),
         ([1], SamplingParams(logit_bias={VOCAB: 1.0}), "logit_bias"),
+        ([-1], SamplingParams(), "prompt"),
     ):
         with pytest.raises(InvalidRequest) as refused:
             engine.submit(Request("x", prompt, params))
         assert refused.value.param == field
     engine.submit(Request("a", [1], SamplingParams()))
+    engine.submit(Request("a2", [1], SamplingParams()))
     with pytest.raises(Overloaded):
         engine.submit(Request("b", [1], SamplingParams()))
     for field, value in (
@@ -154,6 +193,7 @@ def test_what_can_never_run_is_refused_at_once(base):
         ("top_k", -1),
         ("max_tokens", 0),
         ("min_p", 2),
+        ("seed", 2**64),
     ):
         with pytest.raises(InvalidRequest) as refused:
             SamplingParams(**{field: value})

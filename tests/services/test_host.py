@@ -134,6 +134,51 @@ async def test_requests_that_opt_out_are_not_recorded(host):
     assert [r.id for r in host.records] == ["yes-0"]
 
 
+async def test_a_model_with_its_log_switched_off_records_nothing(folder):
+    async for host in running(settings(folder).model_copy(update={"log": False})):
+        await answer(host, Job(id="a", model="toy", prompts=("The",), max_tokens=3))
+        assert not host.records
+
+
+async def test_a_prediction_is_drafted_from_and_a_long_one_is_cut(host):
+    job = dict(model="toy", prompts=("The",), max_tokens=30, seed=4, temperature=0.0, ignore_eos=True)
+    _, plain = await answer(host, Job(id="a", **job))
+    items, texts = await answer(host, Job(id="b", prediction=plain[0] + " and" * 5000, **job))
+    assert texts == plain and last(items).usage.accepted > 0
+    assert len(host.prediction(Job(id="c", model="toy", prediction="and " * 5000))) <= host.longest
+
+
+async def test_more_choices_than_ever_fit_are_refused(host):
+    items, _ = await answer(host, Job(id="a", model="toy", prompts=("The",), n=100_000, max_tokens=1))
+    assert (items[0].status, items[0].param) == (400, "n")
+
+
+async def test_an_outcome_that_cannot_be_told_fails_its_request_only(host, monkeypatch):
+    original = host.piece
+
+    def piece(job, choice, outcome):
+        if job.id == "bad":
+            raise ValueError("no words")
+        return original(job, choice, outcome)
+
+    monkeypatch.setattr(host, "piece", piece)
+    jobs = [Job(id=name, model="toy", prompts=("The",), max_tokens=20, seed=1) for name in ("bad", "good")]
+    (bad, _), (good, _) = await asyncio.gather(*(answer(host, job) for job in jobs))
+    assert bad[-1].status == 500 and last(good).finish
+    assert host.runner.alive
+
+
+async def test_a_model_that_cannot_compute_is_not_ready(folder, monkeypatch):
+    def broken(self, *_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("engine.loading.Base.forward", broken)
+    host = ModelHost(settings(folder), Pilot("r", Plan.of(0, "toy", parse_policy({"kind": "off"}))))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await host.start()
+    assert host.status().state == "failed"
+
+
 async def test_closing_the_stream_cancels_and_frees(host):
     engine: Engine = host.runner.engine
     async with aclosing(host.generate(Job(id="gone", model="toy", prompts=("The",), max_tokens=200, ignore_eos=True))) as stream:

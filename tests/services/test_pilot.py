@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from actors.policy import PolicyKeeper, parse_policy
@@ -81,14 +83,15 @@ def test_older_plans_are_not_adopted():
 
 def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
     """Telemetry of an engine whose drafts are all wrong turns goodput off; plans flow back."""
-    keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"))
+    ticks = itertools.count(0.0, 1.0)
+    keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), lambda: next(ticks))
     pilot = Pilot("r1", keeper.register("toy", {"kind": "goodput"}))
     drafter = Oracle({}, 0.0)
     drafter.texts = AlwaysWrong()
     pilot.take(drafter)
     engine = Engine(base, drafter, pilot.budgets, slots=4096, max_running=4)
     depths = []
-    for i in range(120):
+    for i in range(400):
         if not engine.busy:
             for j in range(4):
                 engine.submit(Request(f"k{i}-{j}", [5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0)))
@@ -98,7 +101,7 @@ def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
         if i % 5 == 4:
             pilot.adopt(keeper.report(pilot.report()))
     assert max(depths[:10]) > 0, "it tries"
-    assert sum(d > 0 for d in depths[-40:]) <= 8, "and gives up, but for a probe now and then"
+    assert sum(d > 0 for d in depths[-100:]) <= 12, "and gives up, but for a probe now and then"
 
 
 class AlwaysWrong:

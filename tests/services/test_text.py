@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -55,6 +56,25 @@ def test_stop_strings_cut_before_they_begin(tokenizer, stops, seed):
     first = min((text.find(s) for s in stops if s in text), default=len(text))
     assert sent == text[:first]
     assert answer.stopped == any(s in text for s in stops)
+
+
+@pytest.mark.parametrize("prompt", ["hello world says \ufffd", "🙂"])
+def test_a_prompt_that_ends_inside_a_character_is_not_told_again(tokenizer, prompt):
+    ids = tokenizer.encode(prompt)
+    answer, sent = Answer(tokenizer, ids[:-1] if prompt == "🙂" else ids, ["world"]), ""
+    for token in tokenizer.encode_inside(" and more"):
+        assert not answer.push(token)
+        sent += answer.take()
+    assert (sent + answer.finish()).endswith(" and more") and "hello" not in answer.text
+
+
+def test_many_long_stop_strings_cost_little(tokenizer):
+    answer = Answer(tokenizer, [], ["a" * 250 + str(i) for i in range(16)])
+    answer.text = "a" * 240
+    started = time.perf_counter()
+    for _ in range(100):
+        assert answer.uncertain() == 240
+    assert (time.perf_counter() - started) / 100 < 2e-3
 
 
 def test_held_back_text_is_sent_when_no_stop_follows(tokenizer):
