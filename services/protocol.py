@@ -115,9 +115,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The first item of every successful stream: the request passed all checks and holds a place in the engine's queue."""
+    """The first item of every successful stream: the request passed all checks and holds a place in the engine's queue.
+
+    prompt_tokens: tokens of all its prompts, each counted once however many choices it has; 0 where they are not known yet.
+    """
 
     seeds: tuple[int, ...]
+    prompt_tokens: int = 0
 
 
 Item = Accepted | Failure | tuple[Piece, ...]

@@ -23,7 +23,7 @@ class ChatKind:
         return ChatRequest.model_validate_json(content)
 
     def job(self, body: ChatRequest, identity: str, key: str, defaults: SamplingDefaults, limits: GatewaySettings) -> Job:
-        fields = shared(body, defaults)
+        fields = shared(body, defaults, limits)
         fields["max_tokens"] = body.max_completion_tokens or body.max_tokens
         size = sum(len(joined(message.content)) for message in body.messages)
         check_length("messages", size, limits)

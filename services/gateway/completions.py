@@ -25,7 +25,7 @@ class CompletionKind:
         return CompletionRequest.model_validate_json(content)
 
     def job(self, body: CompletionRequest, identity: str, key: str, defaults: SamplingDefaults, limits: GatewaySettings) -> Job:
-        fields = shared(body, defaults)
+        fields = shared(body, defaults, limits)
         fields["max_tokens"] = body.max_tokens or DEFAULT_MAX_TOKENS
         prompts = body.prompts()
         check_length("prompt", sum(map(len, prompts)), limits)

@@ -22,7 +22,7 @@ from services.gateway.metrics import Metrics, Watch
 from services.gateway.reply import Reply, until
 from services.gateway.schemas import Generation
 from services.gateway.shapes import Kind
-from services.protocol import Item, Job, ModelStatus
+from services.protocol import Accepted, Item, Job, ModelStatus
 
 LOADING_RETRY_S = 2.0
 FAILED_RETRY_S = 30.0
@@ -79,11 +79,12 @@ class Edge:
 
     async def observed(self, job: Job, caller: Caller, deadline: float) -> Items:
         """A job's items until the deadline, measured, and charged to the caller."""
+        bill = Bill(job.n)
         with Watch(self.metrics, job.model, job.n, self.clock) as watch:
             async with aclosing(until(self.fleet.generate(job), deadline)) as items:
                 async for item in items:
                     watch.item(item)
-                    self.limiter.charge(caller, used(item, job.n))
+                    self.limiter.charge(caller, bill.tokens(item))
                     yield item
 
 
@@ -100,9 +101,22 @@ def parsed(kind: Kind, content: bytes) -> Generation:
         raise invalid(error) from None
 
 
-def used(item: Item, n: int) -> int:
-    """Tokens to charge for an item: completion tokens as they come, prompt tokens once for each prompt when it ends."""
-    if not isinstance(item, tuple):
-        return 0
-    prompts = sum(piece.usage.prompt_tokens for piece in item if piece.usage and piece.choice % n == 0)
-    return prompts + sum(len(piece.tokens) for piece in item)
+@dataclass(slots=True)
+class Bill:
+    """What a request's items cost: its prompts once, when it is accepted or else as they end, and its tokens as they come.
+
+    n: choices of each prompt.
+    """
+
+    n: int
+    paid: bool = False
+
+    def tokens(self, item: Item) -> int:
+        """Tokens to charge for one more item."""
+        if isinstance(item, Accepted):
+            self.paid = item.prompt_tokens > 0
+            return item.prompt_tokens
+        if not isinstance(item, tuple):
+            return 0
+        prompts = 0 if self.paid else sum(piece.usage.prompt_tokens for piece in item if piece.usage and piece.choice % self.n == 0)
+        return prompts + sum(len(piece.tokens) for piece in item)

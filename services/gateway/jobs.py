@@ -32,8 +32,13 @@ class Shared(TypedDict, total=False):
     store: bool
 
 
-def shared(body: Generation, defaults: SamplingDefaults) -> Shared:
-    """What a body says about sampling, stopping, speculation and storing, with the model's defaults for what it leaves out."""
+def shared(body: Generation, defaults: SamplingDefaults, limits: GatewaySettings) -> Shared:
+    """What a body says about sampling, stopping, speculation and storing, with the model's defaults for what it leaves out.
+
+    Raises ApiError 400 for a prediction that is too long.
+    """
+    prediction = joined(body.prediction.content) if body.prediction else None
+    check_length("prediction", len(prediction or ""), limits)
     return Shared(
         n=body.n or 1,
         max_tokens=body.max_tokens,
@@ -49,7 +54,7 @@ def shared(body: Generation, defaults: SamplingDefaults) -> Shared:
         stop=body.stops(),
         stop_token_ids=body.stop_token_ids or (),
         ignore_eos=bool(body.ignore_eos),
-        prediction=joined(body.prediction.content) if body.prediction else None,
+        prediction=prediction,
         speculation=speculation(body),
         store=body.store is not False,
     )
@@ -65,7 +70,7 @@ def speculation(body: Generation) -> Speculation:
 
 
 def check_length(param: str, size: int, limits: GatewaySettings) -> None:
-    """Refuse prompts that are longer than any model's context could be. Raises ApiError 400."""
+    """Refuse prompts and predictions that are longer than any model's context could be. Raises ApiError 400."""
     if size > limits.max_prompt_chars:
         message = f"Invalid {param}: {size} characters are more than the {limits.max_prompt_chars} accepted here."
         raise refused(400, message, param=param, code="context_length_exceeded")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 Token = Annotated[int, Field(ge=0, le=2**31)]
 TokenIds = tuple[Token, ...]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def shape(value: Any) -> str:

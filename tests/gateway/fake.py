@@ -120,6 +120,18 @@ async def endless(job: Job) -> AsyncGenerator[Item, None]:
         await asyncio.sleep(0.005)
 
 
+async def prefilled(job: Job) -> AsyncGenerator[Item, None]:
+    """A long prompt was accepted, and nothing comes of it."""
+    yield Accepted((0,), 50)
+    await asyncio.sleep(3600)
+
+
+async def counted(job: Job) -> AsyncGenerator[Item, None]:
+    """As `speak`, and the prompt's five tokens are known at once."""
+    async for item in speak(job):
+        yield Accepted(item.seeds, 5) if isinstance(item, Accepted) else item
+
+
 async def truncated(job: Job) -> AsyncGenerator[Item, None]:
     yield Accepted((0,))
     yield (word(job, 0, 0, last=False),)

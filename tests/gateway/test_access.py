@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.gateway import fake
 
 TEXT = {"model": "echo", "prompt": "Hi"}
 USER = {"name": "user", "key": "user-key-1"}
@@ -69,6 +72,24 @@ async def test_tokens_per_minute(make: Callable[..., Any]) -> None:
         assert sent[2].headers["retry-after"] == "42"
         gateway.now += 43
         assert (await http.post("/v1/completions", json=TEXT)).status_code == 200
+
+
+async def test_a_prompt_is_charged_once(make: Callable[..., Any]) -> None:
+    gateway = make(gateway={"limits": {"tokens_per_minute": 10}})
+    gateway.fleet.script = fake.counted
+    async with gateway.client() as http:
+        sent = [await http.post("/v1/completions", json=TEXT) for _ in range(3)]  # 8 tokens each, as when it is charged at the end
+        assert [answer.status_code for answer in sent] == [200, 200, 429] and sent[2].headers["retry-after"] == "42"
+
+
+async def test_a_prompt_is_charged_before_anything_comes_of_it(make: Callable[..., Any]) -> None:
+    gateway = make(gateway={"limits": {"tokens_per_minute": 40}})
+    gateway.fleet.script = fake.prefilled
+    async with gateway.client() as http:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await http.post("/v1/completions", json=TEXT)
+        assert (await http.post("/v1/completions", json=TEXT)).status_code == 429
 
 
 async def test_admin(gateway: Any, http: httpx.AsyncClient) -> None:
