@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import redis
 
@@ -103,6 +104,29 @@ def test_serve_run_builds_the_same_service_and_remembers_the_policy(config):
         answer = httpx.post(default + "/v1/completions", json=body, headers=headers, timeout=30)
         assert answer.status_code == 200 and answer.json()["speculation"]["depth_max"] == 2, "the policy set before is still in force"
         assert settings.models[0].name in httpx.get(default + "/v1/models", headers=headers).text
+
+
+def test_the_demo_fleet_is_served_from_the_checkout(tmp_path):
+    """What `make serve` starts: three models, each drafted for by its own speculator."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = (str(BIN / "specfleet"), "serve", "configs/demo.yaml", "--port", str(port))
+    with process(*command, log=tmp_path / "demo.log") as server:
+        wait_until(lambda: ready_at(address) or server.poll() is not None, timeout=180, every=0.5)
+        assert server.poll() is None, (tmp_path / "demo.log").read_text()[-2000:]
+        client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60)
+        assert {m.id: m.state for m in client.models.list()} == dict.fromkeys(("demo-chat", "demo-code", "demo-code-large"), "ready")
+        question = [{"role": "user", "content": "What does `json.dumps` do?"}]
+        modes = ({"mode": "fixed", "max_depth": 3}, {"mode": "off"})
+        on, off = (
+            client.chat.completions.create(model="demo-chat", messages=question, max_tokens=40, seed=1, extra_body={"speculation": mode})
+            for mode in modes
+        )
+        assert on.choices[0].message.content == off.choices[0].message.content
+        assert on.speculation["tokens_per_step"] > off.speculation["tokens_per_step"] == 1
+        for model in ("demo-code", "demo-code-large"):
+            answer = client.completions.create(model=model, prompt="import os\nimport sys\n", max_tokens=32, temperature=0)
+            assert answer.speculation["drafter"] == "mlp+ngram" and answer.speculation["version"]
+    assert server.returncode == 0
 
 
 def test_a_wrong_configuration_is_refused_before_anything_starts(tmp_path):
