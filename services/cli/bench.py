@@ -40,7 +40,10 @@ def bench(
     shape = Shape(tuple(concurrency or (1, 8)), listed(modes), rounds, max_tokens, temperature, depth=depth)
     with Client(url, key) as client:
         entries = client.models()
-        cells, found = run(client, chosen(entries, model, prompts), shape)
+        lists = chosen(entries, model, prompts)
+        if out:
+            make_room(out)
+        cells, found = run(client, lists, shape)
     command = ["specfleet", *sys.argv[1:]]
     result = report(cells, found, shape, command=command, machine=machine(), models=entries)
     if out:
@@ -49,6 +52,15 @@ def bench(
         emit_json(result)
     else:
         show(table("Speculation", COLUMNS, [row(entry) for entry in found]))
+
+
+def make_room(file: Path) -> None:
+    """Make the file's folder and try to write the file, so that no measurement is lost. Raises Problem."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise Problem(f"{file} cannot be written: {error.strerror}") from None
 
 
 def listed(modes: str) -> tuple[Mode, ...]:

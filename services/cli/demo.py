@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from configs.settings import ROOT
-from services.cli.problem import Problem
+from services.cli.device import check_device
+from services.cli.problem import Problem, sentence
 from services.cli.screen import remark
-from services.demo.recipe import FleetRecipe, demo_fleet
+from services.demo.recipe import FleetRecipe, RecipeError, demo_fleet
 
 app = typer.Typer(no_args_is_help=True, help="The demo fleet: three small models trained on what this machine has installed.")
 
@@ -36,10 +37,15 @@ def build(
 ) -> None:
     """Gather the text, train the bases, train their speculators. Goes on where it was cut off; what is there already is kept."""
     fleet = recipe()
-    for name in chosen(fleet, only):
+    names = chosen(fleet, only)
+    check_device(device)
+    made: set[Path] = set()
+    for name in names:
         for step, work in stages().items():
-            if stage in (None, step):
+            target = product(name, step, fleet)
+            if stage in (None, step) and target not in made:
                 make(name, step, fleet, again, partial(work, name, fleet, device, threads))
+                made.add(target)
 
 
 def recipe() -> FleetRecipe:
@@ -57,12 +63,40 @@ def chosen(fleet: FleetRecipe, only: list[str] | None) -> list[str]:
 
 
 def make(name: str, stage: Stage, fleet: FleetRecipe, again: bool, work: Callable[[], Any]) -> None:
+    """Make one stage unless it is there; `again` begins it anew. Raises Problem."""
     made = product(name, stage, fleet)
-    if made.exists() and not again:
+    if again:
+        progress(name, stage, fleet).unlink(missing_ok=True)
+    elif made.exists() and not unfinished(made, progress(name, stage, fleet)):
         remark(f"{name}: {stage} is there ({made.relative_to(ROOT)})")
         return
     remark(f"{name}: {stage}")
-    work()
+    try:
+        work()
+    except (ValueError, OSError, RuntimeError) as error:  # RecipeError, TrainingError and what measuring raises are among them
+        raise Problem(f"{name}: {stage}: {sentence(error)}{way_out(error, name)}") from None
+
+
+def way_out(error: Exception, name: str) -> str:
+    """What helps against earlier work that does not fit the recipe any more."""
+    from drafters.training import TrainingError
+
+    return f"; begin anew with: specfleet demo build --only {name} --again" if isinstance(error, RecipeError | TrainingError) else ""
+
+
+def unfinished(made: Path, work: Path) -> bool:
+    """Whether work went on after the product was written: an `--again` that was cut off."""
+    return work.is_file() and work.stat().st_mtime > made.stat().st_mtime
+
+
+def progress(name: str, stage: Stage, fleet: FleetRecipe) -> Path:
+    """The file that a stage goes on from when it was cut off."""
+    files: Mapping[Stage, Path] = {
+        "corpus": product(name, "corpus", fleet),
+        "base": fleet.checkpoint(name),
+        "speculator": fleet.build_folder / name / "speculator" / "checkpoint.pt",
+    }
+    return files[stage]
 
 
 def product(name: str, stage: Stage, fleet: FleetRecipe) -> Path:
@@ -70,7 +104,7 @@ def product(name: str, stage: Stage, fleet: FleetRecipe) -> Path:
     folder = fleet.models_folder / name
     files: Mapping[Stage, Path] = {
         "corpus": fleet.build_folder / "corpora" / fleet.model(name).corpus / "corpus.json",
-        "base": folder / "model.safetensors",
+        "base": folder / "training.json",
         "speculator": folder / "speculator" / "training.json",
     }
     return files[stage]

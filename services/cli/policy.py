@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import typer
 
@@ -36,6 +36,10 @@ def change(
     fields: Annotated[list[str], typer.Argument(help="A JSON object, or fields as NAME=VALUE.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the outcome, change nothing.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the whole policy instead of the given fields.")] = False,
+    why: Annotated[str, typer.Option("--why", help="A note for the history.", show_default=False)] = "",
+    expected_version: Annotated[
+        int | None, typer.Option("--expected-version", min=0, help="Change this version only, and fail when the policy is at another.")
+    ] = None,
     as_json: options.AsJson = False,
     url: options.Url = URL,
     key: options.Key = None,
@@ -43,7 +47,7 @@ def change(
     """Change the policy, or some fields of it: `specfleet policy set demo-code kind=fixed depth=4`."""
     wanted = policy_fields(fields)
     with Client(url, key) as client:
-        answer = client.send("PUT" if replace else "PATCH", path(model) + ("?dry_run=true" if dry_run else ""), wanted)
+        answer = client.send("PUT" if replace else "PATCH", path(model) + terms(dry_run, why, expected_version), wanted)
     present(f"{model}: policy", answer, as_json)
     if dry_run and not as_json:
         remark("Nothing was changed.")
@@ -62,6 +66,13 @@ def history(model: Model, as_json: options.AsJson = False, url: options.Url = UR
 
 def path(model: str) -> str:
     return f"/admin/policies/{quote(model, safe='')}"
+
+
+def terms(dry_run: bool, why: str, expected_version: int | None) -> str:
+    """How a change is to be made, as a query; empty for a plain change."""
+    given = {"dry_run": "true" if dry_run else None, "why": why or None, "expected_version": expected_version}
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    return f"?{query}" if query else ""
 
 
 def policy_fields(arguments: Sequence[str]) -> Json:

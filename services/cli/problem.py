@@ -3,3 +3,8 @@
 
 class Problem(Exception):
     """A sentence for the person who typed the command."""
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of what an error says; its kind, if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from services.cli import options
-from services.cli.problem import Problem
+from services.cli.device import check_device
+from services.cli.problem import Problem, sentence
 from services.cli.screen import console, emit_json, show, table
 
 
@@ -39,6 +41,7 @@ def train(
     from drafters.training import SpeculatorShape, Stage, TrainingJob
 
     limit_threads(threads)
+    check_device(device)
     found = read(base, text, held_out)
     counts = numbers("--heads", heads)
     first, second = pair(steps)
@@ -67,28 +70,41 @@ def limit_threads(threads: int | None) -> None:
 
 
 def read(base: Path, text: list[Path], share: float) -> Any:
-    """The training text in the base's own tokens."""
-    from transformers import AutoTokenizer
-
+    """The training text in the base's own tokens. Token arrays need no tokenizer: it is loaded for a first text. Raises Problem."""
     from services.cli.training_text import training_text
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(base)
+
+    def encode(words: str) -> list[int]:
+        end = tokenizer().eos_token_id
+        return [*tokenizer().encode(words, add_special_tokens=False), *([] if end is None else [end])]
+
     with console(error=True).status("reading text"):
-        return training_text(text, lambda words: [*tokenizer.encode(words, add_special_tokens=False), *end], share)
+        return training_text(text, encode, share)
+
+
+def load_tokenizer(base: Path) -> Any:
+    """The base's tokenizer. Raises Problem, whatever keeps transformers from reading it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception:
+        raise Problem(f"{base} has no tokenizer that can be read; without one, give .npy files of token ids.") from None
 
 
 def run(job: Any) -> dict[str, Any]:
-    """Train under a progress bar. Raises Problem."""
+    """Train and measure under a progress bar. Raises Problem."""
     from drafters.progress import TrainingBar
-    from drafters.training import TrainingError
     from drafters.training import train as train_speculator
 
     try:
         with TrainingBar(job.name, console(error=True)) as bar:
             return train_speculator(job, bar).to_json()
-    except (TrainingError, ValueError, OSError) as error:
-        raise Problem(str(error)) from None
+    except (ValueError, OSError, RuntimeError) as error:  # TrainingError, UnsupportedModel and what measuring raises are among them
+        raise Problem(f"The speculator was not trained: {sentence(error)}") from None
 
 
 def present(report: dict[str, Any], as_json: bool) -> None:

@@ -1,9 +1,5 @@
-"""Trains a base model of the demo fleet from scratch, resumably, and saves it as transformers reads it.
+"""Trains a base model of the demo fleet from scratch, resumably, and saves it as transformers reads it."""
 
-`python -m services.demo.pretrain demo-code` trains, measures and saves one model.
-"""
-
-import argparse
 import json
 import math
 import os
@@ -14,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from services.demo.measure import bits_per_byte
-from services.demo.recipe import FleetRecipe, ModelRecipe, Optimization, Phase, TokenizerRecipe, demo_fleet
+from services.demo.recipe import FleetRecipe, ModelRecipe, Optimization, Phase, RecipeError, TokenizerRecipe, demo_fleet, fingerprint
 from services.demo.tokenizer import save_tokenizer
 from services.demo.tokens import TokenizedCorpus, load_corpus
 
@@ -44,27 +39,30 @@ class Run:
     optimizers: tuple[torch.optim.Optimizer, ...]
     progressed: Progressed
     checkpoint: Path
+    fingerprint: str  # of the recipe and the text
 
 
 def pretrain(name: str, fleet: FleetRecipe | None = None, device: str = "cpu", threads: int = 1) -> Path:
     """Trains the model `name`, or continues to, measures it and saves it; returns its folder.
 
     A checkpoint under the build folder is written every two minutes, so a run that was cut off continues from there.
+    Raises RecipeError when that checkpoint, or the corpus, is of another recipe.
     """
     torch.set_num_threads(threads)
     fleet = fleet or demo_fleet()
     recipe = fleet.model(name)
     corpus = load_corpus(recipe.corpus, fleet)
-    run = start_run(recipe, fleet.tokenizer, fleet.build_folder / name / "checkpoint.pt", device)
+    run = start_run(recipe, fleet.tokenizer, corpus.train, fleet.checkpoint(name), device)
     train(run, corpus.train)
     return save(run, corpus, fleet)
 
 
-def start_run(recipe: ModelRecipe, tokens: TokenizerRecipe, checkpoint: Path, device: str) -> Run:
-    """A fresh run from the recipe's seed, or the one in the checkpoint."""
+def start_run(recipe: ModelRecipe, tokens: TokenizerRecipe, ids: torch.Tensor, checkpoint: Path, device: str) -> Run:
+    """A fresh run over the text `ids` from the recipe's seed, or the one in the checkpoint. Raises RecipeError for another run's."""
+    belongs_to = fingerprint([recipe, tokens], ids.numpy().tobytes())
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(llama_config(recipe, tokens)).to(device)
-    run = Run(recipe, model, optimizers(model, recipe.optimization), Progressed(), checkpoint)
+    run = Run(recipe, model, optimizers(model, recipe.optimization), Progressed(), checkpoint, belongs_to)
     if checkpoint.exists():
         restore(run, torch.load(checkpoint, map_location=device, weights_only=True))
     return run
@@ -217,6 +215,7 @@ def write_checkpoint(run: Run) -> None:
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "progressed": asdict(run.progressed),
         "random": torch.get_rng_state(),
+        "fingerprint": run.fingerprint,
     }
     temporary = run.checkpoint.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -224,7 +223,9 @@ def write_checkpoint(run: Run) -> None:
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Puts a checkpoint's state into the run."""
+    """Puts a checkpoint's state into the run. Raises RecipeError, and leaves the run as it is, when it is of another recipe or text."""
+    if state.get("fingerprint") != run.fingerprint:
+        raise RecipeError(f"{run.checkpoint} is of another recipe or text")
     run.model.load_state_dict(state["model"])
     for optimizer, remembered in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(remembered)
@@ -270,16 +271,3 @@ def training_record(run: Run, corpus: TokenizedCorpus, scores: dict[str, float])
         "overlap": 512,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    Console().print(str(pretrain(arguments.name, None, arguments.device, arguments.threads)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,15 @@
 """The recipe of the demo fleet: every name, size, seed and step count, in frozen dataclasses. Knows no torch and no files."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """What was made or begun earlier is of another recipe, and cannot be gone on with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +112,23 @@ class FleetRecipe:
     build_folder: Path = Path(".specfleet/build")
     models_folder: Path = Path("models")
 
+    def checkpoint(self, name: str) -> Path:
+        """Where the training of the base `name` keeps its state."""
+        return self.build_folder / name / "checkpoint.pt"
+
     def model(self, name: str) -> ModelRecipe:
         """The model called `name`; raises KeyError when the fleet has none."""
         for model in self.models:
             if model.name == name:
                 return model
         raise KeyError(f"the demo fleet has no model {name!r}; it has {', '.join(model.name for model in self.models)}")
+
+
+def fingerprint(recipes: Iterable[Any], text: bytes = b"") -> str:
+    """What a checkpoint or a corpus belongs to: recipes (dataclasses), and the text trained on. Hex digits."""
+    digest = hashlib.sha256(json.dumps([asdict(recipe) for recipe in recipes], sort_keys=True).encode())
+    digest.update(text)
+    return digest.hexdigest()
 
 
 def demo_packages() -> tuple[Package, ...]:

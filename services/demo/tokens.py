@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from services.demo.conversations import chat_documents
 from services.demo.corpus import Document, code_documents
-from services.demo.recipe import FleetRecipe, demo_fleet
+from services.demo.recipe import FleetRecipe, RecipeError, demo_fleet, fingerprint
 from services.demo.tokenizer import learn_tokenizer
 
 
@@ -66,9 +66,13 @@ def write_corpus(documents: list[Document], folder: Path, fleet: FleetRecipe) ->
     ]
     tokenizer.save(str(folder / "tokenizer.json"))
     np.save(folder / "train.npy", np.concatenate(pieces))
-    record = {"held_out": held_out, "sizes": sizes_of(documents)}
+    record = {"held_out": held_out, "sizes": sizes_of(documents), "recipe": corpus_recipe(fleet)}
     (folder / "corpus.tmp").write_text(json.dumps(record), "utf-8")
     os.replace(folder / "corpus.tmp", folder / "corpus.json")
+
+
+def corpus_recipe(fleet: FleetRecipe) -> str:
+    return fingerprint([fleet.corpus, fleet.tokenizer])
 
 
 def sizes_of(documents: list[Document]) -> dict[str, int]:
@@ -80,9 +84,11 @@ def sizes_of(documents: list[Document]) -> dict[str, int]:
 
 
 def load_corpus(corpus: str, fleet: FleetRecipe) -> TokenizedCorpus:
-    """The cached corpus, built first when it is not there."""
+    """The cached corpus, built first when it is not there. Raises RecipeError for one of another recipe."""
     folder = build_corpus(corpus, fleet)
     record = json.loads((folder / "corpus.json").read_text("utf-8"))
+    if record.get("recipe", corpus_recipe(fleet)) != corpus_recipe(fleet):
+        raise RecipeError(f"{folder} holds text of another recipe")
     train = torch.from_numpy(np.load(folder / "train.npy").astype(np.int32))
     held_out = tuple(Scored(**scored) for scored in record["held_out"])
     return TokenizedCorpus(Tokenizer.from_file(str(folder / "tokenizer.json")), train, held_out, record["sizes"])

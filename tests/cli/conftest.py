@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
-from actors.policy import PolicyError, PolicyKeeper
+from actors.policy import PolicyConflict, PolicyError, PolicyKeeper
 from actors.store import open_state
 from configs.settings import Settings
 from policies import DepthCounts, Load, StepSample, Telemetry
@@ -45,6 +45,8 @@ class Desk:
             return apply(change.model, dict(change.policy), change.who, change.why, change.expected_version, change.dry_run)
         except PolicyError as error:
             raise refused(400, str(error), param=error.field) from None
+        except PolicyConflict as error:
+            raise refused(409, str(error), param="expected_version") from None
 
     async def history(self, model: str) -> Sequence[Mapping[str, Any]]:
         return self.keeper.history(model)

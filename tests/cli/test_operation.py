@@ -59,6 +59,14 @@ def test_policy_dry_run_changes_nothing(shell: Shell, service: Service) -> None:
     assert service.keeper.policy("echo")["version"] == 0
 
 
+def test_policy_set_says_why_and_for_which_version(shell: Shell, service: Service) -> None:
+    assert shell("policy", "set", "echo", "kind=fixed", "--why", "quiet & late", "--expected-version", "0").code == 0
+    stale = shell("policy", "set", "echo", "depth=5", "--expected-version", "0")
+    assert stale.code == 1 and "at version 1, not 0" in stale.err and "Traceback" not in stale.err
+    (change,) = service.keeper.history("echo")
+    assert change["why"] == "quiet & late" and service.keeper.policy("echo")["version"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -90,6 +98,17 @@ def test_bench_measures_every_cell(shell: Shell, tmp_path: Path) -> None:
     assert {entry["against_off"] for entry in result["summary"] if entry["mode"] == "off"} == {1.0}
     assert result["machine"]["cores"] and result["command"][0] == "specfleet"
     assert {entry["requests"] for entry in result["rounds"] if entry["model"] == "code"} == {3}
+
+
+def test_bench_makes_room_for_its_result_first(shell: Shell, service: Service, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.json", tmp_path / "new" / "folder" / "out.json"
+    prompts.write_text(json.dumps({"code": ["x"]}))
+    flags = ["bench", "code", "-c", "1", "--rounds", "1", "--prompts", str(prompts), "--out"]
+    assert shell(*flags, str(out)).code == 0 and json.loads(out.read_text())["summary"]
+    measured = len(service.fleet.jobs)
+    for nowhere in (tmp_path, prompts / "out.json"):
+        refused = shell(*flags, str(nowhere))
+        assert refused.code == 1 and "cannot be written" in refused.err and len(service.fleet.jobs) == measured
 
 
 def test_bench_table_goes_from_off_to_fixed(shell: Shell, tmp_path: Path) -> None:

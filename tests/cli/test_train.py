@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_goes_on_and_shows_a_table(run: Callable[..., object], base: Path, text:
         (["--steps", "3"], "two numbers"),
         (["--heads", "3,x"], "whole numbers"),
         (["--length", "99000"], "more than"),
+        (["--device", "cuda:99"], "no device"),
     ],
 )
 def test_errors(run: Callable[..., object], base: Path, text: Path, tmp_path: Path, change: list[str], said: str) -> None:
@@ -78,6 +80,31 @@ def test_errors(run: Callable[..., object], base: Path, text: Path, tmp_path: Pa
 def test_no_base(run: Callable[..., object], tmp_path: Path) -> None:
     done = run("train", str(tmp_path), str(tmp_path), "-o", str(tmp_path / "out"))
     assert done.code == 1 and "config.json" in done.err
+
+
+def test_base_without_a_tokenizer(run: Callable[..., object], base: Path, text: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (*base.glob("*config.json"), *base.glob("*.safetensors")):
+        if not file.name.startswith("tokenizer"):
+            shutil.copy(file, bare)
+    done = run("train", str(bare), str(text), "-o", str(tmp_path / "out"), *SMALL)
+    assert done.code == 1 and "no tokenizer" in done.err and len(done.err.splitlines()) == 1
+    np.save(tmp_path / "ids.npy", np.arange(4000, dtype=np.uint16) % 250)
+    done = run("train", str(bare), str(tmp_path / "ids.npy"), "-o", str(tmp_path / "out"), *SMALL)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("drafting failed in 3 steps\nsomewhere"), ValueError("the base is not served")])
+def test_measuring_that_fails(
+    run: Callable[..., object], base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def measure(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("drafters.training.measure", measure)
+    done = run("train", str(base), str(text), "-o", str(tmp_path / "out"), *SMALL)
+    assert done.code == 1 and str(error).splitlines()[0] in done.err and "somewhere" not in done.err
 
 
 def test_whole_documents_are_held_out(text: Path) -> None:

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.demo.pretrain import Run, batch, phase_at, pretrain, rate, start_run, train
-from services.demo.recipe import FleetRecipe, ModelRecipe, Optimization, Phase, demo_fleet
+from services.demo.recipe import FleetRecipe, ModelRecipe, Optimization, Phase, RecipeError, demo_fleet
 from services.demo.tokens import load_corpus
 
 
 def fresh(fleet: FleetRecipe, folder: Path) -> Run:
-    return start_run(fleet.models[0], fleet.tokenizer, folder / "checkpoint.pt", "cpu")
+    return start_run(fleet.models[0], fleet.tokenizer, load_corpus("code", fleet).train, folder / "checkpoint.pt", "cpu")
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(fleet: FleetRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -34,6 +34,21 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(fleet: Flee
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     assert resumed.progressed.loss == whole.progressed.loss
+
+
+def test_a_checkpoint_of_another_recipe_or_text_is_refused(fleet: FleetRecipe, tmp_path: Path):
+    ids = load_corpus("code", fleet).train
+    train(fresh(fleet, tmp_path), ids)
+    assert fresh(fleet, tmp_path).progressed.step == fleet.models[0].steps
+    wider, longer, file = replace(fleet.models[0], hidden=128), replace(fleet.models[0], steps=9), tmp_path / "checkpoint.pt"
+    for recipe, text in ((wider, ids), (longer, ids), (fleet.models[0], ids[:-1])):
+        with pytest.raises(RecipeError, match="another recipe or text"):
+            start_run(recipe, fleet.tokenizer, text, file, "cpu")
+    state = torch.load(file, weights_only=True)
+    del state["fingerprint"]
+    torch.save(state, file)
+    with pytest.raises(RecipeError):
+        fresh(fleet, tmp_path)
 
 
 def test_a_trained_model_loads_by_transformers(fleet: FleetRecipe):

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from services.demo.recipe import FleetRecipe, demo_fleet
+from services.demo.recipe import FleetRecipe, RecipeError, demo_fleet
 from services.demo.tokens import build_corpus, heldout_prompts, load_corpus, training_tokens
 
 
@@ -15,6 +17,13 @@ def test_a_corpus_is_built_once_and_the_same_each_time(fleet: FleetRecipe):
         file.unlink()
     again = training_tokens("toy-code", fleet)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_a_corpus_of_another_recipe_is_refused(fleet: FleetRecipe):
+    build_corpus("code", fleet)
+    for other in (replace(fleet, tokenizer=replace(fleet.tokenizer, vocab_size=300)), replace(fleet, corpus=replace(fleet.corpus, seed=1))):
+        with pytest.raises(RecipeError, match="another recipe"):
+            load_corpus("code", other)
 
 
 def test_documents_begin_with_the_marker_and_decode_to_their_text(fleet: FleetRecipe):
