@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -19,6 +19,7 @@ from configs.problems import ConfigError, explain
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "SPECFLEET_"
+SQLITE = "sqlite:///"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 DrafterKind = Literal["none", "ngram", "mlp", "mlp+ngram"]
@@ -50,7 +51,7 @@ class EngineSettings(Section):
 
     slots: int = Field(default=16384, ge=64, le=2**28, description="KV slots, one per token held by running and cached requests.")
     max_running: int = Field(default=16, ge=1, le=4096, description="Requests decoded together.")
-    max_waiting: int = Field(default=256, ge=0, le=2**20, description="Requests that may wait for a place; more are answered with 429.")
+    max_waiting: int = Field(default=256, ge=1, le=2**20, description="Requests that may wait for a place; more are answered with 429.")
     chunk: int = Field(default=256, ge=1, le=2**20, description="Prompt tokens prefilled in one step.")
     max_context: Positive | None = Field(default=None, description="Longest prompt and answer together; none: the base's own.")
 
@@ -59,7 +60,7 @@ class SamplingDefaults(Section):
     """What a request gets for the sampling fields that it leaves out."""
 
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus mass; 1 is off.")
+    top_p: float = Field(default=1.0, ge=1e-6, le=1, description="Nucleus mass; 1 is off.")
     top_k: int = Field(default=0, ge=0, le=2**31, description="Most likely tokens kept; 0 is off.")
     min_p: float = Field(default=0.0, ge=0, le=1, description="Least probability, relative to the most likely token; 0 is off.")
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=10, description="1 is off.")
@@ -72,8 +73,10 @@ class ModelSettings(Section):
     base: str = Field(min_length=1, description="Folder or hub id of the base model.")
     speculator: str | None = Field(default=None, description="Folder or hub id of the MLP speculator.")
     drafter: DrafterKind = Field(default="mlp+ngram", description="What drafts for the base.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of the weights; auto: as stored.")
-    device: str = Field(default="cpu", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the weights; auto: float32 on a CPU, bfloat16 elsewhere."
+    )
+    device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of one replica; none: as many as it has CPUs.")
     replicas: ReplicaRange = Field(default_factory=ReplicaRange, description="How many replicas run.")
     num_cpus: float = Field(default=1.0, ge=0, le=1024, description="CPUs that Ray reserves for each replica.")
@@ -296,7 +299,7 @@ def local(name: str, folder: Path) -> str:
 
 
 def stored(url: str, folder: Path) -> str:
-    """sqlite:///FILE with an absolute FILE; other addresses unchanged."""
-    if not url.startswith("sqlite:///"):
+    """sqlite:///FILE, where FILE is written as it is named, with an absolute FILE and quoted; other addresses unchanged."""
+    if not url.startswith(SQLITE):
         return url
-    return f"sqlite:///{(folder / url.removeprefix('sqlite:///')).resolve()}"
+    return SQLITE + quote(str((folder / Path(url.removeprefix(SQLITE)).expanduser()).resolve()))

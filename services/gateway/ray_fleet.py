@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from services.protocol import Failure, Item, Job, ModelStatus
@@ -109,6 +109,19 @@ def broken(job: Job, error: Exception) -> Failure:
         return Failure(429, f"The model {job.model} is overloaded.", "rate_limit_error", None, "overloaded", 1.0)
     if isinstance(error, TimeoutError):
         return Failure(503, f"No replica of {job.model} took the request.", UNAVAILABLE, None, "no_replica", 2.0)
-    if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
+    if lost(error):
         return Failure(503, f"The replica of {job.model} was lost.", UNAVAILABLE, None, "replica_lost", 2.0)
     return Failure(500, f"The request {job.id} failed inside the service.", "server_error", None, "internal_error")
+
+
+def lost(error: BaseException) -> bool:
+    """Whether Ray or Serve lost the replica on the way. What the replica's own code raised, a RayTaskError, is no loss unless it tells of one.
+
+    A process that is killed shows as ActorDiedError or ActorUnavailableError, as an object or a node that went with it, as a RayServeException
+    around one of these, or as a stream that ends before it begins.
+    """
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, BaseException) and lost(error.cause)
+    if isinstance(error, RayError | DeploymentUnavailableError | ReplicaUnavailableError | StopAsyncIteration):
+        return True
+    return error.__cause__ is not None and lost(error.__cause__)

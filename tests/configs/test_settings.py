@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from actors.store import sqlite_path
 from configs.problems import ConfigError
 from configs.settings import ROOT, Settings, load_settings
 
@@ -78,6 +79,17 @@ def test_paths(tmp_path: Path) -> None:
     assert load(tmp_path, {"models": [MODEL], "state": {"url": "redis://h:1/0"}}).state.url == "redis://h:1/0"
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?b=c", "100%25", "a b", "ü+&"])
+def test_a_file_of_any_name_is_the_file_that_is_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    file = tmp_path / name / f"{name}.db"
+    for url in (f"sqlite:///{name}/{name}.db", f"sqlite:///{file}"):
+        assert sqlite_path(load(tmp_path, {"models": [MODEL], "state": {"url": url}}).state.url) == file
+    config = tmp_path / name / "config.yaml"
+    config.write_text(yaml.safe_dump({"models": [MODEL]}))
+    assert sqlite_path(load_settings(config, {}).request_log.url) == tmp_path / name / ".specfleet" / "requests.db"
+
+
 def test_frozen(tmp_path: Path) -> None:
     settings = load(tmp_path, {"models": [MODEL]})
     with pytest.raises(ValueError, match="frozen"):
@@ -90,6 +102,9 @@ BAD: list[tuple[Any, tuple[str, ...]]] = [
     ({"models": [MODEL], "gatway": {}}, ("gatway", "gateway")),
     ({"models": [MODEL | {"devce": "cpu"}]}, ("models[0].devce", "device")),
     ({"models": [MODEL | {"device": "tpu"}]}, ("models[0].device", "'tpu'", "cuda")),
+    ({"models": [MODEL | {"device": "mps"}]}, ("models[0].device", "'mps'", "cuda")),
+    ({"models": [MODEL | {"engine": {"max_waiting": 0}}]}, ("models[0].engine.max_waiting", "0", "1")),
+    ({"models": [MODEL | {"sampling": {"top_p": 1e-7}}]}, ("models[0].sampling.top_p", "1e-07", "0.000001")),
     ({"models": [MODEL | {"drafter": "magic"}]}, ("models[0].drafter", "'magic'", "mlp+ngram")),
     ({"models": [MODEL | {"drafter": "mlp"}]}, ("models[0]", "speculator")),
     ({"models": [MODEL | {"name": "a/b"}]}, ("models[0].name", "'a/b'")),

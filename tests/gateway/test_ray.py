@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OwnerDiedError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from actors.policy import PolicyConflict, PolicyError, UnknownModel
 from services.gateway.errors import ApiError
@@ -115,6 +115,44 @@ async def test_troubles_become_failures(error: Exception, status: int, code: str
     for script in ((error,), (Accepted(()), error)):
         got = [item async for item in RayFleet({"one": Handle(items(*script))}, 1).generate(JOB)]
         assert isinstance(got[-1], Failure) and got[-1].status == status and got[-1].code == code and "secret" not in got[-1].message
+
+
+def upstream() -> Exception:
+    """A loss as Serve's router wraps it."""
+    error = RayServeException("an upstream actor died")
+    error.__cause__ = ActorDiedError()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorDiedError(),
+        ActorUnavailableError("gone", b"x" * 16),
+        WorkerCrashedError(),
+        NodeDiedError("gone"),
+        OwnerDiedError("00" * 28, b"", ""),
+        RayTaskError("generate", "a trace", ActorDiedError()),
+        RayTaskError("generate", "a trace", ActorDiedError()).as_instanceof_cause(),
+        upstream(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_lost_replica_may_be_tried_again(error: Exception) -> None:
+    for script in ((error,), (Accepted(()), error)):
+        got = [item async for item in RayFleet({"one": Handle(items(*script))}, 1).generate(JOB)]
+        assert isinstance(got[-1], Failure) and (got[-1].status, got[-1].code, got[-1].retry_after) == (503, "replica_lost", 2.0)
+
+
+async def test_a_stream_that_ends_before_it_begins_may_be_tried_again() -> None:
+    (got,) = [item async for item in RayFleet({"one": Handle(items())}, 1).generate(JOB)]
+    assert isinstance(got, Failure) and (got.status, got.code) == (503, "replica_lost")
+
+
+async def test_what_a_replica_raises_is_its_own_fault() -> None:
+    error = RayTaskError("generate", "a trace", RuntimeError("secret"))
+    (got,) = [item async for item in RayFleet({"one": Handle(items(error))}, 1).generate(JOB)]
+    assert isinstance(got, Failure) and got.status == 500 and "secret" not in got.message
 
 
 async def test_loading_replicas_are_passed_over_while_another_is_ready() -> None:
