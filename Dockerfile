@@ -1,4 +1,5 @@
-# One image for every Ray node: the checkout, installed in place. Serves configs/demo.yaml when run by itself.
+# One image for every Ray node: the checkout, installed in place. By itself it serves configs/demo.yaml, which without keys listens on loopback
+# only: `docker run --network host specfleet`. With keys a port can be published; docs/operations.md shows how.
 FROM python:3.11-slim
 
 # wget: KubeRay's health probes call it.
