@@ -5,7 +5,9 @@
 
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -14,6 +16,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import DeploymentStatusOverview
 
 from actors.policy import PolicyError, parse_policy
 from configs.problems import ConfigError
@@ -24,6 +27,7 @@ from services.named import log_actor, policy_actor
 from services.replica import ModelReplica
 
 GATEWAY = "gateway"
+PATIENCE_S = 30.0  # seconds without an answer before it is said why
 SPARE = 64  # calls beside generating ones: statuses, health checks
 
 
@@ -148,14 +152,34 @@ def deploy(app: serve.Application, settings: Settings) -> None:
     serve.run_many([target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
 
 
-def wait_for_answer(settings: Settings, stop: threading.Event) -> None:
-    """Return when the gateway answers, or when asked to stop. Models may still be loading."""
+def wait_for_answer(settings: Settings, stop: threading.Event, patience: float = PATIENCE_S) -> None:
+    """Return when the gateway answers, or when asked to stop; after every `patience` seconds say why not. Models may still be loading."""
+    word = time.monotonic() + patience
     while not stop.is_set():
         try:
             httpx.get(f"{url(settings)}/healthz", timeout=5).raise_for_status()
             return
         except httpx.HTTPError:
             stop.wait(0.2)
+        if time.monotonic() > word and not stop.is_set():
+            print(f"The gateway does not answer at {url(settings)} yet. {standing(settings.ray.application)}", file=sys.stderr, flush=True)
+            word = time.monotonic() + patience
+
+
+def standing(application: str) -> str:
+    """How an application and its deployments are, in words of Serve."""
+    try:
+        found = serve.status().applications.get(application)
+    except Exception as error:  # whatever Serve raises while it is coming up or going down
+        return f"Serve does not say how it is ({type(error).__name__})."
+    if found is None:
+        return f"Serve knows no application {application}."
+    lines = [f"{name}: {state.status.value}: {replicas(state)} {state.message}".rstrip() for name, state in found.deployments.items()]
+    return "\n  ".join([f"{application}: {found.status.value} {found.message}".rstrip(), *lines])
+
+
+def replicas(state: DeploymentStatusOverview) -> str:
+    return ", ".join(f"{count} {name}" for name, count in state.replica_states.items()) or "no replica"
 
 
 def url(settings: Settings) -> str:

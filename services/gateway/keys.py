@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -51,8 +52,13 @@ class Keyring:
         return caller
 
     def _local(self, request: Request) -> Caller:
+        """Everyone, if the caller sits at this machine and no web page of elsewhere speaks through its browser."""
         if not loopback(request.client.host if request.client else ""):
             raise unauthorised("This service has no API keys and therefore answers to callers on its own machine only.")
+        for name in ("host", "origin"):
+            for value in request.headers.getlist(name):
+                if not loopback(hostname(value)):
+                    raise foreign(name.capitalize(), value)
         return self._everyone
 
 
@@ -70,6 +76,20 @@ def loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def hostname(value: str) -> str:
+    """The host that a Host or Origin header names, without scheme and port; empty if it names none."""
+    try:
+        return urlsplit(value if "://" in value else f"//{value}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def foreign(header: str, value: str) -> ApiError:
+    """What a web page gets that reaches for this machine, by a name that resolves to it or across sites."""
+    message = f"This service has no API keys and therefore accepts 127.0.0.1, localhost and [::1] as {header} only, not {value[:80]!r}."
+    return refused(403, message, code="foreign_caller")
 
 
 def unauthorised(message: str) -> ApiError:

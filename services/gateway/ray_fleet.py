@@ -115,10 +115,10 @@ def broken(job: Job, error: Exception) -> Failure:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether Ray or Serve lost the replica on the way. What the replica's own code raised, a RayTaskError, is no loss unless it tells of one.
+    """Whether Ray or Serve lost the replica on the way. What its own code raised, a RayTaskError, is no loss unless it tells of one.
 
-    A process that is killed shows as ActorDiedError or ActorUnavailableError, as an object or a node that went with it, as a RayServeException
-    around one of these, or as a stream that ends before it begins.
+    A process that is killed shows as ActorDiedError or ActorUnavailableError, as an object or a node that went with it, as a
+    RayServeException around one of these, or as a stream that ends before it begins.
     """
     if isinstance(error, RayTaskError):
         return isinstance(error.cause, BaseException) and lost(error.cause)

@@ -25,9 +25,9 @@ class Gateway:
         self.fleet, self.desk, self.now = FakeFleet(), FakeDesk(), 0.0
         self.app = create_app(self.settings, self.fleet, self.desk, lambda: self.now)
 
-    def client(self, peer: str = "127.0.0.1", **options: Any) -> httpx.AsyncClient:
+    def client(self, peer: str = "127.0.0.1", url: str = "http://127.0.0.1:8000", **options: Any) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app=self.app, client=(peer, 4711))
-        return httpx.AsyncClient(transport=transport, base_url="http://gateway", **options)
+        return httpx.AsyncClient(transport=transport, base_url=url, **options)
 
 
 @pytest.fixture

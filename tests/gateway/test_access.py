@@ -53,6 +53,40 @@ async def test_without_keys_only_this_machine(gateway: Any) -> None:
             assert "open" in (await http.get("/")).json()["access"]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost:9000", "LocalHost", "[::1]:8000", "[::1]"])
+async def test_an_open_service_answers_to_every_name_of_this_machine(http: httpx.AsyncClient, host: str) -> None:
+    for headers in ({}, {"Origin": f"http://{host}"}):
+        assert (await http.post("/v1/completions", json=TEXT, headers={"Host": host, **headers})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "rebound.example"},
+        {"Host": "rebound.example:8000"},
+        {"Host": "127.0.0.1.example"},
+        {"Host": "localhost@rebound.example"},
+        {"Host": "[::1"},
+        {"Host": ""},
+        {"Origin": "https://rebound.example"},
+        {"Origin": "http://localhost.example:8000"},
+        {"Origin": "null"},
+    ],
+)
+async def test_web_pages_do_not_reach_an_open_service(gateway: Any, http: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    for method, path in (("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/admin/load"), ("PUT", "/admin/policies/echo")):
+        answer = await http.request(method, path, json=TEXT, headers=headers)
+        assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_caller"
+        assert next(iter(headers)) in answer.json()["error"]["message"]
+    assert not gateway.fleet.jobs and not gateway.desk.changes
+
+
+async def test_a_locked_service_has_any_name(locked: Any) -> None:
+    async with locked.client(peer="10.0.0.5", url="https://models.example") as http:
+        headers = bearer("user-key-1") | {"Origin": "https://app.example"}
+        assert (await http.post("/v1/completions", json=TEXT, headers=headers)).status_code == 200
+
+
 async def test_requests_per_minute(make: Callable[..., Any]) -> None:
     gateway = make(keys=[USER | {"limits": {"requests_per_minute": 2}}, ROOT])
     async with gateway.client() as http:

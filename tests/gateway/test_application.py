@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from configs.problems import ConfigError
@@ -80,3 +84,44 @@ def test_only_a_started_cluster_is_described() -> None:
     assert cluster.resources(settings(ray={"address": "auto"})) == {}
     started = cluster.resources(settings(ray={"num_cpus": 3, "object_store_mb": 100}))
     assert started["num_cpus"] == 3 and started["object_store_memory"] == 100 * 2**20 and started["_node_ip_address"] == "127.0.0.1"
+
+
+def overview(**deployments: tuple[str, dict[str, int]]) -> Any:
+    """Serve's word on an application that is being deployed."""
+    found = {
+        name: SimpleNamespace(status=SimpleNamespace(value=status), replica_states=replicas, message="2 CPUs are needed.")
+        for name, (status, replicas) in deployments.items()
+    }
+    running = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), message="", deployments=found)
+    return SimpleNamespace(applications={"specfleet": running})
+
+
+def test_serve_says_why_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stop, asked = threading.Event(), itertools.count()
+
+    def get(*_: Any, **__: Any) -> httpx.Response:
+        if next(asked) == 2:
+            stop.set()
+        raise httpx.ConnectError("nobody listens")
+
+    monkeypatch.setattr(app.httpx, "get", get)
+    monkeypatch.setattr(app.serve, "status", lambda: overview(gateway=("UPDATING", {"PENDING_ALLOCATION": 1}), one=("HEALTHY", {})))
+    app.wait_for_answer(settings(), stop, patience=0.0)
+    said = capsys.readouterr().err
+    assert "http://127.0.0.1:8000 yet. specfleet: DEPLOYING\n" in said
+    assert "  gateway: UPDATING: 1 PENDING_ALLOCATION 2 CPUs are needed.\n  one: HEALTHY: no replica" in said
+
+
+def test_serve_is_quiet_when_the_gateway_answers_in_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    request = httpx.Request("GET", "http://127.0.0.1:8000/healthz")
+    answers = iter([httpx.Response(503, request=request), httpx.Response(200, request=request)])
+    monkeypatch.setattr(app.httpx, "get", lambda *_, **__: next(answers))
+    app.wait_for_answer(settings(), threading.Event())
+    assert capsys.readouterr().err == "" and next(answers, None) is None
+
+
+def test_standing_without_an_answer_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.serve, "status", lambda: overview())
+    assert app.standing("other") == "Serve knows no application other."
+    monkeypatch.setattr(app.serve, "status", lambda: 1 / 0)
+    assert "ZeroDivisionError" in app.standing("specfleet")

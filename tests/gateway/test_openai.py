@@ -15,7 +15,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture
 async def client(gateway: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=gateway.client(), max_retries=0) as made:
+    async with openai.AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=gateway.client(), max_retries=0) as made:
         yield made
 
 
@@ -89,6 +89,6 @@ async def test_error_within_a_stream(gateway: Any, client: openai.AsyncOpenAI) -
 
 async def test_wrong_key(make: Callable[..., Any]) -> None:
     gateway = make(keys=[{"name": "a", "key": "right-key"}])
-    async with openai.AsyncOpenAI(api_key="wrong", base_url="http://gateway/v1", http_client=gateway.client(), max_retries=0) as made:
+    async with openai.AsyncOpenAI(api_key="wrong", base_url="http://localhost/v1", http_client=gateway.client(), max_retries=0) as made:
         with pytest.raises(openai.AuthenticationError):
             await made.models.list()
