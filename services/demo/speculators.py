@@ -1,9 +1,7 @@
-"""Trains the demo fleet's speculators: `python -m services.demo.speculators demo-chat` for one model, no name for all of them."""
+"""Trains the demo fleet's speculators."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -60,20 +58,3 @@ def train_speculator(name: str, fleet: FleetRecipe | None = None, device: str = 
     job = speculator_job(name, fleet, device)
     with TrainingBar(name) as bar:
         return train(job, bar)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=[model.name for model in demo_fleet().models])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in options.names:
-        report = train_speculator(name, device=options.device, threads=options.threads)
-        last = report.stages[-1]
-        print(f"{name}: tokens per step {last.greedy.per_step:.2f} greedy, {last.sampled.per_step:.2f} at temperature 1")
-
-
-if __name__ == "__main__":
-    main()
