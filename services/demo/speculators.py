@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from drafters.measuring import Measured, measure
+from drafters.mlp import MLPSpeculator
 from drafters.progress import TrainingBar
 from drafters.training import SpeculatorShape, Stage, TrainingJob, TrainingReport, train
+from drafters.tree_draft import MLPDrafter
+from engine.loading import load_base
 from services.demo.recipe import FleetRecipe, demo_fleet
 from services.demo.tokens import heldout_prompts, training_tokens
 
@@ -58,3 +62,32 @@ def train_speculator(name: str, fleet: FleetRecipe | None = None, device: str = 
     job = speculator_job(name, fleet, device)
     with TrainingBar(name) as bar:
         return train(job, bar)
+
+
+def measure_speculator(name: str, count: int = 64, fleet: FleetRecipe | None = None, threads: int = 1) -> dict[float, Measured]:
+    """What the saved speculator is worth on held-out prompts, by temperature, drafting its full tree in the real engine."""
+    torch.set_num_threads(threads)
+    fleet = fleet or demo_fleet()
+    folder = fleet.models_folder / name
+    base, drafter = load_base(folder), MLPDrafter(MLPSpeculator.from_pretrained(folder / "speculator"))
+    prompts = heldout_prompts(name, count, 64, fleet)
+    return {temperature: measure(base, drafter, prompts, temperature) for temperature in (0.0, 1.0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=[model.name for model in demo_fleet().models])
+    parser.add_argument("--measure", action="store_true", help="only measure what is saved")
+    parser.add_argument("--device", default="cpu", help="where to train")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for name in options.names:
+        if not options.measure:
+            train_speculator(name, device=options.device, threads=options.threads)
+        measured = measure_speculator(name, threads=options.threads)
+        print(f"{name}: " + ", ".join(f"{m.per_step:.2f} tokens per step at temperature {t:g}" for t, m in measured.items()))
+
+
+if __name__ == "__main__":
+    main()
