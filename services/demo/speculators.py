@@ -72,22 +72,3 @@ def measure_speculator(name: str, count: int = 64, fleet: FleetRecipe | None = N
     base, drafter = load_base(folder), MLPDrafter(MLPSpeculator.from_pretrained(folder / "speculator"))
     prompts = heldout_prompts(name, count, 64, fleet)
     return {temperature: measure(base, drafter, prompts, temperature) for temperature in (0.0, 1.0)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=[model.name for model in demo_fleet().models])
-    parser.add_argument("--measure", action="store_true", help="only measure what is saved")
-    parser.add_argument("--device", default="cpu", help="where to train")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in options.names:
-        if not options.measure:
-            train_speculator(name, device=options.device, threads=options.threads)
-        measured = measure_speculator(name, threads=options.threads)
-        print(f"{name}: " + ", ".join(f"{m.per_step:.2f} tokens per step at temperature {t:g}" for t, m in measured.items()))
-
-
-if __name__ == "__main__":
-    main()
