@@ -333,15 +333,20 @@ class RequestLogActor:
 
         check_state(url)
         self._opener, self._writer = opener, LogWriter(opener, capacity)
+        self._lost: dict[str, int] = {}
 
-    async def append(self, records: Iterable[RequestRecord]) -> None:
-        """Queue finished records; callers need not wait for the answer, and batches sent at the same time may change places."""
+    async def append(self, records: Iterable[RequestRecord], lost: int = 0, source: str = "") -> None:
+        """Queue finished records; callers need not wait for the answer, and batches sent at the same time may change places.
+
+        lost: records that the source, a name of its own, has lost so far for want of room; a count that is told twice counts once.
+        """
+        self._lost[source] = max(lost, self._lost.get(source, 0))
         for record in records:
             self._writer.offer(record)
 
     async def stats(self) -> dict[str, int]:
-        """Counts of the writer: written, dropped, failed, queued."""
-        return asdict(self._writer.stats())
+        """Counts of the writer: written, dropped, failed, queued; and lost: records that never came here, as their sources tell."""
+        return asdict(self._writer.stats()) | {"lost": sum(self._lost.values())}
 
     async def tail(self, n: int, model: str | None = None) -> list[RequestRecord]:
         """The latest n records in the store, oldest first."""

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import ray
@@ -28,7 +29,7 @@ from services.protocol import Item, Job, ModelStatus
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
 PATIENCE_S = 2.0  # seconds to wait for another actor
-FIRST_PLAN_TRIES = 10  # waits of PATIENCE_S for a policy actor that is just starting
+FIRST_PLAN_S = 20.0  # seconds to wait for a policy actor that is just starting
 RETRY_S = 15.0  # seconds between attempts to load
 MOST_RECORDS = 4096  # finished requests kept while the request log is away
 
@@ -44,9 +45,8 @@ class ModelReplica:
         self.settings = settings
         first = Plan.of(0, settings.name, parse_policy(settings.policy))
         self.pilot = Pilot(replica_name(), first)
-        self.records: deque[RequestRecord] = deque()
-        self.lost = 0
-        self.host = ModelHost(settings, self.pilot, self.record)
+        self.outbox = Outbox(MOST_RECORDS)
+        self.host = ModelHost(settings, self.pilot, self.outbox.put)
         self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write)]
 
     # -- what the gateway calls ---------------------------------------------------------------------------------------------
@@ -85,12 +85,15 @@ class ModelReplica:
 
     async def first_plan(self) -> None:
         """The plan in force before the first request, unless the policy actor is not there in time."""
-        for _ in range(FIRST_PLAN_TRIES):
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + FIRST_PLAN_S
+        while clock() < deadline:
             try:
                 self.pilot.adopt(await self.policy.call("plan", self.settings.name))
                 return
             except Exception as error:
                 log.info("no plan yet (%s)", type(error).__name__)
+                await asyncio.sleep(REPORT_S)
 
     async def report(self) -> None:
         """Telemetry out, plans in."""
@@ -105,34 +108,70 @@ class ModelReplica:
             except Exception as error:
                 log.warning("the policy actor is away (%s); the last plan stays in force", type(error).__name__)
 
-    def record(self, record: RequestRecord) -> None:
-        """Keep a finished request for the log; when too many wait, the oldest is lost and counted. Runs in the engine's thread."""
-        if len(self.records) >= MOST_RECORDS:
-            with contextlib.suppress(IndexError):
-                self.records.popleft()
-                self.lost += 1
-        self.records.append(record)
-
     async def write(self) -> None:
-        """Finished requests to the request log."""
+        """Finished requests to the request log, again and again."""
         while True:
             await asyncio.sleep(REPORT_S)
-            batch = [self.records.popleft() for _ in range(len(self.records))]
-            if not batch:
-                continue
-            try:
-                await self.request_log.call("append", batch)
-            except Exception as error:
-                self.records.extendleft(reversed(batch))
-                log.warning(
-                    "the request log is away (%s); %d records wait, %d were lost", type(error).__name__, len(self.records), self.lost
-                )
+            await self.flush()
 
-    def __del__(self) -> None:
-        for task in getattr(self, "tasks", ()):
+    async def flush(self) -> None:
+        """Hand what waits to the request log, with the count of what was lost; keep it when the log is away."""
+        batch = self.outbox.take()
+        if not batch:
+            return
+        try:
+            await self.request_log.call("append", batch, self.outbox.lost, self.pilot.replica)
+        except BaseException as error:
+            self.outbox.give_back(batch)
+            if not isinstance(error, Exception):
+                raise
+            waiting, lost = len(self.outbox), self.outbox.lost
+            log.warning("the request log is away (%s); %d records wait, %d were lost", type(error).__name__, waiting, lost)
+
+    async def __del__(self) -> None:
+        """What Serve awaits when it stops a replica: the engine ends, and the last finished requests go to the log."""
+        tasks = getattr(self, "tasks", [])
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if hasattr(self, "host"):
-            self.host.stop()
+            await asyncio.to_thread(self.host.stop)
+            await self.flush()
+
+
+class Outbox:
+    """Finished requests on their way to the request log, at most `most`; the oldest is lost when there are more. For all threads."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.lost = most, 0
+        self.lock = threading.Lock()
+        self.records: deque[RequestRecord] = deque()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def put(self, record: RequestRecord) -> None:
+        with self.lock:
+            self.records.append(record)
+            self.trim()
+
+    def take(self) -> list[RequestRecord]:
+        """All that waits, oldest first."""
+        with self.lock:
+            batch = list(self.records)
+            self.records.clear()
+            return batch
+
+    def give_back(self, batch: Sequence[RequestRecord]) -> None:
+        """Put what was taken and not delivered before what came meanwhile."""
+        with self.lock:
+            self.records.extendleft(reversed(batch))
+            self.trim()
+
+    def trim(self) -> None:
+        while len(self.records) > self.most:
+            self.records.popleft()
+            self.lost += 1
 
 
 class Peer:
@@ -142,12 +181,12 @@ class Peer:
         self.find = find
         self.handle: Any = None
 
-    async def call(self, method: str, argument: object) -> Any:
+    async def call(self, method: str, *arguments: object) -> Any:
         """Call a method and wait at most PATIENCE_S. Raises whatever went wrong."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 self.handle = self.handle or await asyncio.to_thread(self.find)
-                return await getattr(self.handle, method).remote(argument)
+                return await getattr(self.handle, method).remote(*arguments)
         except TimeoutError:
             raise  # slow, or just starting: the handle is still right
         except BaseException:

@@ -11,7 +11,7 @@ from configs.settings import Settings
 from services.gateway.app import create_app
 from services.gateway.ray_desk import RayDesk
 from services.gateway.ray_fleet import RayFleet
-from services.named import policy_actor
+from services.named import log_actor, policy_actor
 
 
 def ingress(settings: Settings) -> Any:
@@ -27,4 +27,5 @@ def gateway_app(settings: Settings) -> FastAPI:
     """The gateway within its replica, over the handles of this application."""
     application_name = serve.get_replica_context().app_name
     handles = {model.name: serve.get_deployment_handle(model.name, application_name) for model in settings.models}
-    return create_app(settings, RayFleet(handles, settings.gateway.poll_s), RayDesk(policy_actor(settings)))
+    desk = RayDesk(policy_actor(settings), log_actor(settings))
+    return create_app(settings, RayFleet(handles, settings.gateway.poll_s), desk)

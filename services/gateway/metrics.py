@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from services.protocol import Item, ModelStatus, Piece
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+OUTCOMES = ("written", "dropped", "lost")
 STATES = ("loading", "ready", "failed")
 
 
@@ -33,6 +36,8 @@ class Metrics:
         self.duration = self._times("specfleet_request_duration_seconds", "From arrival to the last token.", LONG)
         self.state = Gauge("specfleet_model_state", "1 for the state a model is in.", ("model", "state"), registry=self.registry)
         self.load = Gauge("specfleet_load", "What the replicas report.", ("model", "quantity"), registry=self.registry)
+        self.log = LogCounts()
+        self.registry.register(self.log)
 
     def _gauge(self, name: str, meaning: str) -> Gauge:
         return Gauge(name, meaning, ("model",), registry=self.registry)
@@ -51,7 +56,25 @@ class Metrics:
         self.load.clear()
         for model, quantity, value in quantities(load):
             self.load.labels(model, quantity).set(value)
+        self.log.counts = load.get("request_log") or {}
         return generate_latest(self.registry)
+
+
+class LogCounts(Collector):
+    """The request log's counts as its actor tells them; nothing while it is away."""
+
+    def __init__(self) -> None:
+        self.counts: Mapping[str, int] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        if not self.counts:
+            return
+        records = CounterMetricFamily("specfleet_request_log_records", "Finished requests by what became of them.", labels=("outcome",))
+        for outcome in OUTCOMES:
+            records.add_metric((outcome,), self.counts.get(outcome, 0))
+        yield records
+        yield CounterMetricFamily("specfleet_request_log_failures", "Writes to the log that failed.", value=self.counts.get("failed", 0))
+        yield GaugeMetricFamily("specfleet_request_log_queued", "Finished requests to be written.", value=self.counts.get("queued", 0))
 
 
 class Watch:

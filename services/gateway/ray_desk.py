@@ -1,4 +1,4 @@
-"""The policy desk over the named policy actor."""
+"""The policy desk over the named policy actor, with the request log's counts beside the load."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ ANSWER_S = 5.0  # seconds
 
 
 class RayDesk:
-    """Finds the actor anew at every call, so that one that was started again is found too. find: looks it up, or starts it."""
+    """Finds the actors anew at every call, so that one that was started again is found too.
 
-    def __init__(self, find: Callable[[], Any]) -> None:
-        self._find = find
+    find, find_log: look the policy actor and the request log up, or start them.
+    """
+
+    def __init__(self, find: Callable[[], Any], find_log: Callable[[], Any]) -> None:
+        self._find, self._find_log = find, find_log
 
     async def load(self) -> Mapping[str, Any]:
-        return await answered((await self._actor()).load.remote())
+        """The policy actor's report, and as request_log the counts of the request log's actor; null while that is away."""
+        log, load = await asyncio.gather(self._log(), self._load())
+        return {**load, "request_log": log}
 
     async def policy(self, model: str) -> Mapping[str, Any]:
         return await answered((await self._actor()).policy.remote(model))
@@ -39,6 +44,17 @@ class RayDesk:
 
     async def history(self, model: str) -> Sequence[Mapping[str, Any]]:
         return await answered((await self._actor()).history.remote(model))
+
+    async def _load(self) -> Mapping[str, Any]:
+        return await answered((await self._actor()).load.remote())
+
+    async def _log(self) -> Mapping[str, int] | None:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                counts: Mapping[str, int] = await (await asyncio.to_thread(self._find_log)).stats.remote()
+                return counts
+        except (TimeoutError, ValueError, RayError):
+            return None
 
     async def _actor(self) -> Any:
         try:

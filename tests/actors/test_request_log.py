@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import redis
 
-from actors.request_log import LogStats, LogWriter, RedisLog, RequestRecord, Retention, SqliteLog, open_log
+from actors.request_log import LogStats, LogWriter, RedisLog, RequestLogActor, RequestRecord, Retention, SqliteLog, open_log
 from actors.store import StoreError
 from tests.actors.stand import RedisServer
 from tests.conftest import wait_until
@@ -217,3 +217,12 @@ def test_writing_goes_on_after_redis_was_away(tmp_path):
         assert writer.stats().dropped == 0
     finally:
         server.stop()
+
+
+async def test_losses_of_every_source_are_counted_once(tmp_path):
+    actor = RequestLogActor(f"sqlite:///{tmp_path}/log.db")
+    for source, lost in (("a", 2), ("a", 2), ("b", 1), ("a", 5)):
+        await actor.append([], lost, source)
+    await actor.append([record(1)])
+    await actor.close()
+    assert await actor.stats() == {"written": 1, "dropped": 0, "failed": 0, "queued": 0, "lost": 6}

@@ -51,7 +51,8 @@ class FakeDesk:
     async def load(self) -> Mapping[str, Any]:
         if self.away:
             raise refused(503, "The policy actor is away.", retry_after=1.0)
-        return {"at": 1.0, "models": {"echo": {"running": 2, "waiting": 0.5, "note": "text"}}}
+        log = {"written": 7, "dropped": 2, "failed": 3, "queued": 4, "lost": 1}
+        return {"at": 1.0, "models": {"echo": {"running": 2, "waiting": 0.5, "note": "text"}}, "request_log": log}
 
     async def policy(self, model: str) -> Mapping[str, Any]:
         return {"model": model, "version": 3, "policy": {"kind": "goodput"}}

@@ -127,7 +127,8 @@ async def test_a_prompt_is_charged_before_anything_comes_of_it(make: Callable[..
 
 
 async def test_admin(gateway: Any, http: httpx.AsyncClient) -> None:
-    assert (await http.get("/admin/load")).json()["models"]["echo"]["running"] == 2
+    load = (await http.get("/admin/load")).json()
+    assert load["models"]["echo"]["running"] == 2 and load["request_log"]["lost"] == 1
     assert (await http.get("/admin/policies/echo")).json()["version"] == 3
     assert (await http.get("/admin/policies/echo/history")).json()["history"][0]["who"] == "root"
     assert (await http.put("/admin/policies/echo", json=POLICY)).json()["version"] == 4

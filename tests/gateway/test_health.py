@@ -47,8 +47,15 @@ async def test_metrics(gateway: Any, http: httpx.AsyncClient) -> None:
         'specfleet_requests_in_flight{model="echo"} 0.0',
         'specfleet_model_state{model="slow",state="loading"} 1.0',
         'specfleet_load{model="echo",quantity="running"} 2.0',
+        'specfleet_request_log_records_total{outcome="written"} 7.0',
+        'specfleet_request_log_records_total{outcome="dropped"} 2.0',
+        'specfleet_request_log_records_total{outcome="lost"} 1.0',
+        "specfleet_request_log_failures_total 3.0",
+        "specfleet_request_log_queued 4.0",
     ):
         assert line in text.splitlines()
+    gateway.desk.away = True
+    assert "specfleet_request_log" not in (await http.get("/metrics")).text
 
 
 async def test_openapi(http: httpx.AsyncClient) -> None:

@@ -200,7 +200,7 @@ def desk(error: Exception | None) -> tuple[RayDesk, list[Any]]:
         def __getattr__(self, name: str) -> Method:
             return Method(name)
 
-    return RayDesk(Actor), calls
+    return RayDesk(Actor, Actor), calls
 
 
 async def test_desk() -> None:
@@ -235,5 +235,29 @@ async def test_desk_without_actor() -> None:
         raise ValueError("no actor")
 
     with pytest.raises(ApiError) as caught:
-        await RayDesk(find).load()
+        await RayDesk(find, find).load()
     assert caught.value.failure.status == 503
+
+
+class Reporter:
+    """An actor that answers one question."""
+
+    def __init__(self, method: str, answer: Any) -> None:
+        async def remote() -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        setattr(self, method, SimpleNamespace(remote=remote))
+
+
+async def test_load_tells_what_became_of_the_request_log() -> None:
+    load, counts = Reporter("load", {"models": {}}), {"written": 5, "lost": 1}
+    assert await RayDesk(lambda: load, lambda: Reporter("stats", counts)).load() == {"models": {}, "request_log": counts}
+    for trouble in (ActorDiedError(), RayTaskError("stats", "a trace", RuntimeError())):
+        assert (await RayDesk(lambda: load, lambda e=trouble: Reporter("stats", e)).load())["request_log"] is None
+    assert (await RayDesk(lambda: load, find_nothing).load())["request_log"] is None
+
+
+def find_nothing() -> Any:
+    raise ValueError("no actor")
