@@ -12,7 +12,7 @@ import typer
 
 from configs.settings import ROOT
 from services.cli.device import check_device
-from services.cli.problem import Problem, sentence
+from services.cli.problem import TROUBLE, Problem, sentence
 from services.cli.screen import remark
 from services.demo.recipe import FleetRecipe, RecipeError, demo_fleet
 
@@ -73,7 +73,7 @@ def make(name: str, stage: Stage, fleet: FleetRecipe, again: bool, work: Callabl
     remark(f"{name}: {stage}")
     try:
         work()
-    except (ValueError, OSError, RuntimeError) as error:  # RecipeError, TrainingError and what measuring raises are among them
+    except TROUBLE as error:
         raise Problem(f"{name}: {stage}: {sentence(error)}{way_out(error, name)}") from None
 
 

@@ -1,5 +1,9 @@
 """What goes wrong for a person at a terminal: one sentence on standard error, exit code 1, no stack trace."""
 
+from safetensors import SafetensorError
+
+TROUBLE = (ValueError, OSError, RuntimeError, SafetensorError)  # what training and measuring raise for what they are given or lack
+
 
 class Problem(Exception):
     """A sentence for the person who typed the command."""

@@ -10,7 +10,7 @@ import typer
 
 from services.cli import options
 from services.cli.device import check_device
-from services.cli.problem import Problem, sentence
+from services.cli.problem import TROUBLE, Problem, sentence
 from services.cli.screen import console, emit_json, show, table
 
 
@@ -79,7 +79,7 @@ def read(base: Path, text: list[Path], share: float) -> Any:
 
     def encode(words: str) -> list[int]:
         end = tokenizer().eos_token_id
-        return [*tokenizer().encode(words, add_special_tokens=False), *([] if end is None else [end])]
+        return [*tokenizer().encode(words, add_special_tokens=False, verbose=False), *([] if end is None else [end])]
 
     with console(error=True).status("reading text"):
         return training_text(text, encode, share)
@@ -103,7 +103,7 @@ def run(job: Any) -> dict[str, Any]:
     try:
         with TrainingBar(job.name, console(error=True)) as bar:
             return train_speculator(job, bar).to_json()
-    except (ValueError, OSError, RuntimeError) as error:  # TrainingError, UnsupportedModel and what measuring raises are among them
+    except TROUBLE as error:
         raise Problem(f"The speculator was not trained: {sentence(error)}") from None
 
 

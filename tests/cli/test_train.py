@@ -95,6 +95,14 @@ def test_base_without_a_tokenizer(run: Callable[..., object], base: Path, text: 
     assert done.code == 0, done.err
 
 
+def test_base_cut_short(run: Callable[..., object], base: Path, text: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    (broken / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:9000])
+    done = run("train", str(broken), str(text), "-o", str(tmp_path / "out"), *SMALL)
+    assert done.code == 1 and "The speculator was not trained" in done.err and "Traceback" not in done.err
+
+
 @pytest.mark.parametrize("error", [RuntimeError("drafting failed in 3 steps\nsomewhere"), ValueError("the base is not served")])
 def test_measuring_that_fails(
     run: Callable[..., object], base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
