@@ -35,6 +35,12 @@ class KVStore:
         self.keys[layer].index_copy_(0, slots, key[0].transpose(0, 1))
         self.values[layer].index_copy_(0, slots, value[0].transpose(0, 1))
 
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows of slots [R, K] -> [R, kv_heads, K, dim] twice."""
+        flat, shape = slots.flatten(), slots.shape
+        keys, values = self.keys[layer].index_select(0, flat), self.values[layer].index_select(0, flat)
+        return keys.unflatten(0, shape).transpose(1, 2), values.unflatten(0, shape).transpose(1, 2)
+
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes over all layers written so far."""
         return sum(t[0].numel() * t.element_size() for store in (self.keys, self.values) for t in store.values())
@@ -103,13 +109,22 @@ def group(rows: Sequence[Row], starts: Sequence[int], device: torch.device | str
         query_at[i, :new] = key_at[i, length : length + new]
     scatter = np.concatenate([i * queries + np.arange(len(r.new)) for i, r in enumerate(rows)])
     target = np.concatenate([s + np.arange(len(r.new)) for r, s in zip(rows, starts, strict=True)])
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf)
+    mask = torch.zeros(visible.shape, dtype=precision(dtype, device)).masked_fill_(torch.from_numpy(~visible), -torch.inf)
     distance = torch.from_numpy(query_at[:, :, None] - key_at[:, None, :])
 
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return Rows(put(read), put(gather), put(scatter), put(target), mask.to(device)[:, None], distance.to(device)[:, None])
+
+
+def precision(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The type to attend in: float64 for float32 on a CPU, otherwise the model's own.
+
+    Kernels sum in an order that depends on how many queries and keys they are given; rounding float64 sums back to float32 makes a row's
+    result the same in any company, and so the text the same bit for bit.
+    """
+    return torch.float64 if dtype == torch.float32 and torch.device(device).type == "cpu" else dtype
 
 
 def ancestors(parents: Sequence[int]) -> np.ndarray:
@@ -142,16 +157,15 @@ def ragged_attention(
         raise RuntimeError("this architecture does not hand keyword arguments down to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     ragged.store.write(layer, key, value, ragged.write)
-    keys, values = ragged.store.keys[layer], ragged.store.values[layer]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     tokens = query[0].transpose(0, 1)  # [T, heads, dim]
-    out = tokens.new_empty(tokens.shape[0], tokens.shape[1], values.shape[-1])
+    out = tokens.new_empty(tokens.shape[0], tokens.shape[1], value.shape[-1])
     for rows in ragged.groups:
         mask = rows.mask if sliding_window is None else rows.mask.masked_fill(rows.distance >= sliding_window, -torch.inf)
-        q = tokens[rows.gather].transpose(1, 2)  # [R, heads, Q, dim]
-        k, v = keys[rows.read].transpose(1, 2), values[rows.read].transpose(1, 2)  # [R, kv_heads, K, dim]
+        q = tokens.index_select(0, rows.gather.flatten()).unflatten(0, rows.gather.shape).transpose(1, 2)  # [R, heads, Q, dim]
+        k, v = ragged.store.read(layer, rows.read)  # [R, kv_heads, K, dim]
         seen = attend(q, k, v, mask, scale, softcap, s_aux)  # [R, heads, Q, dim]
-        out[rows.target] = seen.transpose(1, 2).flatten(0, 1)[rows.scatter]
+        out.index_copy_(0, rows.target, seen.transpose(1, 2).flatten(0, 1).index_select(0, rows.scatter))
     return out[None], None
 
 
@@ -160,12 +174,10 @@ def attend(
 ) -> Tensor:
     """Masked attention of one group of rows; query heads that share a key head are folded into the queries. [R, heads, Q, dim]
 
-    In float32 on a CPU it is computed in float64: kernels sum in an order that depends on how many queries and keys they are given, and
-    rounding back to float32 makes a row's result the same in any company.
+    Computed in the mask's type and rounded back, see `precision`.
     """
-    if q.dtype == torch.float32 and q.device.type == "cpu":
-        return attend_group(q.double(), k.double(), v.double(), mask.double(), scale, softcap, sinks).float()
-    return attend_group(q, k, v, mask, scale, softcap, sinks)
+    wide = mask.dtype
+    return attend_group(q.to(wide), k.to(wide), v.to(wide), mask, scale, softcap, sinks).to(q.dtype)
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
