@@ -37,9 +37,7 @@ class KVStore:
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of rows of slots [R, K] -> [R, kv_heads, K, dim] twice."""
-        flat, shape = slots.flatten(), slots.shape
-        keys, values = self.keys[layer].index_select(0, flat), self.values[layer].index_select(0, flat)
-        return keys.unflatten(0, shape).transpose(1, 2), values.unflatten(0, shape).transpose(1, 2)
+        return rows_of(self.keys[layer], slots), rows_of(self.values[layer], slots)
 
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes over all layers written so far."""
@@ -162,11 +160,16 @@ def ragged_attention(
     out = tokens.new_empty(tokens.shape[0], tokens.shape[1], value.shape[-1])
     for rows in ragged.groups:
         mask = rows.mask if sliding_window is None else rows.mask.masked_fill(rows.distance >= sliding_window, -torch.inf)
-        q = tokens.index_select(0, rows.gather.flatten()).unflatten(0, rows.gather.shape).transpose(1, 2)  # [R, heads, Q, dim]
+        q = rows_of(tokens, rows.gather)  # [R, heads, Q, dim]
         k, v = ragged.store.read(layer, rows.read)  # [R, kv_heads, K, dim]
         seen = attend(q, k, v, mask, scale, softcap, s_aux)  # [R, heads, Q, dim]
         out.index_copy_(0, rows.target, seen.transpose(1, 2).flatten(0, 1).index_select(0, rows.scatter))
     return out[None], None
+
+
+def rows_of(source: Tensor, index: Tensor) -> Tensor:
+    """Pick entries of [N, heads, dim] by [R, n] -> [R, heads, n, dim]."""
+    return source.index_select(0, index.flatten()).view(*index.shape, *source.shape[1:]).transpose(1, 2)
 
 
 def attend(
