@@ -21,12 +21,14 @@ from engine.engine import Engine
 from engine.loading import load_base
 from engine.request import Outcome, Overloaded, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
+from services.hub import local_copy
 from services.pilot import Pilot
 from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
 from services.runner import EngineDied, EngineRunner, Ticket
 from services.text import Answer, Tokenizer
 
 log = logging.getLogger(__name__)
+SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 SEED_BITS = 53  # exact in every JSON reader
 
 
@@ -75,9 +77,10 @@ class ModelHost:
         if s.threads:
             torch.set_num_threads(s.threads)
         base = load_base(s.base, device(s.device), dtype(s.dtype, s.device))
-        version = fingerprint(s.speculator) if s.speculator and s.drafter.startswith("mlp") else ""
+        speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
+        version = fingerprint(speculator) if speculator else ""
         drafter = build_drafter(
-            s.drafter, s.speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
+            s.drafter, speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
         )
         self.pilot.take(drafter)
         e = s.engine
@@ -119,7 +122,8 @@ class ModelHost:
             choices = await asyncio.to_thread(self.choices, job)
             by_id = {c.request.id: c for c in choices}
             tickets = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
-            yield Accepted(tuple(c.request.params.seed for c in choices))
+            prompt_tokens = sum(len(c.request.prompt) for c in choices if c.index % job.n == 0)
+            yield Accepted(tuple(c.request.params.seed for c in choices), prompt_tokens)
             async for pieces in merge(runner, tickets):
                 yield pieces
             tickets = []
@@ -338,9 +342,9 @@ def dtype(name: str, device_name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def fingerprint(folder: str) -> str:
+def fingerprint(folder: Path) -> str:
     """A short digest of a speculator's weights, the version that answers and logs name."""
     digest = hashlib.sha256()
-    for file in sorted(f for f in Path(folder).iterdir() if f.suffix in (".safetensors", ".bin")):
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

@@ -76,6 +76,20 @@ async def test_text_does_not_depend_on_speculation(host, sampling):
         assert report.drafted > 0 and report.depth_max <= (wish.max_depth or 3)
 
 
+async def test_a_speculator_may_be_named_by_a_hub_id(folder, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder / "speculator")
+
+    monkeypatch.setattr("services.hub.snapshot_download", download)
+    async for host in running(settings(folder).model_copy(update={"speculator": "somebody/toy-accelerator"})):
+        items, _ = await answer(host, Job(id="a", model="toy", prompts=("The",), max_tokens=5, seed=1))
+        assert last(items).speculation.drafted > 0 and items[0].prompt_tokens == len(host.tokenizer.encode("The"))
+    assert asked[0][0] == "somebody/toy-accelerator" and "*.bin" in asked[0][1]
+
+
 async def test_the_last_piece_accounts_for_everything(host):
     items, _ = await answer(host, Job(id="a", model="toy", prompts=("The quick brown fox",), max_tokens=20, seed=1, logprobs=2))
     assert isinstance(items[0], Accepted) and items[0].seeds == (1,)
