@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
 from engine.packed import PackedLinear, available
 from engine.sampling import Sampler, perturb
+from engine.tree import Tree
 
 T = TypeVar("T")
 
@@ -30,14 +32,14 @@ class Head:
     """One head's weights, with the token weight multiplied into the embedding."""
 
     emb: Tensor  # [V, width]
-    proj: nn.Module  # [.., emb_dim or width] -> [.., width]
+    proj: Tensor  # [width, emb_dim or width]
     scale: Tensor  # [width]
     shift: Tensor  # [width]
-    out: nn.Module  # [.., width] -> [.., V]
+    out: Callable[[Tensor], Tensor]  # [.., width] -> [.., V]
 
     def advance(self, state: Tensor, token: Tensor, parent: Tensor | None) -> Tensor:
         """The states after `token` was read below row `parent` of `state` (row for row if None). [N, ..], [M], [M] -> [M, width]"""
-        moved = self.proj(state)
+        moved = F.linear(state, self.proj)
         u = F.embedding(token, self.emb).add_(moved if parent is None else moved.index_select(0, parent))
         return F.gelu(F.rms_norm(u, self.scale.shape, self.scale, EPS).add_(self.shift))
 
@@ -77,10 +79,16 @@ class Forest:
         self.parents += [parent for parent in parents for _ in range(k)]
         return range(first, len(self.tokens))
 
-    def top(self, branches: Sequence[int], count: int | None) -> list[int]:
+    def top(self, branches: Sequence[int], count: int) -> list[int]:
         """The `count` best-scored of the branches, best first. Tokens that cannot be drawn (cut off by top_k, ..) are never among them."""
-        ordered = sorted((b for b in branches if self.scores[b] > -math.inf), key=self.scores.__getitem__, reverse=True)
-        return ordered[:count]
+        best = sorted(branches, key=self.scores.__getitem__, reverse=True)[:count]
+        while best and self.scores[best[-1]] == -math.inf:
+            best.pop()
+        return best
+
+    def texts(self, branches: Sequence[int]) -> list[list[int]]:
+        """The tokens on the way to each branch, its own included."""
+        return [[self.tokens[b] for b in self.path(branch)] for branch in branches]
 
     def path(self, branch: int) -> list[int]:
         """Branches from the first one down to `branch`."""
@@ -127,10 +135,13 @@ class MLPDrafter:
         """Add the best branches within each budget; a request without a hidden state or without budget is left alone."""
         jobs = [Job.of(draft, self.max_depth, self.max_width) for draft in batch]
         jobs = [job for job in jobs if job.depth > 0 and job.width > 0]
-        if jobs:
+        if jobs and all(job.width == 1 for job in jobs):
+            for job, path in zip(jobs, self.follow(jobs), strict=True):
+                job.draft.tree.extend(path[: job.depth], job.draft.budget.nodes)
+        elif jobs:
             forest = self.grow(jobs)
-            for index, job in enumerate(jobs):
-                plant(job, forest, forest.leaves[index])
+            for job, leaves in zip(jobs, forest.leaves, strict=True):
+                plant(job, forest, leaves)
 
     def observe(self, batch: Sequence[Kept]) -> None:
         """Nothing to learn while serving."""
@@ -138,33 +149,50 @@ class MLPDrafter:
     def forget(self, request: str) -> None:
         """Nothing is remembered of a request."""
 
+    def follow(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """One path for each job, by the best token of every head: nothing is ranked."""
+        state, token = self.roots(jobs)
+        path: list[Tensor] = []
+        for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
+            state = head.advance(state, token, None)
+            before = partial(columns, path, len(jobs))
+            token = perturbed(head.out(state), jobs, range(len(jobs)), index, before).argmax(-1)
+            path.append(token)
+        return columns(path, len(jobs))
+
     def grow(self, jobs: Sequence[Job]) -> Forest:
         """Run the heads one after the other over the branches of all jobs."""
-        forest = Forest([[] for _ in jobs])
-        front, chains = self.roots(jobs), all(job.width == 1 for job in jobs)
+        forest, (hidden, token) = Forest([[] for _ in jobs]), self.roots(jobs)
+        front = Front([-1] * len(jobs), list(range(len(jobs))), hidden, token, hidden.new_zeros(len(jobs), 1), None)
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(front.state, front.token, front.parent)
-            scores = self.perturbed(head.out(state), jobs, forest, front, index)
-            ranked = (front.score, scores.argmax(-1, keepdim=True)) if chains else rank(scores, front.score, self.branches[index])
-            front = extend(forest, jobs, front, state, *ranked, index + 1)
+            scores = perturbed(head.out(state), jobs, front.owners, index, partial(forest.texts, front.branches))
+            front = extend(forest, jobs, front, state, *rank(scores, front.score, self.branches[index]), index + 1)
         return forest
 
-    def roots(self, jobs: Sequence[Job]) -> Front:
+    def roots(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """The state before the first head and the last known token of every job. [jobs, emb_dim], [jobs]"""
         like = self.heads[0].emb
         hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
-        token = torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
-        score = torch.zeros(len(jobs), 1, device=like.device)
-        return Front([-1] * len(jobs), list(range(len(jobs))), self.speculator.start(hidden), token, score, None)
+        return self.speculator.start(hidden), torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
 
-    def perturbed(self, logits: Tensor, jobs: Sequence[Job], forest: Forest, front: Front, head: int) -> Tensor:
-        """The head's logits as the base would draw from them, each row in the noise of the position it guesses. [rows, V]"""
-        samplers = [job.draft.sampler for job in jobs]
-        if plain(samplers):
-            return logits
-        positions = [len(jobs[owner].draft.tokens) + head for owner in front.owners]
-        penalised = any(sampler.params.penalised for sampler in samplers)
-        paths = [[forest.tokens[b] for b in forest.path(branch)] for branch in front.branches] if penalised else None
-        return perturb(logits, samplers, front.owners, positions, paths)
+
+def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: int, before: Callable[[], list[list[int]]]) -> Tensor:
+    """The head's logits as the base would draw from them, each row in the noise of the position it guesses. [rows, V]
+
+    owners: the job of every row. before: the tokens drafted before every row, asked for when penalties read them.
+    """
+    samplers = [job.draft.sampler for job in jobs]
+    if plain(samplers):
+        return logits
+    positions = [len(jobs[owner].draft.tokens) + head for owner in owners]
+    penalised = any(sampler.params.penalised for sampler in samplers)
+    return perturb(logits, samplers, owners, positions, before() if penalised else None)
+
+
+def columns(path: Sequence[Tensor], rows: int) -> list[list[int]]:
+    """Tokens step by step [rows] as tokens row by row."""
+    return torch.stack(list(path), 1).tolist() if path else [[] for _ in range(rows)]
 
 
 def plain(samplers: Iterable[Sampler]) -> bool:
@@ -175,8 +203,9 @@ def plain(samplers: Iterable[Sampler]) -> bool:
 def inference_heads(speculator: MLPSpeculator) -> list[Head]:
     """The heads' weights as drafting reads them, once each however many heads share them."""
     emb = once(speculator.emb, lambda module: module.weight.detach() * speculator.config.token_weight)
-    proj, out = once(speculator.proj, fast_linear), once(speculator.head, fast_linear)
-    scale, shift = once(speculator.ln, lambda module: module.weight.detach()), once(speculator.ln, lambda module: module.bias.detach())
+    out = once(speculator.head, fast_linear)
+    proj, scale = ([module.get_parameter("weight").detach() for module in modules] for modules in (speculator.proj, speculator.ln))
+    shift = [module.get_parameter("bias").detach() for module in speculator.ln]
     return [Head(*parts) for parts in zip(emb, proj, scale, shift, out, strict=True)]
 
 
@@ -186,10 +215,10 @@ def once(modules: Iterable[nn.Module], make: Callable[[Any], T]) -> list[T]:
     return [made[module] if module in made else made.setdefault(module, make(module)) for module in modules]
 
 
-def fast_linear(layer: nn.Linear) -> nn.Module:
+def fast_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer in the layout that is fastest for few rows."""
     suits = layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu" and available()
-    return PackedLinear(layer.weight, None) if suits else layer
+    return PackedLinear(layer.weight, None).forward if suits else layer.forward
 
 
 def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +238,7 @@ def extend(forest: Forest, jobs: Sequence[Job], front: Front, state: Tensor, sco
         if job.depth == depth:
             forest.leaves[owner] = forest.top(own, job.width)
         else:
-            chosen = forest.top(own, job.beam)
+            chosen = own if job.beam is None else forest.top(own, job.beam)
             branches += chosen
             owners += [owner] * len(chosen)
     index = torch.tensor(branches, dtype=torch.long, device=token.device) - added.start
@@ -221,10 +250,18 @@ def plant(job: Job, forest: Forest, leaves: Sequence[int]) -> None:
     branches = dict.fromkeys(branch for leaf in leaves for branch in forest.path(leaf))
     tree, room = job.draft.tree, job.draft.budget.nodes
     order = list(branches) if tree.drafted + len(branches) <= room else sorted(branches, key=lambda b: -forest.scores[b])
-    nodes = {-1: tree.forced - 1}
+    fresh, nodes = tree.drafted == 0, {-1: tree.forced - 1}
     for branch in order:
-        parent = nodes[forest.parents[branch]]
-        found = tree.child(parent, forest.tokens[branch]) if tree.drafted < room else tree.find(parent, forest.tokens[branch])
+        parent, token = nodes[forest.parents[branch]], forest.tokens[branch]
+        found = (sprout if fresh else Tree.child)(tree, parent, token) if tree.drafted < room else tree.find(parent, token)
         if found is None:
             return
         nodes[branch] = found
+
+
+def sprout(tree: Tree, parent: int, token: int) -> int:
+    """`Tree.child` where no such child can be: branches of one forest differ."""
+    tree.tokens.append(token)
+    tree.parents.append(parent)
+    tree.depths.append(tree.depths[parent] + 1)
+    return len(tree.tokens) - 1
