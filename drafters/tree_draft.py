@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
 from engine.packed import PackedLinear, available
-from engine.sampling import Sampler, perturb
+from engine.sampling import Sampler, perturb, prepare_noise
 from engine.tree import Tree
 
 T = TypeVar("T")
@@ -135,6 +135,8 @@ class MLPDrafter:
         """Add the best branches within each budget; a request without a hidden state or without budget is left alone."""
         jobs = [Job.of(draft, self.max_depth, self.max_width) for draft in batch]
         jobs = [job for job in jobs if job.depth > 0 and job.width > 0]
+        if jobs:
+            prepare(jobs, self.heads[0].emb.T)
         if jobs and all(job.width == 1 for job in jobs):
             for job, path in zip(jobs, self.follow(jobs), strict=True):
                 job.draft.tree.extend(path[: job.depth], job.draft.budget.nodes)
@@ -193,6 +195,13 @@ def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: 
 def columns(path: Sequence[Tensor], rows: int) -> list[list[int]]:
     """Tokens step by step [rows] as tokens row by row."""
     return torch.stack(list(path), 1).tolist() if path else [[] for _ in range(rows)]
+
+
+def prepare(jobs: Sequence[Job], like: Tensor) -> None:
+    """Compute at once the noise of every position that drafting and verifying will read. like: [.., V]"""
+    drawn = [(i, job) for i, job in enumerate(jobs) if job.draft.sampler.params.temperature > 0]
+    places = [(i, len(job.draft.tokens) + ahead) for i, job in drawn for ahead in range(job.depth + 1)]
+    prepare_noise([job.draft.sampler for job in jobs], [i for i, _ in places], [p for _, p in places], like)
 
 
 def plain(samplers: Iterable[Sampler]) -> bool:

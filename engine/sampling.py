@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+NOISE_ROWS = 16  # positions whose noise a request keeps
 
 
 class InvalidRequest(ValueError):
@@ -71,12 +72,13 @@ BOUNDS = (
 
 
 class Sampler:
-    """One request's sampling state: its parameters and the token counts that penalties read."""
+    """One request's sampling state: its parameters, the token counts that penalties read, and the noise of its latest positions."""
 
-    __slots__ = ("bias", "counts", "params", "seen")
+    __slots__ = ("bias", "counts", "noise", "params", "seen")
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
         self.params = params
+        self.noise: dict[int, Tensor] = {}  # position -> [V], drawn once for drafting and verifying alike
         self.bias: Tensor | None = bias_row(params.logit_bias, vocab, device) if params.logit_bias else None  # [V]
         self.counts: Tensor | None = torch.zeros(vocab, device=device) if params.penalised else None  # [V]
         self.seen: Tensor | None = torch.zeros(vocab, device=device) if params.penalised else None  # [V]
@@ -145,12 +147,30 @@ def perturb(
 
 
 def shared_noise(samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], like: Tensor) -> Tensor:
-    """The noise of every row, evaluated once per (request, position): siblings of a tree share it. [N, V]"""
-    index: dict[tuple[int, int], int] = {}
-    rows = [index.setdefault(key, len(index)) for key in zip(owner, positions, strict=True)]
-    seeds = torch.tensor([samplers[o].params.seed for o, _ in index], device=like.device)
-    noise = gumbel(seeds, torch.tensor([p for _, p in index], device=like.device), like.shape[1])  # [unique, V]
-    return noise if len(index) == len(rows) else noise[torch.tensor(rows, device=like.device)]
+    """The noise of every row, like `like` [N, V]. Siblings of a tree share it, and so do a draft and its verification."""
+    prepare_noise(samplers, owner, positions, like)
+    rows = torch.stack([samplers[o].noise[p] for o, p in zip(owner, positions, strict=True)])
+    for o in set(owner):
+        forget_noise(samplers[o].noise)
+    return rows
+
+
+def prepare_noise(samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], like: Tensor) -> None:
+    """Compute the noise that is not there yet, all in one go. `like` [.., V] tells vocabulary and device."""
+    missing = [(o, p) for o, p in dict.fromkeys(zip(owner, positions, strict=True)) if p not in samplers[o].noise]
+    if not missing:
+        return
+    seeds = torch.tensor([samplers[o].params.seed for o, _ in missing], device=like.device)
+    fresh = gumbel(seeds, torch.tensor([p for _, p in missing], device=like.device), like.shape[-1])  # [missing, V]
+    for (o, p), row in zip(missing, fresh, strict=True):
+        samplers[o].noise[p] = row
+
+
+def forget_noise(noise: dict[int, Tensor]) -> None:
+    """Keep the latest positions only."""
+    if len(noise) > NOISE_ROWS:
+        for position in sorted(noise)[:-NOISE_ROWS]:
+            del noise[position]
 
 
 def penalise(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], paths: Sequence[Sequence[int]] | None) -> Tensor:
