@@ -30,7 +30,7 @@ class UnsupportedModel(ValueError):
 class Base:
     """A base model ready for the engine: an unmodified Hugging Face decoder whose attention is ours."""
 
-    model: nn.Module
+    model: Any  # a transformers decoder
     vocab_size: int
     hidden_size: int
     context: int
@@ -103,7 +103,7 @@ def watch_head(base: Base) -> None:
     def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         base.tap.append(args[0])
 
-    head = base.model.get_output_embeddings()  # type: ignore[operator]
+    head = base.model.get_output_embeddings()
     head.register_forward_pre_hook(record)
 
 
@@ -141,7 +141,7 @@ def probe(base: Base) -> None:
     except UnsupportedModel:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"{base.model.config.model_type} does not run with ragged attention: {error}") from error  # type: ignore[union-attr]
+        raise UnsupportedModel(f"{base.model.config.model_type} does not run with ragged attention: {error}") from error
     judge(base, store, ragged, torch.cat(plain))
 
 
@@ -165,19 +165,20 @@ def probe_ragged(base: Base, store: KVStore, prompt: list[int], tree: Tree) -> T
 
 def plain_logits(base: Base, tokens: list[int]) -> Tensor:
     """The model's own forward with its eager attention. [len(tokens), V]"""
-    model: Any = base.model
+    model = base.model
     model.set_attn_implementation("eager")
     try:
-        return model(input_ids=torch.tensor([tokens], device=base.device), use_cache=False).logits[0]  # type: ignore[no-any-return]
+        logits: Tensor = model(input_ids=torch.tensor([tokens], device=base.device), use_cache=False).logits[0]
+        return logits
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
 def judge(base: Base, store: KVStore, ragged: Tensor, plain: Tensor) -> None:
     """Raise unless the logits agree and every layer wrote its keys."""
-    name = base.model.config.model_type  # type: ignore[union-attr]
-    layers = int(base.model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
-    shared = int(getattr(base.model.config.get_text_config(), "num_kv_shared_layers", 0) or 0)  # type: ignore[union-attr,operator]
+    name = base.model.config.model_type
+    layers = int(base.model.config.get_text_config().num_hidden_layers)
+    shared = int(getattr(base.model.config.get_text_config(), "num_kv_shared_layers", 0) or 0)
     if len(store.keys) < layers - shared:
         raise UnsupportedModel(f"{name}: only {len(store.keys)} of {layers} layers hand their keys to ragged attention")
     scale = max(1.0, float(plain.float().abs().max()))
