@@ -30,7 +30,8 @@ BIN = Path(sys.executable).parent
 def process(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process group of its own, asked to end by SIGINT and gone afterwards."""
     with log.open("wb") as out:
-        started = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        started = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=heed_interrupts)
         try:
             yield started
         finally:
@@ -40,6 +41,11 @@ def process(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             except subprocess.TimeoutExpired:
                 os.killpg(started.pid, signal.SIGKILL)
                 pytest.fail(f"{command[0]} did not end within a minute of SIGINT:\n{log.read_text()[-2000:]}")
+
+
+def heed_interrupts() -> None:
+    """A test run in the background ignores SIGINT and would pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
