@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
 from engine.request import Outcome, Request
@@ -40,7 +40,7 @@ class EngineRunner:
     def __init__(self, engine: Engine, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
         self.engine, self.on_step = engine, on_step
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.tickets: dict[str, Ticket] = {}  # type: ignore[type-arg]
+        self.tickets: dict[str, Ticket[Any]] = {}
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.death: BaseException | None = None
@@ -117,7 +117,7 @@ class EngineRunner:
                 command()
         return True
 
-    def enter(self, tickets: Sequence[Ticket], accepted: asyncio.Future[None]) -> None:  # type: ignore[type-arg]
+    def enter(self, tickets: Sequence[Ticket[Any]], accepted: asyncio.Future[None]) -> None:
         entered = []
         try:
             for ticket in tickets:
@@ -174,7 +174,7 @@ class EngineRunner:
             self.loop.call_soon_threadsafe(call, *args)
 
 
-def unpack(parcels: Sequence[tuple[Ticket, object, bool]]) -> None:  # type: ignore[type-arg]
+def unpack(parcels: Sequence[tuple[Ticket[Any], object, bool]]) -> None:
     for ticket, item, last in parcels:
         ticket.items.put_nowait((item, last))
 
