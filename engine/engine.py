@@ -330,7 +330,6 @@ class Engine:
     def forward(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
         """One ragged pass over all trees. Returns logits [N, V] and hidden states [N, emb_dim] of the nodes to draw at."""
         rows = [Row(p.text.table.view(), p.slots, p.tree.parents, p.tree.depths) for p in plans]
-        step, positions = self.base.lay_out(self.store, rows)
         keep: list[int] = []
         start = 0
         for plan in plans:
@@ -338,7 +337,7 @@ class Engine:
             keep += [start + node for node in plan.keep]
             start += len(plan.tree)
         tokens = [token for plan in plans for token in plan.tree.tokens]
-        return self.base.forward(step, tokens, positions, keep)
+        return self.base.forward(self.store, rows, tokens, keep)
 
     def draw(self, plans: Sequence[Plan], logits: Tensor) -> list[int]:
         """The base's draw after every kept node. [N]"""

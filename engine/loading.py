@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from engine.attention import IMPLEMENTATION, KVStore, Row, Step, lay_out, ragged_attention
+from engine.attention import IMPLEMENTATION, KVStore, Row, ragged_attention
+from engine.executor import Eager, Executor
 from engine.packed import pack
 from engine.tree import Tree
 
@@ -28,31 +29,24 @@ class UnsupportedModel(ValueError):
 
 @dataclass(slots=True, eq=False)
 class Base:
-    """A base model ready for the engine: an unmodified Hugging Face decoder whose attention is ours."""
+    """A base model ready for the engine. executor: what computes its forwards."""
 
     model: Any  # a transformers decoder
+    executor: Executor
     vocab_size: int
     hidden_size: int
     context: int
     eos: frozenset[int]
     device: torch.device
     dtype: torch.dtype
-    tap: list[Tensor]
+    kv_bytes_per_token: int = 0
 
-    @torch.inference_mode()
-    def forward(self, step: Step, tokens: Sequence[int], positions: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One ragged pass. keep: which of the T tokens need logits.
+    def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One ragged pass over the tokens of all rows, packed in row order. keep: which of the T tokens need logits.
 
         Returns logits [len(keep), vocab] and the hidden states that the LM head read [len(keep), hidden_size].
         """
-        ids = torch.tensor([list(tokens)], device=self.device)
-        self.tap.clear()
-        kept = torch.tensor(list(keep), dtype=torch.long, device=self.device)
-        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, ragged=step, logits_to_keep=kept)
-        return out.logits[0, :, : self.vocab_size], self.tap[-1][0]
-
-    def lay_out(self, store: KVStore, rows: Sequence[Row]) -> tuple[Step, Tensor]:
-        return lay_out(store, rows, self.device, self.dtype)
+        return self.executor.forward(store, rows, tokens, keep)
 
 
 def load_base(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, packed: bool = True) -> Base:
@@ -80,31 +74,21 @@ def attach(model: Any, packed: bool = True) -> Base:
     """Wrap a loaded model whose attention implementation is ours, after probing it."""
     config = model.config.get_text_config()
     refuse_layers(config)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     base = Base(
         model=model,
+        executor=Eager(model, int(config.vocab_size), device, dtype),
         vocab_size=int(config.vocab_size),
         hidden_size=int(model.get_output_embeddings().weight.shape[1]),
         context=int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048),
         eos=eos_tokens(model),
-        device=next(model.parameters()).device,
-        dtype=next(model.parameters()).dtype,
-        tap=[],
+        device=device,
+        dtype=dtype,
     )
     probe(base)
-    if packed:
-        pack(model)
-    watch_head(base)
+    if packed and pack(model):
+        base.executor = Eager(model, base.vocab_size, device, dtype)
     return base
-
-
-def watch_head(base: Base) -> None:
-    """Record what the LM head reads: the hidden state after the final norm, at the kept tokens only."""
-
-    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        base.tap.append(args[0])
-
-    head = base.model.get_output_embeddings()
-    head.register_forward_pre_hook(record)
 
 
 def eos_tokens(model: Any) -> frozenset[int]:
@@ -143,6 +127,7 @@ def probe(base: Base) -> None:
     except Exception as error:
         raise UnsupportedModel(f"{base.model.config.model_type} does not run with ragged attention: {error}") from error
     judge(base, store, ragged, torch.cat(plain))
+    base.kv_bytes_per_token = store.bytes_per_slot()
 
 
 def probe_ragged(base: Base, store: KVStore, prompt: list[int], tree: Tree) -> Tensor:
@@ -156,10 +141,7 @@ def probe_ragged(base: Base, store: KVStore, prompt: list[int], tree: Tree) -> T
     parts.append((Row(np.array(slots[:end]), slots[end:], tree.parents, tree.depths), tree.tokens))
     logits = []
     for row, tokens in parts:
-        step, positions = base.lay_out(store, [row])
-        ids = torch.tensor([tokens], device=base.device)
-        keep = torch.arange(len(tokens), device=base.device)
-        logits.append(base.model(input_ids=ids, position_ids=positions, use_cache=False, ragged=step, logits_to_keep=keep).logits[0])
+        logits.append(base.forward(store, [row], tokens, range(len(tokens)))[0])
     return torch.cat(logits)
 
 

@@ -156,9 +156,8 @@ def test_two_models_of_one_config_do_not_disturb_each_other():
 def forward(base, store, jobs, free):
     new = [[free.pop() for _ in parents] for _, parents, _, _ in jobs]
     rows = [Row(np.array(table, dtype=np.int64), n, p, d) for (table, p, _, d), n in zip(jobs, new, strict=True)]
-    step, positions = base.lay_out(store, rows)
     tokens = [t for _, _, ts, _ in jobs for t in ts]
-    logits, _ = base.forward(step, tokens, positions, range(len(tokens)))
+    logits, _ = base.forward(store, rows, tokens, range(len(tokens)))
     return list(logits.split([len(n) for n in new])), new
 
 

@@ -110,8 +110,7 @@ def last_logits(base, prompt, chunks, company, draft):
             chain = Tree.chain(other)
             rows.append(Row(np.zeros(0, dtype=np.int64), slots[-len(other) :], chain.parents, chain.depths))
             tokens += other
-        step, positions = base.lay_out(store, rows)
-        logits, hidden = base.forward(step, tokens, positions, [len(part) - 1])
+        logits, hidden = base.forward(store, rows, tokens, [len(part) - 1])
     return torch.cat([logits[0], hidden[0]])
 
 

@@ -1,0 +1,47 @@
+"""How a base's forwards are computed: the seam between the scheduler and a device.
+
+Every executor computes the same function of (tokens, slots, trees); they differ in speed. `Eager` runs the unmodified Hugging Face model
+and is the oracle that the others are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention import KVStore, Row, lay_out
+
+
+class Executor(Protocol):
+    """Computes forwards of one base."""
+
+    def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of T new tokens to their slots. rows: the requests, whose tokens are packed in row order.
+
+        Returns, for the tokens in `keep`, logits [n, vocab] and the hidden states that the LM head read [n, hidden_size].
+        """
+        ...
+
+
+class Eager:
+    """The transformers model itself, called module by module, with ragged attention."""
+
+    def __init__(self, model: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.vocab_size, self.device, self.dtype = model, vocab_size, device, dtype
+        self.tap: list[Tensor] = []  # what the LM head read: the hidden state after the final norm, at the kept tokens only
+        model.get_output_embeddings().register_forward_pre_hook(self.record)
+
+    def record(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.tap.append(args[0])
+
+    @torch.inference_mode()
+    def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
+        step, positions = lay_out(store, rows, self.device, self.dtype)
+        ids = torch.tensor([list(tokens)], device=self.device)
+        kept = torch.tensor(list(keep), dtype=torch.long, device=self.device)
+        self.tap.clear()
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, ragged=step, logits_to_keep=kept)
+        return out.logits[0, :, : self.vocab_size], self.tap[-1][0]
