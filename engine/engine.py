@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +20,8 @@ from engine.drafter import Draft, Drafter, Kept
 from engine.loading import Base
 from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
 from engine.sampling import InvalidRequest, Sampler, perturb
-from engine.slots import Block, SlotPool, SlotTable
+from engine.scheduler import Queue, due, share, standing, steadfast, urgency
+from engine.slots import Block, Key, SlotPool, SlotTable
 from engine.tree import Budget, Tree, replay
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ UNDRAWN = -1  # in place of a token: the logits were not numbers
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The engine's load at one step. context: tokens held by running requests. free: slots free or evictable."""
+    """The engine's load at one step. context: tokens held by running requests. free: slots that drafts may use."""
 
     running: int
     waiting: int
@@ -95,6 +96,19 @@ class Plan:
         return range(self.tree.forced - 1, len(self.tree)) if self.complete else range(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Why the first waiting request could not be let in: it is tried again when one of these has changed for the better.
+
+    running: requests; available: slots; key: the block that would have spared it some.
+    """
+
+    text: Text
+    running: int
+    available: int
+    key: Key | None
+
+
 class Engine:
     """Continuous batching with speculation over one base.
 
@@ -117,12 +131,14 @@ class Engine:
     ) -> None:
         self.base, self.drafter, self.budgets = base, drafter, budgets
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
-        self.pool = SlotPool(slots, block, headroom=max_running * 4)
+        self.pool = SlotPool(slots, block, headroom=max_running * 8)
         self.store = KVStore(slots)
-        self.waiting: deque[Text] = deque()
-        self.running: list[Text] = []  # oldest first
-        self.cancelled: set[str] = set()
-        self.draft_failures = 0
+        self.texts: dict[str, Text] = {}  # all that wait or run, by the id of their request
+        self.waiting = Queue()
+        self.running: list[Text] = []  # by standing
+        self.cancelled: dict[str, None] = {}
+        self.blocked: Blocked | None = None
+        self.steps = self.arrivals = self.draft_failures = 0
 
     # -- requests in and out ------------------------------------------------------------------------------------------------
 
@@ -133,13 +149,18 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest for one that could never run, Overloaded when the queue is full."""
         self.validate(request)
-        if len(self.waiting) + len(self.running) >= self.max_waiting + self.max_running:
+        if len(self.texts) >= self.max_waiting + self.max_running:
             raise Overloaded(f"{len(self.waiting)} requests are waiting, and no more than {self.max_waiting} may")
         sampler = Sampler(request.params, request.prompt, self.base.vocab_size, self.base.device)
         table = SlotTable(len(request.prompt) + request.params.max_tokens + self.nodes)
-        self.waiting.append(Text(request, list(request.prompt), table, sampler))
+        text = Text(request, list(request.prompt), table, sampler, self.arrivals, due(self.steps, request.priority))
+        self.arrivals += 1
+        self.texts[request.id] = text
+        self.waiting.push(text)
 
     def validate(self, request: Request) -> None:
+        if request.id in self.texts:
+            raise InvalidRequest("id", f"a request {request.id} is being generated already")
         if not request.prompt:
             raise InvalidRequest("prompt", "the prompt has no tokens; at least one is needed")
         wrong = next((t for t in request.prompt if not 0 <= t < self.base.vocab_size), None)
@@ -154,8 +175,8 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step. An unknown or finished id changes nothing."""
-        if any(text.request.id == request_id for text in (*self.running, *self.waiting)):
-            self.cancelled.add(request_id)
+        if request_id in self.texts:
+            self.cancelled[request_id] = None
 
     # -- one step -----------------------------------------------------------------------------------------------------------
 
@@ -199,51 +220,80 @@ class Engine:
 
     def load(self) -> Load:
         context = sum(len(t.table) for t in self.running)
-        return Load(len(self.running), len(self.waiting), context, self.pool.available)
+        return Load(len(self.running), len(self.waiting), context, len(self.pool.free))
 
     def drop_cancelled(self) -> Iterator[Outcome]:
-        if not self.cancelled:
-            return
-        for text in [t for t in (*self.running, *self.waiting) if t.request.id in self.cancelled]:
-            (self.running if text in self.running else self.waiting).remove(text)
+        cancelled, self.cancelled = self.cancelled, {}
+        for text in [self.texts[name] for name in cancelled if name in self.texts]:
+            (self.waiting if text in self.waiting else self.running).remove(text)
             yield self.retire(text, (), (), "cancelled")
-        self.cancelled.clear()
 
     # -- admission and memory -----------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Move waiting requests in while they fit, in order. The first waiting one always fits an idle engine."""
-        while self.waiting and len(self.running) < self.max_running:
-            text = self.waiting[0]
-            blocks = self.pool.match(text.tokens)
-            need = len(text.tokens) - len(blocks) * self.pool.block
-            if self.running and need + len(self.running) * self.pool.block > self.pool.available:
-                self.pool.release(blocks)
+        """Move waiting requests in while they fit, in the queue's order. The first waiting one always fits an idle engine."""
+        self.steps += 1
+        while (text := self.waiting.first()) is not None and not self.in_vain(text):
+            if not self.let_in(text):
                 return
-            self.waiting.popleft()
-            self.seat(text, blocks)
-            self.running.append(text)
+
+    def in_vain(self, text: Text) -> bool:
+        """Whether nothing has changed for the better since a request could not be let in."""
+        was = self.blocked
+        if was is None or was.text is not text or len(self.running) < was.running:
+            return False
+        return self.pool.available <= was.available and was.key not in self.pool.blocks
+
+    def let_in(self, text: Text) -> bool:
+        """Seat the first waiting request if it fits, in the place of running ones of lower classes if it must."""
+        blocks = self.pool.match(text.tokens)
+        yielding = self.yielding(text, len(text.tokens) - len(blocks) * self.pool.block)
+        if yielding is None:
+            self.pool.release(blocks)
+            self.blocked = Blocked(text, len(self.running), self.pool.available, self.pool.key(blocks, text.tokens))
+            return False
+        self.waiting.remove(text)
+        for other in yielding:
+            other.due = max(other.due, text.due + 1)  # it resumes right after the one that took its place
+            self.preempt(other)
+        self.seat(text, blocks)
+        insort(self.running, text, key=standing)
+        return True
+
+    def yielding(self, text: Text, need: int) -> list[Text] | None:
+        """The running requests that give way so that one more with `need` tokens to compute fits; None if those that may do not suffice.
+
+        Every running request keeps a block in reserve, so that whoever is let in does not have to leave at once.
+        """
+        count, room, block = len(self.running), self.pool.available, self.pool.block
+        while count and (count >= self.max_running or need + count * block > room):
+            other = self.running[count - 1]
+            if other.request.priority <= text.request.priority or steadfast(other):
+                return None
+            count -= 1
+            room += len(other.table) - block * sum(b.refs > 1 for b in other.blocks)
+        return self.running[count:]
 
     def seat(self, text: Text, blocks: list[Block]) -> None:
-        """Give a text the cached blocks that it starts with."""
-        text.blocks = blocks
+        """Give a text cached blocks that continue it."""
+        text.blocks += blocks
         for block in blocks:
             text.table.extend(block.slots)
-        if text.generated == 0:
-            text.stats.cached = len(text.table)
+        if text.generated == 0 and text.stats.preemptions == 0:
+            text.stats.cached += len(blocks) * self.pool.block
 
     def preempt(self, text: Text) -> None:
         """Drop a request's slots and keep its tokens; it resumes as a longer forced chain, its published blocks found again."""
+        self.running.remove(text)
         self.vacate(text)
         text.stats.preemptions += 1
-        self.running.remove(text)
-        self.waiting.appendleft(text)
+        self.waiting.push(text)
 
     def vacate(self, text: Text) -> None:
         self.pool.give(text.owned(self.pool.block))
         self.pool.release(text.blocks)
         text.blocks = []
-        text.table.clear()
+        text.table.cut(0)
 
     def check(self) -> None:
         """Assert that no slot leaked. Meant for idle moments and tests: costs time in proportion to the pool."""
@@ -252,30 +302,55 @@ class Engine:
     # -- planning -----------------------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Plan]:
-        """A forced chain for every running request that fits this step, oldest first; the youngest give way when slots run out."""
+        """A forced chain for every running request that gets tokens in this step, by standing; the last give way when slots run out."""
         plans: list[Plan] = []
-        prompt_budget = self.chunk
-        for text in list(self.running):
-            if text not in self.running:
-                continue  # preempted for an older one
-            count = 1 if text.known == 1 else min(text.known, prompt_budget)
-            if count == 0:
-                continue
-            slots = self.secure(text, count)
-            if slots is None:
-                continue
-            if text.known > 1:
-                prompt_budget -= count
-            start = len(text.table)
-            plans.append(Plan(text, Tree.chain(text.tokens[start : start + count]), slots))
+        counts = self.counts()
+        at = 0
+        while at < len(self.running):
+            text = self.running[at]
+            at += 1
+            if count := counts.get(text, 0):
+                slots = self.secure(text, count)
+                if slots is None:
+                    break
+                start = len(text.table)
+                plans.append(Plan(text, Tree.chain(text.tokens[start : start + count]), slots))
         return plans
 
+    def counts(self) -> dict[Text, int]:
+        """How many of its known tokens each running request computes in this step: those that decode one, prompts their share."""
+        return share(self.reading(), self.chunk) | {text: 1 for text in self.running if text.known == 1}
+
+    def reading(self) -> list[Text]:
+        """The running requests whose prompts are to be computed. Of those that need the same block next the most urgent one computes it,
+        and the others wait for it to be published: choices of one prompt compute it once."""
+        claimed: set[Key] = set()
+        found = []
+        for text in sorted((t for t in self.running if t.known > 1), key=urgency):
+            self.catch_up(text)
+            key = self.pool.key(text.blocks, text.tokens)
+            if text.known > 1 and key not in claimed:
+                found.append(text)
+            if key is not None:
+                claimed.add(key)
+        return found
+
+    def catch_up(self, text: Text) -> None:
+        """Continue a text with blocks published since it was let in, returning what it had computed of the first of them."""
+        if self.pool.after(text.blocks, text.tokens) is None:
+            return
+        self.pool.give(text.owned(self.pool.block))
+        text.table.cut(len(text.blocks) * self.pool.block)
+        while (block := self.pool.after(text.blocks, text.tokens)) is not None:
+            self.pool.acquire(block)
+            self.seat(text, [block])
+
     def secure(self, text: Text, count: int) -> list[int] | None:
-        """Slots for `count` nodes, preempting younger requests if it must; None if the request itself had to give way."""
+        """Slots for `count` nodes, preempting requests of lower standing if it must; None if the request itself had to give way."""
         while (slots := self.pool.take(count)) is None:
-            youngest = self.running[-1]
-            self.preempt(youngest)
-            if youngest is text:
+            last = self.running[-1]
+            self.preempt(last)
+            if last is text:
                 return None
         return slots
 
@@ -296,7 +371,7 @@ class Engine:
             for plan in able:
                 trim(plan.tree)
         for plan in able:
-            slots = self.pool.take(plan.tree.drafted)
+            slots = self.pool.lend(plan.tree.drafted)
             if slots is None:
                 trim(plan.tree)
             plan.slots += slots or []
@@ -304,7 +379,7 @@ class Engine:
     def fit(self, plans: Sequence[Plan], budgets: Sequence[Budget]) -> list[Budget]:
         """Clip budgets to what a request may still emit, to what the drafter can do, and to the free slots."""
         assert self.drafter is not None
-        free, fitted = self.pool.available, []
+        free, fitted = len(self.pool.free), []
         for plan, budget in zip(plans, budgets, strict=True):
             depth = min(budget.depth, plan.text.remaining - 1, self.drafter.max_depth)
             width = min(budget.width, self.drafter.max_width)
@@ -429,6 +504,7 @@ class Engine:
 
     def retire(self, text: Text, tokens: Sequence[int], scores: tuple[TokenScore, ...], finish: str, error: str | None = None) -> Outcome:
         """Give back everything a request holds."""
+        del self.texts[text.request.id]
         self.vacate(text)
         self.tell(text.request.id)
         return Outcome(text.request, tuple(tokens), scores, finish, error, text.stats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from torch import Tensor
 
@@ -13,6 +14,14 @@ from engine.slots import Block, SlotTable
 
 class Overloaded(RuntimeError):
     """The waiting queue is full; try again later."""
+
+
+class Priority(IntEnum):
+    """How urgent a request is; less is sooner."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +38,7 @@ class Request:
     stop: Callable[[int], bool] | None = None
     prediction: Sequence[int] = ()
     limits: object = None
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,8 @@ class TokenScore:
 class Stats:
     """What a request cost and what speculation did for it. steps: forwards that emitted tokens for it; drafts: those that had a draft.
 
-    drafted counts tree nodes, depth_sum the depths of the trees.
+    drafted counts tree nodes, depth_sum the depths of the trees. cached counts prompt tokens that others had computed; preemptions, how
+    often the request gave way.
     """
 
     steps: int = 0
@@ -74,12 +85,15 @@ class Text:
 
     `tokens[:len(table)]` have their keys and values in slots; the rest is known but not yet computed.
     `blocks` are the cached blocks that the first `len(blocks) * block` entries of the table belong to.
+    arrival: how many were submitted before it. due: the step that orders those who wait, see `engine.scheduler`.
     """
 
     request: Request
     tokens: list[int]
     table: SlotTable
     sampler: Sampler
+    arrival: int = 0
+    due: int = 0
     blocks: list[Block] = field(default_factory=list)
     hidden: Tensor | None = None  # [emb_dim] the state whose logits drew tokens[-1]
     stats: Stats = field(default_factory=Stats)

@@ -28,7 +28,10 @@ class Block:
 class SlotPool:
     """Slots 1 .. size-1 and a prefix cache over them: an exact chain over blocks of tokens, evicted least recently used first.
 
-    headroom: slots that cached blocks leave free, so that drafts never compete with the cache.
+    headroom: slots that idle blocks leave free, for drafts. Whether drafts use them or not makes no difference to the cache: a draft is
+    lent free slots and evicts nothing (`lend`), and what is evicted for tokens that stay (`take`, `make_room`) depends on their number
+    alone. By the time that the same tokens stay, every block is cached that would be without drafts; a block that is published twice may
+    moreover outlive its turn, because a draft brings its second copy earlier.
     """
 
     def __init__(self, size: int, block: int = 16, headroom: int = 0) -> None:
@@ -61,22 +64,33 @@ class SlotPool:
         self.evict(count - len(self.free))
         return [self.free.pop() for _ in range(count)]
 
+    def lend(self, count: int) -> list[int] | None:
+        """`count` slots for a draft, free ones only: no draft ever costs a cached block. None if there are not that many."""
+        return [self.free.pop() for _ in range(count)] if count <= len(self.free) else None
+
     def give(self, slots: Sequence[int]) -> None:
         self.free.extend(slots)
 
     def match(self, tokens: Sequence[int]) -> list[Block]:
         """The longest chain of cached blocks that `tokens` starts with, leaving at least one token to compute; each is acquired."""
         found: list[Block] = []
-        parent = 0
-        for start in range(0, (len(tokens) - 1) // self.block * self.block, self.block):
-            block = self.blocks.get((parent, tuple(tokens[start : start + self.block])))
-            if block is None:
-                break
+        while (block := self.after(found, tokens)) is not None:
             found.append(block)
-            parent = block.uid
         for block in found:
             self.acquire(block)
         return found
+
+    def after(self, chain: Sequence[Block], tokens: Sequence[int]) -> Block | None:
+        """The cached block of `tokens` that follows a chain which `tokens` starts with."""
+        key = self.key(chain, tokens)
+        return None if key is None else self.blocks.get(key)
+
+    def key(self, chain: Sequence[Block], tokens: Sequence[int]) -> Key | None:
+        """The key of the block after a chain which `tokens` starts with; None if `tokens` has no full block there and one token more."""
+        start = len(chain) * self.block
+        if start + self.block >= len(tokens):
+            return None
+        return (chain[-1].uid if chain else 0), tuple(tokens[start : start + self.block])
 
     def acquire(self, block: Block) -> None:
         block.refs += 1
@@ -149,8 +163,8 @@ class SlotTable:
     def replace(self, start: int, slots: Sequence[int]) -> None:
         self.array[start : start + len(slots)] = slots
 
-    def clear(self) -> None:
-        self.length = 0
+    def cut(self, length: int) -> None:
+        self.length = length
 
     def view(self) -> np.ndarray:
         """The slots in use. [length] int64"""
