@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from configs.problems import ConfigError, explain
@@ -24,6 +34,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 DrafterKind = Literal["none", "ngram", "mlp", "mlp+ngram"]
 Positive = Annotated[int, Field(ge=1, le=2**31)]
+Bytes = Annotated[
+    ByteSize, Field(ge=2**12, le=2**50), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 2**12}]})
+]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 
 
@@ -47,12 +60,16 @@ class ReplicaRange(Section):
 
 
 class EngineSettings(Section):
-    """The engine of one replica. All lengths in tokens."""
+    """The engine of one replica. Lengths are in tokens."""
 
-    slots: int = Field(default=16384, ge=64, le=2**28, description="KV slots, one per token held by running and cached requests.")
+    kv_bytes: Bytes = Field(
+        default="256MiB",
+        validate_default=True,
+        description="Memory for keys and values, never exceeded: bytes, or a number and a unit such as 256MiB or 4GiB.",
+    )
     max_running: int = Field(default=16, ge=1, le=4096, description="Requests decoded together.")
     max_waiting: int = Field(default=256, ge=1, le=2**20, description="Requests that may wait for a place; more are answered with 429.")
-    chunk: int = Field(default=256, ge=1, le=2**20, description="Prompt tokens prefilled in one step.")
+    chunk: int = Field(default=256, ge=1, le=2**20, description="Prompt tokens computed in one step, beside decoding.")
     max_context: Positive | None = Field(default=None, description="Longest prompt and answer together; none: the base's own.")
 
 

@@ -19,7 +19,7 @@ from configs.settings import ModelSettings
 from drafters.registry import build_drafter
 from engine.engine import Engine
 from engine.loading import load_base
-from engine.request import Outcome, Overloaded, Request, TokenScore
+from engine.request import Outcome, Overloaded, Priority, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
 from services.hub import local_copy
 from services.pilot import Pilot
@@ -29,6 +29,7 @@ from services.text import Answer, Tokenizer
 
 log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
+LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
 
 
@@ -84,8 +85,9 @@ class ModelHost:
         )
         self.pilot.take(drafter)
         e = s.engine
-        sizes = {"slots": e.slots, "chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
-        engine = Engine(base, drafter, self.pilot.budgets, **sizes)
+        slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
+        sizes = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
+        engine = Engine(base, drafter, self.pilot.budgets, slots=slots, **sizes)
         warm_up(engine)
         return Tokenizer(s.base), engine
 
@@ -103,7 +105,13 @@ class ModelHost:
         if not self.runner.alive:
             return ModelStatus(name, "failed", f"its engine stopped: {self.runner.death}", created=self.created)
         kind: Literal["chat", "completion"] = "chat" if self.tokenizer.chats else "completion"
-        return ModelStatus(name, "ready", "", self.longest, drafter, self.pilot.version, kind, self.created)
+        return ModelStatus(name, "ready", "", self.longest, drafter, self.pilot.version, kind, self.created, *self.memory())
+
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes for keys and values: all, those held by running requests, and those of blocks that only the prefix cache holds."""
+        assert self.runner is not None
+        pool, each = self.runner.engine.pool, self.runner.engine.base.kv_bytes_per_token
+        return pool.size * each, (pool.capacity - pool.available) * each, (pool.available - len(pool.free)) * each
 
     @property
     def longest(self) -> int:
@@ -171,7 +179,8 @@ class ModelHost:
         assert self.tokenizer is not None
         ids, prefix = prompt
         answer = Answer(self.tokenizer, ids, job.stop)
-        request = Request(f"{job.id}-{index}", ids, self.params(job, ids, seed), answer.push, prediction, job.speculation)
+        params, priority = self.params(job, ids, seed), Priority[job.priority.upper()]
+        request = Request(f"{job.id}-{index}", ids, params, answer.push, prediction, job.speculation, priority)
         return Choice(index, request, answer, prefix)
 
     def params(self, job: Job, prompt: Sequence[int], seed: int) -> SamplingParams:
@@ -317,6 +326,16 @@ def failure(job: Job, error: Exception) -> Failure:
             return Failure(503, f"The model {job.model} is restarting.", "service_unavailable_error", None, "engine_restarting", 5.0)
     log.exception("job %s failed", job.id, exc_info=error)
     return Failure(500, f"The request {job.id} failed inside the service.", "server_error", None, "internal_error")
+
+
+def affordable(kv_bytes: int, each: int) -> int:
+    """Tokens whose keys and values fit in `kv_bytes` at `each` bytes per token. Raises ValueError if that is no room for a request."""
+    if kv_bytes < LEAST_TOKENS * each:
+        raise ValueError(
+            f"engine.kv_bytes: {kv_bytes} bytes hold {kv_bytes // each} tokens of {each} bytes; "
+            f"at least {LEAST_TOKENS * each} bytes ({LEAST_TOKENS} tokens) are needed"
+        )
+    return kv_bytes // each
 
 
 def warm_up(engine: Engine) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Urgency = Literal["interactive", "normal", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Job:
     prediction: str | None = None
     speculation: Speculation = field(default_factory=Speculation)
     store: bool = True
+    priority: Urgency = "normal"
     key: str = "anonymous"
 
 
@@ -130,7 +132,10 @@ Item = Accepted | Failure | tuple[Piece, ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One replica's answer to 'how are you': state, and what it serves."""
+    """One replica's answer to 'how are you': state, and what it serves.
+
+    kv_bytes: memory for keys and values; kv_held: of it held by running requests; kv_cached: by blocks that only the prefix cache holds.
+    """
 
     model: str
     state: Literal["loading", "ready", "failed"]
@@ -140,3 +145,6 @@ class ModelStatus:
     version: str = ""
     kind: Literal["chat", "completion"] = "completion"
     created: int = 0
+    kv_bytes: int = 0
+    kv_held: int = 0
+    kv_cached: int = 0

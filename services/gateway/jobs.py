@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from configs.settings import GatewaySettings, SamplingDefaults
 from services.gateway.errors import refused
 from services.gateway.schemas import Generation, joined
-from services.protocol import Speculation
+from services.protocol import Speculation, Urgency
 
 
 class Shared(TypedDict, total=False):
@@ -30,6 +30,7 @@ class Shared(TypedDict, total=False):
     prediction: str | None
     speculation: Speculation
     store: bool
+    priority: Urgency
 
 
 def shared(body: Generation, defaults: SamplingDefaults, limits: GatewaySettings) -> Shared:
@@ -57,6 +58,7 @@ def shared(body: Generation, defaults: SamplingDefaults, limits: GatewaySettings
         prediction=prediction,
         speculation=speculation(body),
         store=body.store is not False,
+        priority=body.priority or "normal",
     )
 
 

@@ -35,6 +35,7 @@ class Metrics:
         self.gap = self._times("specfleet_inter_chunk_seconds", "Between two chunks of one request.", SHORT)
         self.duration = self._times("specfleet_request_duration_seconds", "From arrival to the last token.", LONG)
         self.state = Gauge("specfleet_model_state", "1 for the state a model is in.", ("model", "state"), registry=self.registry)
+        self.memory = Gauge("specfleet_kv_bytes", "Memory for keys and values.", ("model", "part"), registry=self.registry)
         self.load = Gauge("specfleet_load", "What the replicas report.", ("model", "quantity"), registry=self.registry)
         self.log = LogCounts()
         self.registry.register(self.log)
@@ -53,6 +54,8 @@ class Metrics:
         for name, status in statuses.items():
             for state in STATES:
                 self.state.labels(name, state).set(status.state == state)
+            for part, size in (("budget", status.kv_bytes), ("held", status.kv_held), ("cached", status.kv_cached)):
+                self.memory.labels(name, part).set(size)
         self.load.clear()
         for model, quantity, value in quantities(load):
             self.load.labels(model, quantity).set(value)

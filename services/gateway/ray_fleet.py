@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -97,9 +98,11 @@ def starting(name: str, detail: str = "its replica is starting") -> ModelStatus:
 
 
 def together(name: str, answers: Sequence[ModelStatus]) -> ModelStatus:
-    """A model is ready if any replica is, and failed only if all are."""
+    """A model is ready if any replica is, and failed only if all are; memory is that of all."""
     order = ("ready", "loading", "failed")
-    return min(answers, key=lambda answer: order.index(answer.state), default=starting(name))
+    best = min(answers, key=lambda answer: order.index(answer.state), default=starting(name))
+    memory = {field: sum(getattr(answer, field) for answer in answers) for field in ("kv_bytes", "kv_held", "kv_cached")}
+    return replace(best, **memory)
 
 
 def broken(job: Job, error: Exception) -> Failure:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from services.protocol import Urgency
+
 Token = Annotated[int, Field(ge=0, le=2**31)]
 TokenIds = tuple[Token, ...]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -139,6 +141,7 @@ class Generation(Body):
     ignore_eos: bool | None = None
     prediction: Prediction | None = None
     speculation: SpeculationBody | None = None
+    priority: Urgency | None = None
     store: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None

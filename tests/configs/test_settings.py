@@ -50,13 +50,13 @@ def test_environment(tmp_path: Path) -> None:
         {"models": [MODEL, MODEL | {"name": "two-b.1"}], "gateway": {"port": 1}},
         SPECFLEET_GATEWAY__PORT="9000",
         SPECFLEET_GATEWAY__LIMITS__REQUESTS_PER_MINUTE="5",
-        SPECFLEET_MODELS__TWO_B_1__ENGINE__SLOTS="4096",
+        SPECFLEET_MODELS__TWO_B_1__ENGINE__KV_BYTES="1.5GiB",
         SPECFLEET_RAY__ADDRESS="auto",
         OTHER="x",
         SPECFLEET_SERVICE_HOST="kubernetes sets such",
     )
     assert settings.gateway.port == 9000 and settings.gateway.limits.requests_per_minute == 5 and settings.ray.address == "auto"
-    assert [model.engine.slots for model in settings.models] == [16384, 4096]
+    assert [model.engine.kv_bytes for model in settings.models] == [256 * 2**20, 3 * 2**29]
 
 
 def test_environment_replaces_a_list(tmp_path: Path) -> None:
@@ -110,7 +110,10 @@ BAD: list[tuple[Any, tuple[str, ...]]] = [
     ({"models": [MODEL | {"name": "a/b"}]}, ("models[0].name", "'a/b'")),
     ({"models": [MODEL, MODEL]}, ("models", "one")),
     ({"models": [MODEL | {"replicas": {"min": 3, "max": 2}}]}, ("models[0].replicas", "max")),
-    ({"models": [MODEL | {"engine": {"slots": -1}}]}, ("models[0].engine.slots", "-1", "64")),
+    ({"models": [MODEL | {"engine": {"slots": 4096}}]}, ("models[0].engine.slots", "accepted", "kv_bytes")),
+    ({"models": [MODEL | {"engine": {"kv_bytes": 5}}]}, ("models[0].engine.kv_bytes", "5", "4096", "MiB")),
+    ({"models": [MODEL | {"engine": {"kv_bytes": "plenty"}}]}, ("models[0].engine.kv_bytes", "'plenty'", "256MiB")),
+    ({"models": [MODEL | {"engine": {"kv_bytes": "4XB"}}]}, ("models[0].engine.kv_bytes", "'4XB'", "4GiB")),
     ({"models": [MODEL | {"engine": {"max_waiting": "many"}}]}, ("models[0].engine.max_waiting", "'many'")),
     ({"models": [MODEL | {"sampling": {"temperature": 9}}]}, ("models[0].sampling.temperature", "9")),
     ({"models": [MODEL | {"policy": "fast"}]}, ("models[0].policy", "'fast'")),

@@ -15,7 +15,8 @@ WORDS = ("Hello", " world", "!")
 
 
 def status(name: str, state: Any = "ready") -> ModelStatus:
-    return ModelStatus(name, state, "" if state == "ready" else f"it is {state}", 2048, "mlp+ngram", "v1", "chat", 1700000000)
+    detail = "" if state == "ready" else f"it is {state}"
+    return ModelStatus(name, state, detail, 2048, "mlp+ngram", "v1", "chat", 1700000000, 4096, 1024, 512)
 
 
 class FakeFleet:

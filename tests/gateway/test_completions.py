@@ -122,7 +122,7 @@ FIELDS = [
     ({"n": 2}, {"n": 2}),
     ({"max_tokens": 7}, {"max_tokens": 7}),
     ({"temperature": 0}, {"temperature": 0.0}),
-    ({}, {"temperature": 0.7, "top_k": 5, "top_p": 1.0, "store": True, "seed": None, "key": "anonymous"}),
+    ({}, {"temperature": 0.7, "top_k": 5, "top_p": 1.0, "store": True, "priority": "normal", "seed": None, "key": "anonymous"}),
     ({"top_p": 0.5, "top_k": -1, "min_p": 0.1}, {"top_p": 0.5, "top_k": 0, "min_p": 0.1}),
     (
         {"presence_penalty": 1, "frequency_penalty": -1.5, "repetition_penalty": 1.2},
@@ -137,6 +137,7 @@ FIELDS = [
     ({"speculation": {"mode": "fixed", "max_depth": 3, "width": 2}}, {"speculation": Speculation("fixed", 3, 2)}),
     ({"speculation": {"mode": "off"}}, {"speculation": Speculation("off")}),
     ({"store": False}, {"store": False}),
+    ({"priority": "batch"}, {"priority": "batch"}),
     ({"user": "u", "metadata": {"a": "b"}}, {}),
 ]
 

@@ -63,6 +63,8 @@ BAD_CHAT = [
     ({"prediction": {"type": "content"}}, "prediction.content"),
     ({"prediction": {"content": "x" * 1_000_001}}, "prediction"),
     ({"store": 1}, "store"),
+    ({"priority": "urgent"}, "priority"),
+    ({"priority": 1}, "priority"),
     ({"nonsense": 1}, "nonsense"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),

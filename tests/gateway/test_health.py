@@ -46,6 +46,8 @@ async def test_metrics(gateway: Any, http: httpx.AsyncClient) -> None:
         'specfleet_request_duration_seconds_count{model="echo"} 1.0',
         'specfleet_requests_in_flight{model="echo"} 0.0',
         'specfleet_model_state{model="slow",state="loading"} 1.0',
+        'specfleet_kv_bytes{model="echo",part="budget"} 4096.0',
+        'specfleet_kv_bytes{model="echo",part="held"} 1024.0',
         'specfleet_load{model="echo",quantity="running"} 2.0',
         'specfleet_request_log_records_total{outcome="written"} 7.0',
         'specfleet_request_log_records_total{outcome="dropped"} 2.0',

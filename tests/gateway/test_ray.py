@@ -92,6 +92,8 @@ async def test_statuses() -> None:
     assert (await watched(Handle(states=("failed", "loading", "ready")))).statuses()["one"].state == "ready"
     assert together("one", []).state == "loading"
     assert together("one", [ModelStatus("one", "failed"), ModelStatus("one", "loading")]).state == "loading"
+    replicas = [ModelStatus("one", "ready", kv_bytes=100, kv_held=n) for n in (30, 40)]
+    assert together("one", replicas) == ModelStatus("one", "ready", kv_bytes=200, kv_held=70)
 
 
 async def test_closing_cancels() -> None:

@@ -17,6 +17,8 @@ from services.protocol import Accepted, Failure, Job, Speculation
 from tests.conftest import wait_until
 from tests.services.folders import write_model
 
+TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, width, float32
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -24,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, **engine):
-    sizes = EngineSettings(**{"slots": 2048, "max_running": 8, **engine})
+    sizes = EngineSettings(**{"kv_bytes": 2048 * TOKEN_BYTES, "max_running": 8, **engine})
     return ModelSettings(name="toy", base=str(folder), speculator=str(folder / "speculator"), engine=sizes, threads=1)
 
 
@@ -188,7 +190,7 @@ async def test_a_model_that_cannot_compute_is_not_ready(folder, monkeypatch):
 
     monkeypatch.setattr("engine.loading.Base.forward", broken)
     host = ModelHost(settings(folder), Pilot("r", Plan.of(0, "toy", parse_policy({"kind": "off"}))))
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises((RuntimeError, ValueError), match="out of memory"):
         await host.start()
     assert host.status().state == "failed"
 
@@ -213,13 +215,42 @@ async def test_a_full_queue_is_an_answer(folder):
 
 
 async def test_32_requests_at_once_do_not_disturb_each_other(folder):
-    async for host in running(settings(folder, slots=1024)):
+    async for host in running(settings(folder, kv_bytes=1024 * TOKEN_BYTES)):
         jobs = [
             Job(id=f"j{i}", model="toy", prompts=("The quick" * (i % 3 + 1),), max_tokens=16, seed=i, temperature=i % 2) for i in range(32)
         ]
         together = await asyncio.gather(*(answer(host, job) for job in jobs))
         for i in (0, 7, 31):
             assert (await answer(host, jobs[i]))[1] == together[i][1]
+
+
+@pytest.mark.parametrize("kv_bytes", [100_000, 262_143, "1MiB"])
+async def test_keys_and_values_stay_within_their_budget(folder, kv_bytes):
+    async for host in running(settings(folder, kv_bytes=kv_bytes)):
+        budget = host.settings.engine.kv_bytes
+        jobs = [Job(id=f"j{i}", model="toy", prompts=("The quick brown fox" * 3,), max_tokens=30, seed=i, n=3) for i in range(8)]
+        await asyncio.gather(*(answer(host, job) for job in jobs))
+        store = host.runner.engine.store
+        allocated = sum(t.numel() * t.element_size() for layers in (store.keys, store.values) for t in layers.values())
+        status = host.status()
+        assert budget - TOKEN_BYTES < allocated <= budget and status.kv_bytes == allocated
+        assert status.kv_held == 0 and 0 < status.kv_cached < allocated
+
+
+async def test_a_budget_that_holds_nothing_says_so(folder):
+    host = ModelHost(settings(folder, kv_bytes=4096), Pilot("r", Plan.of(0, "toy", parse_policy({"kind": "off"}))))
+    with pytest.raises(ValueError, match=r"engine.kv_bytes: 4096 bytes hold 5 tokens of 768 bytes; at least 49152 bytes"):
+        await host.start()
+    assert "kv_bytes" in host.status().detail
+
+
+async def test_priority_reaches_the_engine(host, monkeypatch):
+    engine, seen = host.runner.engine, []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: (seen.append(request.priority.name.lower()), submit(request)))
+    for priority in ("interactive", "normal", "batch"):
+        await answer(host, Job(id=priority, model="toy", prompts=("The",), max_tokens=2, priority=priority))
+    assert seen == ["interactive", "normal", "batch"]
 
 
 async def test_an_engine_that_dies_fails_everyone_and_says_so(host):
