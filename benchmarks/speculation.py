@@ -5,21 +5,13 @@ Measures a running service (--url), or starts one with --serve CONFIG and ends i
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
-from urllib.parse import urlsplit
 
-import httpx
 import typer
 
+from services.cli.bench_service import serving
 from services.cli.client import URL
 from services.cli.main import app
-
-STARTING = 600.0  # seconds
 
 
 def main(
@@ -34,37 +26,6 @@ def main(
         return
     with serving(serve, url):
         app(arguments)
-
-
-@contextmanager
-def serving(config: str, url: str) -> Iterator[None]:
-    """A service of one's own at a loopback address, ready when the block begins."""
-    address = urlsplit(url)
-    command = [sys.executable, "-m", "services.cli", "serve", config, "--host", str(address.hostname), "--port", str(address.port)]
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    try:
-        await_ready(process, url)
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def await_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + STARTING
-    while not ready(url):
-        if process.poll() is not None:
-            raise SystemExit(f"the service ended with {process.returncode} before it was ready")
-        if time.monotonic() > deadline:
-            raise SystemExit(f"the service was not ready after {STARTING:g} s")
-        time.sleep(0.5)
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5.0).is_success
-    except httpx.HTTPError:
-        return False
 
 
 if __name__ == "__main__":

@@ -1,118 +1,123 @@
-"""What speculation is worth, measured at the client: the same prompts with it off, on and fixed, interleaved in one run.
+"""Measured at the client: the same requests in every mode, interleaved in one run.
 
 Every round runs every mode, in a rotating order, so that a machine that warms up or slows down does so for all of them. A ratio is
-taken within its round. The text of a seeded request must not depend on the mode, and is compared.
+taken within its round. Request i of a load is the same in every mode and round: prompt, length and seed. The text of a seeded request
+must not depend on the mode, and is compared.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from statistics import mean, median
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from random import Random
+from typing import Any
 
-from services.cli.client import Client
-from services.cli.generation import Answer, Kind, Options, body, model_kind, streamed
+from services.cli.bench_target import MODES, OPTIONAL, Bodies, Mode, Served, Target
+from services.cli.generation import Options
+from services.cli.load_lengths import Fixed, Lengths
+from services.cli.load_loops import Load, arrivals, closed, opened
+from services.cli.load_outcome import Outcome, outcome
+from services.cli.load_prompts import BETWEEN, Fit, cut, fitted
+from services.cli.load_stream import REFUSED, Ask, Exchange, Streams
+from services.cli.problem import Problem
 
-Mode = Literal["off", "auto", "fixed"]
-MODES: tuple[Mode, ...] = ("off", "auto", "fixed")
+RULER = 2000  # characters of the longer prompt that a server's tokens are counted with
+SPARE = 8  # tokens of a context that are left free where a prompt's length is an estimate
+CROWDED = tuple(str(status) for status in REFUSED)
+UNWANTED = (400, 422)
+USUAL = Fixed(96)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is run: every model at every concurrency in every mode, `rounds` times. depth is that of mode fixed."""
+    """What is run: every model at every load in every mode, `rounds` times after a warm-up.
 
-    concurrencies: tuple[int, ...] = (1, 8)
+    A pass has `requests` of them, or those of `seconds`; with neither, each prompt once and one for each user. warm_up: requests of
+    the uncounted first pass; None: as many as the prompts or users. prompt_tokens None: prompts as they are. depth is that of mode fixed.
+    """
+
+    loads: tuple[Load, ...] = (Load(users=1), Load(users=8))
     modes: tuple[Mode, ...] = MODES
     rounds: int = 3
-    max_tokens: int = 96
+    requests: int | None = None
+    seconds: float | None = None
+    warm_up: int | None = None
+    prompt_tokens: Lengths | None = None
+    max_tokens: Lengths = USUAL
+    ignore_eos: bool = False
     temperature: float = 0.0
     seed: int = 1
     depth: int = 3
-    width: int | None = None
 
-    def options(self, mode: Mode) -> Options:
-        plain = Options(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed, speculation=mode)
-        return replace(plain, depth=self.depth, width=self.width) if mode == "fixed" else plain
+    def options(self, mode: Mode, index: int, tokens: int) -> Options:
+        """Request `index` of a pass, of at most so many tokens."""
+        plain = Options(max_tokens=tokens, temperature=self.temperature, seed=self.seed + index)
+        if mode == "server":
+            return plain
+        return replace(plain, speculation=mode, depth=self.depth if mode == "fixed" else None)
+
+    def record(self) -> dict[str, Any]:
+        lengths = {"prompt_tokens": str(self.prompt_tokens or "file"), "max_tokens": str(self.max_tokens)}
+        return asdict(self) | lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One pass over a model's prompts. Times in seconds."""
+    """One pass over a load. seconds: from its beginning to the end of its last request; cpu: seconds of processor that the client used."""
 
     model: str
-    concurrency: int
+    load: Load
     mode: Mode
     round: int
-    seconds: float
-    answers: tuple[Answer, ...]
+    seconds: float = 0.0
+    cpu: float = 0.0
+    outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.load.label} {self.mode} {f'round {self.round}' if self.round else 'warm-up'}"
+
+    @property
+    def answers(self) -> list[Outcome]:
+        """Those that were answered."""
+        return [outcome for outcome in self.outcomes if outcome.failure is None]
 
     @property
     def tokens_per_second(self) -> float:
         return sum(answer.tokens for answer in self.answers) / max(self.seconds, 1e-9)
 
     @property
-    def tokens_per_step(self) -> float:
-        """Tokens of all requests over the steps of all requests."""
-        steps = sum(int(answer.speculation.get("steps", 0)) for answer in self.answers)
-        tokens = sum(answer.speculation.get("tokens_per_step", 0) * answer.speculation.get("steps", 0) for answer in self.answers)
-        return tokens / steps if steps else 0.0
+    def requests_per_second(self) -> float:
+        return len(self.answers) / max(self.seconds, 1e-9)
 
     def record(self) -> dict[str, Any]:
         """The cell in numbers, for JSON."""
-        named = {"model": self.model, "concurrency": self.concurrency, "mode": self.mode, "round": self.round}
-        rates = {"tokens_per_second": round(self.tokens_per_second, 2), "tokens_per_step": round(self.tokens_per_step, 3)}
-        counts = {"requests": len(self.answers), "tokens": sum(answer.tokens for answer in self.answers)}
-        return {**named, "seconds": round(self.seconds, 4), **counts, **rates}
+        named = {"model": self.model, **asdict(self.load), "mode": self.mode, "round": self.round}
+        times = {"seconds": round(self.seconds, 4), "client_cpu_seconds": round(self.cpu, 4)}
+        return {**named, **times, "requests": [outcome.record() for outcome in self.outcomes]}
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """One model, concurrency and mode over all rounds: medians of rounds, percentiles of requests. Times in milliseconds."""
+class Subject:
+    """One model to measure, the texts to ask it about, and what was found out about it before."""
 
-    model: str
-    concurrency: int
-    mode: Mode
-    tokens_per_second: float
-    against_off: float | None
-    against_off_least: float | None
-    tokens_per_step: float
-    first_ms: Mapping[str, float]
-    gap_ms: Mapping[str, float]
-    same_text: bool | None
+    served: Served
+    texts: Sequence[str]
+    bodies: Bodies
+    fit: Fit = field(default_factory=Fit)
+
+    def record(self) -> dict[str, Any]:
+        return {"model": self.served.name, "endpoint": self.served.kind, "not_taken": list(self.bodies.without), "fit": asdict(self.fit)}
 
 
-def measure(
-    client: Client, prompts: Mapping[str, Sequence[str]], shape: Shape, tick: Callable[[str], None] = lambda _: None
-) -> tuple[list[Cell], list[Summary]]:
-    """Run everything. prompts: by model. tick: told the name of each pass before it begins."""
-    kinds = {model: model_kind(client, model) for model in prompts}
-    measured = []
-    for cell in passes(prompts, shape):
-        tick(label(cell))
-        done = one(client, kinds[cell.model], cell, prompts[cell.model], shape)
-        measured += [done] if cell.round else []
-    return measured, summaries(measured)
-
-
-def label(cell: Cell) -> str:
-    return f"{cell.model} ×{cell.concurrency} {cell.mode} {'warm-up' if not cell.round else f'round {cell.round}'}"
-
-
-def count(prompts: Mapping[str, Sequence[str]], shape: Shape) -> int:
-    """How many passes a measurement has, warm-ups included."""
-    return len(prompts) * len(shape.concurrencies) * len(shape.modes) * (shape.rounds + 1)
-
-
-def passes(prompts: Iterable[str], shape: Shape) -> Iterator[Cell]:
+def passes(models: Sequence[str], shape: Shape) -> Iterator[Cell]:
     """Every pass still to run, as an empty cell: round 0 warms up, and each later round begins with another mode."""
-    for model in prompts:
-        for concurrency in shape.concurrencies:
-            for number in range(shape.rounds + 1):
-                for mode in rotated(shape.modes, number):
-                    yield Cell(model, concurrency, mode, number, 0.0, ())
+    rounds = range(1 if shape.warm_up == 0 else 0, shape.rounds + 1)
+    for model, load, number in itertools.product(models, shape.loads, rounds):
+        for mode in rotated(shape.modes, number):
+            yield Cell(model, load, mode, number)
 
 
 def rotated(modes: Sequence[Mode], by: int) -> list[Mode]:
@@ -120,59 +125,91 @@ def rotated(modes: Sequence[Mode], by: int) -> list[Mode]:
     return [*modes[start:], *modes[:start]]
 
 
-def one(client: Client, kind: Kind, cell: Cell, prompts: Sequence[str], shape: Shape) -> Cell:
-    """Run one pass: every prompt once, at most `concurrency` at a time."""
-
-    def ask(prompt: str) -> Answer:
-        return streamed(client, kind, body(kind, cell.model, prompt, shape.options(cell.mode)), lambda _: None)
-
-    with ThreadPoolExecutor(cell.concurrency) as pool:
-        start = time.perf_counter()
-        answers = tuple(pool.map(ask, prompts))
-        return replace(cell, seconds=time.perf_counter() - start, answers=answers)
-
-
-def summaries(cells: Sequence[Cell]) -> list[Summary]:
-    groups: dict[tuple[str, int, Mode], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.model, cell.concurrency, cell.mode), []).append(cell)
-    places = dict.fromkeys((cell.model, cell.concurrency) for cell in cells)
-    order = [(*place, mode) for place in places for mode in MODES if (*place, mode) in groups]
-    return [summary(groups[key], groups.get((key[0], key[1], "off"), [])) for key in order]
+async def measure(
+    target: Target, prompts: Mapping[Served, Sequence[str]], shape: Shape, tick: Callable[[str], None] = lambda _: None
+) -> tuple[list[Subject], list[Cell]]:
+    """Run everything. tick: told the name of each pass before it begins. Raises Problem for a server that answers nothing."""
+    async with Streams(target.url, target.key) as streams:
+        subjects = {served.name: await introduced(streams, target, served, texts, shape) for served, texts in prompts.items()}
+        measured = []
+        for cell in passes(list(subjects), shape):
+            tick(cell.label)
+            done = await one(streams, subjects[cell.model], cell, shape)
+            measured += [done] if cell.round else []
+    return list(subjects.values()), measured
 
 
-def summary(cells: Sequence[Cell], off: Sequence[Cell]) -> Summary:
-    """One group against the group without speculation, round by round."""
-    first, answers = cells[0], [answer for cell in cells for answer in cell.answers]
-    ratios = [cell.tokens_per_second / base.tokens_per_second for cell, base in zip(by_round(cells), by_round(off), strict=False)]
-    return Summary(
-        model=first.model,
-        concurrency=first.concurrency,
-        mode=first.mode,
-        tokens_per_second=round(median(cell.tokens_per_second for cell in cells), 2),
-        against_off=round(median(ratios), 3) if ratios else None,
-        against_off_least=round(min(ratios), 3) if ratios else None,
-        tokens_per_step=round(mean(cell.tokens_per_step for cell in cells), 3),
-        first_ms=percentiles([answer.first for answer in answers]),
-        gap_ms=percentiles([gap for answer in answers for gap in answer.gaps]),
-        same_text=texts(cells) == texts(off) if off else None,
-    )
+async def introduced(streams: Streams, target: Target, served: Served, texts: Sequence[str], shape: Shape) -> Subject:
+    """Find out which optional fields a peer takes, and how many characters its tokens have if lengths are wanted."""
+    subject = Subject(served, texts, Bodies(served, shape.ignore_eos))
+    if target.peer:
+        subject = replace(subject, bodies=await agreed(streams, subject))
+    return replace(subject, fit=await measured_fit(streams, subject)) if shape.prompt_tokens else subject
 
 
-def by_round(cells: Sequence[Cell]) -> list[Cell]:
-    return sorted(cells, key=lambda cell: cell.round)
+async def agreed(streams: Streams, subject: Subject) -> Bodies:
+    """The bodies that a peer takes: optional fields are left out one after the other until it no longer answers with 400 or 422."""
+    for count in range(len(OPTIONAL) + 1):
+        bodies = replace(subject.bodies, without=OPTIONAL[:count])
+        exchange = await short(streams, bodies, subject.texts[0])
+        if exchange.status not in UNWANTED:
+            return bodies
+    raise Problem(f"{subject.served.name}: {outcome(exchange).message or exchange.status}")
 
 
-def texts(cells: Sequence[Cell]) -> list[list[str]]:
-    return [[answer.text for answer in cell.answers] for cell in by_round(cells)]
+async def measured_fit(streams: Streams, subject: Subject) -> Fit:
+    """Characters per token of the prompts, by the server's own count of a short one and a long one."""
+    few = min(subject.texts, key=len)
+    many = (BETWEEN.join(subject.texts) * (1 + RULER // len(few)))[: len(few) + RULER]
+    found = [outcome(await short(streams, subject.bodies, text)) for text in (few, many)]
+    return fitted((len(few), found[0].prompt_tokens), (len(many), found[1].prompt_tokens))
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """The 50th, 95th and 99th percentile, nearest rank, in milliseconds; empty without values."""
-    ranked = sorted(seconds)
-    return {f"p{p}": round(ranked[min(len(ranked) - 1, len(ranked) * p // 100)] * 1000, 2) for p in (50, 95, 99)} if ranked else {}
+async def short(streams: Streams, bodies: Bodies, text: str) -> Exchange:
+    return await streams.send(bodies.ask(0, text, Options(max_tokens=1, temperature=0.0, seed=0)), streams.restart()())
 
 
-def report(cells: Sequence[Cell], found: Sequence[Summary], shape: Shape, **facts: Any) -> dict[str, Any]:
-    """Everything as JSON; facts: what else belongs in it, such as the machine and the command."""
-    return {**facts, "shape": asdict(shape), "summary": [asdict(entry) for entry in found], "rounds": [cell.record() for cell in cells]}
+async def one(streams: Streams, subject: Subject, cell: Cell, shape: Shape) -> Cell:
+    """Run one pass. Raises Problem if nothing was answered, unless the server was merely full."""
+    cpu = time.process_time()
+    exchanges = await driven(streams, asks(subject, cell, shape), cell, shape, len(subject.texts))
+    cpu = time.process_time() - cpu
+    outcomes = tuple(outcome(exchange) for exchange in exchanges)
+    broken = [found for found in outcomes if found.failure not in (None, *CROWDED)]
+    if broken and len(broken) == len(outcomes):
+        raise Problem(f"{cell.label}: {broken[0].message or broken[0].failure}")
+    return replace(cell, seconds=max((found.end for found in outcomes), default=0.0), cpu=cpu, outcomes=outcomes)
+
+
+async def driven(streams: Streams, requests: Iterator[Ask], cell: Cell, shape: Shape, prompts: int) -> list[Exchange]:
+    """The exchanges of one pass, in the order of the requests."""
+    number, seconds = extent(cell, shape, prompts)
+    if cell.load.rate is None:
+        assert cell.load.users is not None
+        return await closed(streams, itertools.islice(requests, number), cell.load.users, seconds)
+    return await opened(streams, requests, arrivals(cell.load.rate, f"{shape.seed} {cell.load.label} {cell.round}", number, seconds))
+
+
+def extent(cell: Cell, shape: Shape, prompts: int) -> tuple[int | None, float | None]:
+    """(requests, seconds) of a pass; one of them may be without a bound."""
+    usual = max(prompts, cell.load.users or 0)
+    if not cell.round:
+        return shape.warm_up or usual, None
+    return (shape.requests, shape.seconds) if shape.requests or shape.seconds else (usual, None)
+
+
+def asks(subject: Subject, cell: Cell, shape: Shape) -> Iterator[Ask]:
+    """The requests of a pass, without end."""
+    for index in itertools.count():
+        random = Random(f"{shape.seed} {index}")
+        tokens = shape.max_tokens.draw(random)
+        prompt = subject.texts[index % len(subject.texts)]
+        if shape.prompt_tokens is not None:
+            prompt = cut(subject.texts, characters(subject, shape.prompt_tokens.draw(random), tokens), random)
+        yield subject.bodies.ask(index, prompt, shape.options(cell.mode, index, tokens))
+
+
+def characters(subject: Subject, tokens: int, answer: int) -> int:
+    """Characters of a prompt of so many tokens, or of as many as leave room for the answer."""
+    room = (subject.served.context or 2**31) - answer - SPARE
+    return subject.fit.characters(min(tokens, max(1, room)))

@@ -1,15 +1,12 @@
-"""`specfleet status`, `policy` and `bench` against the real gateway and the real policy keeper."""
+"""`specfleet status` and `policy` against the real gateway and the real policy keeper."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import ADMIN, CLIENT, Service, Shell
+from tests.cli.conftest import CLIENT, Service, Shell
 
 
 def test_status_shows_models_and_load(shell: Shell) -> None:
@@ -84,65 +81,3 @@ def test_policy_errors(shell: Shell, arguments: tuple[str, ...], said: str) -> N
 
 def test_policy_needs_the_admin_key(shell: Shell) -> None:
     assert shell("policy", "get", "echo", key=CLIENT).code == 1
-
-
-def test_bench_measures_every_cell(shell: Shell, tmp_path: Path) -> None:
-    prompts, out = tmp_path / "prompts.json", tmp_path / "out.json"
-    prompts.write_text(json.dumps({"echo": ["Hi", "Ho"], "completion": ["def f", "class A", "import x"]}))
-    flags = ["--rounds", "2", "-c", "1", "-c", "2", "--prompts", str(prompts), "--out", str(out)]
-    done = shell("bench", "echo", "code", *flags)
-    assert done.code == 0 and "same text" in done.out
-    result = json.loads(out.read_text())
-    assert len(result["rounds"]) == 2 * 2 * 3 * 2 and len(result["summary"]) == 2 * 2 * 3
-    assert all(entry["same_text"] and entry["tokens_per_second"] > 0 and entry["first_ms"]["p50"] > 0 for entry in result["summary"])
-    assert {entry["against_off"] for entry in result["summary"] if entry["mode"] == "off"} == {1.0}
-    assert result["machine"]["cores"] and result["command"][0] == "specfleet"
-    assert {entry["requests"] for entry in result["rounds"] if entry["model"] == "code"} == {3}
-
-
-def test_bench_makes_room_for_its_result_first(shell: Shell, service: Service, tmp_path: Path) -> None:
-    prompts, out = tmp_path / "prompts.json", tmp_path / "new" / "folder" / "out.json"
-    prompts.write_text(json.dumps({"code": ["x"]}))
-    flags = ["bench", "code", "-c", "1", "--rounds", "1", "--prompts", str(prompts), "--out"]
-    assert shell(*flags, str(out)).code == 0 and json.loads(out.read_text())["summary"]
-    measured = len(service.fleet.jobs)
-    for nowhere in (tmp_path, prompts / "out.json"):
-        refused = shell(*flags, str(nowhere))
-        assert refused.code == 1 and "cannot be written" in refused.err and len(service.fleet.jobs) == measured
-
-
-def test_bench_table_goes_from_off_to_fixed(shell: Shell, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps({"code": ["x"]}))
-    done = shell("bench", "code", "--rounds", "1", "--modes", "fixed,off", "--prompts", str(prompts))
-    lines = [line.split()[:3] for line in done.out.splitlines() if line.strip().startswith("code")]
-    assert lines == [["code", "1", "off"], ["code", "1", "fixed"], ["code", "8", "off"], ["code", "8", "fixed"]]
-
-
-def test_bench_interleaves_modes(shell: Shell, service: Service, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps({"code": ["x"]}))
-    shell("bench", "code", "-c", "1", "--rounds", "2", "--prompts", str(prompts), "--json")
-    modes = [job.speculation.mode for job in service.fleet.jobs]
-    assert modes == ["off", "auto", "fixed", "auto", "fixed", "off", "fixed", "off", "auto"]
-
-
-@pytest.mark.parametrize(("arguments", "said"), [(("nothing",), "no model 'nothing'"), (("code", "--modes", "fast"), "no mode 'fast'")])
-def test_bench_errors(shell: Shell, arguments: tuple[str, ...], said: str) -> None:
-    done = shell("bench", *arguments)
-    assert done.code == 1 and said in done.err
-
-
-def test_own_prompts_cover_the_demo_fleet() -> None:
-    lists = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "prompts.json").read_text())
-    for name in ("demo-chat", "demo-code", "demo-code-large", "chat", "completion"):
-        assert len(lists[name]) >= 8 and len(set(lists[name])) == len(lists[name])
-
-
-def test_benchmark_script_is_bench(service: Service, tmp_path: Path) -> None:
-    root, prompts, out = Path(__file__).resolve().parents[2], tmp_path / "prompts.json", tmp_path / "out.json"
-    prompts.write_text(json.dumps({"code": ["x"]}))
-    flags = ["code", "--rounds", "1", "-c", "1", "--prompts", str(prompts), "--out", str(out), "--url", service.url, "--key", ADMIN]
-    done = subprocess.run([sys.executable, "benchmarks/speculation.py", *flags], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "tokens/step" in done.stdout and len(json.loads(out.read_text())["summary"]) == 3

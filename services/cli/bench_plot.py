@@ -1,0 +1,88 @@
+"""A report as a picture: total throughput against the speed that each user sees, a panel for each model, a line for each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from services.cli.load_loops import Load
+
+Entry = Mapping[str, Any]
+X, Y = "tokens_per_second_per_user", "tokens_per_second"
+NAMES = {"off": "speculation off", "fixed": "fixed depth {depth}", "auto": "auto (the policy in force)", "server": "server"}
+LOOKS = {"off": ("#6b7280", "o"), "fixed": ("#d97706", "s"), "auto": ("#2563eb", "D"), "server": ("#059669", "o")}
+LINES: dict[str, Literal["-", "--"]] = {"closed": "-", "open": "--"}
+PANEL = (5.4, 4.4)  # inches
+COLUMNS = 3
+DPI = 150
+
+
+def draw(result: Mapping[str, Any], file: Path) -> None:
+    """Write a report's summary as a PNG file. Raises OSError."""
+    models = list(dict.fromkeys(entry["model"] for entry in result["summary"]))
+    columns, rows = min(COLUMNS, max(1, len(models))), -(-max(1, len(models)) // COLUMNS)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.7), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, model in zip(axes, models, strict=False):
+        panel(axis, model, [entry for entry in result["summary"] if entry["model"] == model])
+    for axis in axes[len(models) :]:
+        axis.remove()
+    legend(figure, result)
+    figure.savefig(file, format="png")
+
+
+def panel(axis: Axes, model: str, entries: Sequence[Entry]) -> None:
+    """One model: right is faster for each user, up is more in total."""
+    for (mode, loop), line in lines(entries).items():
+        color, marker = LOOKS[mode]
+        spots = [(entry[X], entry[Y]) for entry in line]
+        axis.plot(*zip(*spots, strict=True), LINES[loop], color=color, marker=marker, markersize=5, linewidth=1.6)
+        for entry, spot in zip(line, spots, strict=True):
+            axis.annotate(label(entry), spot, (5, 5), textcoords="offset points", fontsize=7.5, color=color)
+    axis.set_title(model, fontsize=11, fontweight="bold", loc="left")
+    axis.set_xlabel("tokens/s per user (median of requests)")
+    axis.set_ylabel("tokens/s, all users together")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.margins(0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def lines(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """The points of each mode and kind of load, from the lightest load to the heaviest. A load that was never answered has none."""
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["users"] or entry["rate"]):
+        if entry[X] is not None:
+            found.setdefault((entry["mode"], loop(entry)), []).append(entry)
+    return found
+
+
+def loop(entry: Entry) -> str:
+    return "closed" if entry["rate"] is None else "open"
+
+
+def label(entry: Entry) -> str:
+    return Load(entry["users"], entry["rate"]).label
+
+
+def legend(figure: Figure, result: Mapping[str, Any]) -> None:
+    """What the colours are, and what the points' labels mean, below all panels."""
+    depth = result["settings"]["depth"]
+    modes = dict.fromkeys(entry["mode"] for entry in result["summary"])
+    loops = sorted({loop(entry) for entry in result["summary"]})
+    handles = [Line2D([], [], color=LOOKS[mode][0], marker=LOOKS[mode][1], label=NAMES[mode].format(depth=depth)) for mode in modes]
+    said = {"closed": "×N: N users, each sends when answered", "open": "N/s: requests per second (Poisson)"}
+    handles += [Line2D([], [], color="#374151", linestyle=LINES[name], label=said[name]) for name in loops]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 5 if len(figure.axes) > 1 else 2), frameon=False, fontsize=9
+    )
