@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from services.cli.load_loops import Load
 
 Entry = Mapping[str, Any]
 X, Y = "tokens_per_second_per_user", "tokens_per_second"
-NAMES = {"off": "speculation off", "fixed": "fixed depth {depth}", "auto": "auto (the policy in force)", "server": "server"}
+NAMES = {"off": "speculation off", "fixed": "speculation fixed, depth {depth}", "auto": "speculation by policy", "server": "server"}
 LOOKS = {"off": ("#6b7280", "o"), "fixed": ("#d97706", "s"), "auto": ("#2563eb", "D"), "server": ("#059669", "o")}
 LINES: dict[str, Literal["-", "--"]] = {"closed": "-", "open": "--"}
 PANEL = (5.4, 4.4)  # inches
@@ -35,8 +36,18 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         panel(axis, model, [entry for entry in result["summary"] if entry["model"] == model])
     for axis in axes[len(models) :]:
         axis.remove()
+    for axis in axes[: len(models) : columns]:
+        axis.set_ylabel("tokens/s, all users together")
+    figure.suptitle(title(result["settings"]), fontsize=9, color="#4b5563", x=0.005, ha="left")
     legend(figure, result)
     figure.savefig(file, format="png")
+
+
+def title(settings: Entry) -> str:
+    """What was run, in a line."""
+    rounds = "1 round" if settings["rounds"] == 1 else f"median of {settings['rounds']} rounds"
+    prompts = "prompts of the file" if settings["prompt_tokens"] == "file" else f"prompts of {settings['prompt_tokens']} tokens"
+    return f"{prompts}, answers of at most {settings['max_tokens']} tokens, temperature {settings['temperature']:g}, {rounds}"
 
 
 def panel(axis: Axes, model: str, entries: Sequence[Entry]) -> None:
@@ -44,15 +55,16 @@ def panel(axis: Axes, model: str, entries: Sequence[Entry]) -> None:
     for (mode, loop), line in lines(entries).items():
         color, marker = LOOKS[mode]
         spots = [(entry[X], entry[Y]) for entry in line]
-        axis.plot(*zip(*spots, strict=True), LINES[loop], color=color, marker=marker, markersize=5, linewidth=1.6)
+        fill = color if loop == "closed" else "white"
+        axis.plot(*zip(*spots, strict=True), LINES[loop], color=color, marker=marker, markersize=5.5, markerfacecolor=fill, linewidth=1.5)
         for entry, spot in zip(line, spots, strict=True):
-            axis.annotate(label(entry), spot, (5, 5), textcoords="offset points", fontsize=7.5, color=color)
+            halo = [withStroke(linewidth=2.5, foreground="white")]
+            axis.annotate(label(entry), spot, (6, 4), textcoords="offset points", fontsize=7.5, color=color, path_effects=halo)
     axis.set_title(model, fontsize=11, fontweight="bold", loc="left")
     axis.set_xlabel("tokens/s per user (median of requests)")
-    axis.set_ylabel("tokens/s, all users together")
+    axis.margins(0.12)
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
-    axis.margins(0.12)
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -82,7 +94,8 @@ def legend(figure: Figure, result: Mapping[str, Any]) -> None:
     loops = sorted({loop(entry) for entry in result["summary"]})
     handles = [Line2D([], [], color=LOOKS[mode][0], marker=LOOKS[mode][1], label=NAMES[mode].format(depth=depth)) for mode in modes]
     said = {"closed": "×N: N users, each sends when answered", "open": "N/s: requests per second (Poisson)"}
-    handles += [Line2D([], [], color="#374151", linestyle=LINES[name], label=said[name]) for name in loops]
+    dark, fills = "#374151", {"closed": "#374151", "open": "white"}
+    handles += [Line2D([], [], color=dark, linestyle=LINES[n], marker="o", markerfacecolor=fills[n], label=said[n]) for n in loops]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 5 if len(figure.axes) > 1 else 2), frameon=False, fontsize=9
     )

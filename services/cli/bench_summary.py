@@ -83,7 +83,7 @@ def summary(cells: Sequence[Cell], off: Sequence[Cell]) -> Summary:
         tokens_per_step=tokens_per_step(answers),
         prompt_tokens=average([answer.prompt_tokens for answer in answers if answer.prompt_tokens is not None]),
         output_tokens=average([answer.tokens for answer in answers]),
-        tokens_counted_by="usage" if all(answer.counted for answer in answers) else "chunks",
+        tokens_counted_by="usage" if all(answer.counted for answer in answers) else "events",
         first_ms=percentiles([answer.first for answer in answers if answer.first is not None]),
         chunk_gap_ms=percentiles([gap for gap, _ in gaps]),
         token_gap_ms=percentiles([gap / tokens for gap, tokens in gaps if tokens], [tokens for _, tokens in gaps if tokens]),
@@ -158,8 +158,8 @@ def report(subjects: Sequence[Subject], cells: Sequence[Cell], found: Sequence[S
 def notes(subjects: Sequence[Subject], found: Sequence[Summary]) -> list[str]:
     """What a reader of the numbers must know."""
     refused = [f"{s.served.name} does not take {', '.join(s.bodies.without)}; they were left out." for s in subjects if s.bodies.without]
-    chunks = dict.fromkeys(entry.model for entry in found if entry.tokens_counted_by == "chunks")
-    counted = [f"{model} does not count its tokens; each chunk counts as one." for model in chunks]
+    events = dict.fromkeys(entry.model for entry in found if entry.tokens_counted_by == "events")
+    counted = [f"{model} does not count its tokens; each event with text counts as one." for model in events]
     texts = [f"{e.model} {e.load} {e.mode}: the text differs from that without speculation." for e in found if e.same_text is False]
     return [*refused, *counted, *texts]
 

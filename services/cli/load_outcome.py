@@ -13,12 +13,13 @@ from services.cli.client import Json
 from services.cli.load_stream import Exchange
 
 DONE = b"[DONE]"
+AT_ONCE = 0.001  # seconds within which text is one chunk: servers and networks put several events into one packet
 TEXTS = ("content", "reasoning_content", "reasoning")  # where servers put a chat's text
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One server-sent event that carried text. at: seconds of the pass. tokens: how many came with it, fractional where estimated."""
+    """Text that arrived at once, in one or more events. at: seconds of the pass. tokens: how many came, fractional where estimated."""
 
     at: float
     tokens: float
@@ -28,7 +29,7 @@ class Chunk:
 class Outcome:
     """One request, decoded. Times in seconds of the pass. failure: None, an HTTP status, or a word; message: in the server's words.
 
-    counted: whether the server said how many tokens came; otherwise each chunk counts as one.
+    counted: whether the server said how many tokens came; otherwise each event with text counts as one.
     """
 
     index: int
@@ -135,7 +136,7 @@ def streamed(plain: Outcome, found: Sequence[tuple[float, bytes]]) -> Outcome:
     steps = int(report.get("steps", 0))
     return Outcome(
         *(plain.index, plain.due, plain.sent, plain.end),
-        chunks=tuple(Chunk(at, share) for (at, _, _), share in zip(pieces, shares(pieces, tokens), strict=True)),
+        chunks=merged(Chunk(at, share) for (at, _, _), share in zip(pieces, shares(pieces, tokens), strict=True)),
         text="".join(text for _, text, _ in pieces),
         tokens=tokens,
         counted="completion_tokens" in usage,
@@ -144,6 +145,17 @@ def streamed(plain: Outcome, found: Sequence[tuple[float, bytes]]) -> Outcome:
         steps=steps,
         step_tokens=float(report.get("tokens_per_step", 0.0)) * steps,
     )
+
+
+def merged(events: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    """Events as chunks: one that follows the first of a chunk at once belongs to it."""
+    chunks: list[Chunk] = []
+    for event in events:
+        if chunks and event.at - chunks[-1].at <= AT_ONCE:
+            chunks[-1] = Chunk(chunks[-1].at, chunks[-1].tokens + event.tokens)
+        else:
+            chunks.append(event)
+    return tuple(chunks)
 
 
 def status(error: object) -> str:
@@ -175,9 +187,9 @@ def last(bodies: Sequence[tuple[float, Json]], name: str) -> Json:
 
 
 def shares(pieces: Sequence[tuple[float, str, int | None]], tokens: int) -> list[float]:
-    """Tokens of each chunk: as the server counts along; or one each, if that is all there are; or all shared out by characters.
+    """Tokens of each event: as the server counts along; or one each, if that is all there are; or all shared out by characters.
 
-    A token that ends the answer has no text, and so no chunk.
+    A token that ends the answer has no text, and so no event of its own.
     """
     counts = [count for _, _, count in pieces if count is not None]
     if pieces and len(counts) == len(pieces) and counts[-1] > counts[0]:

@@ -109,6 +109,14 @@ def test_events_may_be_cut_anywhere() -> None:
     assert found.first == found.chunks[0].at - 1.0 and found.gaps()[0][0] > 0 and (found.total, found.late) == (8.0, 0.5)
 
 
+def test_what_arrives_at_once_is_one_chunk() -> None:
+    word = 'data: {"choices":[{"text":"a"}]}\n\n'
+    usage = 'data: {"choices":[],"usage":{"completion_tokens":5}}\n\ndata: [DONE]\n\n'
+    found = read((2.0, word), (3.0, word + word), (3.0005, word), (3.5, word), (3.6, usage))
+    assert [(chunk.at, chunk.tokens) for chunk in found.chunks] == [(2.0, 1.0), (3.0, 3.0), (3.5, 1.0)]
+    assert found.gaps() == [(1.0, 3.0), (0.5, 1.0)] and found.tokens == 5 and found.counted
+
+
 def test_what_goes_wrong_has_a_name() -> None:
     text = 'data: {"choices":[{"text":"a"}]}\n\n'
     assert read((2.0, text)).failure == "cut"
@@ -215,7 +223,7 @@ def test_fields_that_a_peer_refuses_are_left_out_with_a_note() -> None:
     with serving(Peer(refuses=("ignore_eos", "stream_options"))) as peer:
         done = bench(peer, "-c", "1", "--requests", "3", "--ignore-eos", "--max-tokens", "5")
         assert "other does not take ignore_eos, stream_options; they were left out." in done.err
-        assert "each chunk counts as one" in done.err and done.code == 0
+        assert "each event with text counts as one" in done.err and done.code == 0
     assert "seed" in peer.bodies[-1] and "ignore_eos" not in peer.bodies[-1]
 
 
