@@ -29,11 +29,18 @@ class KVStore:
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """key, value: [1, kv_heads, T, dim]; slots: [T]."""
-        if layer not in self.keys:
-            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], key.shape[3])
-            self.values[layer] = value.new_zeros(self.slots, value.shape[1], value.shape[3])
+        self.reserve(layer, key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         self.keys[layer].index_copy_(0, slots, key[0].transpose(0, 1))
         self.values[layer].index_copy_(0, slots, value[0].transpose(0, 1))
+
+    def reserve(
+        self, layer: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, made if there are none yet."""
+        if layer not in self.keys:
+            self.keys[layer] = torch.zeros(self.slots, heads, key_dim, dtype=dtype, device=device)
+            self.values[layer] = torch.zeros(self.slots, heads, value_dim, dtype=dtype, device=device)
+        return self.keys[layer], self.values[layer]
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of rows of slots [R, K] -> [R, kv_heads, K, dim] twice."""

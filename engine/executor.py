@@ -16,7 +16,10 @@ from engine.attention import KVStore, Row, lay_out
 
 
 class Executor(Protocol):
-    """Computes forwards of one base."""
+    """Computes forwards of one base. hidden_size: width of the states that the LM head reads."""
+
+    vocab_size: int
+    hidden_size: int
 
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Write the keys and values of T new tokens to their slots. rows: the requests, whose tokens are packed in row order.
@@ -29,8 +32,9 @@ class Executor(Protocol):
 class Eager:
     """The transformers model itself, called module by module, with ragged attention."""
 
-    def __init__(self, model: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.vocab_size, self.device, self.dtype = model, vocab_size, device, dtype
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.vocab_size, self.hidden_size = int(model.config.get_text_config().vocab_size), head_width(model)
         self.tap: list[Tensor] = []  # what the LM head read: the hidden state after the final norm, at the kept tokens only
         model.get_output_embeddings().register_forward_pre_hook(self.record)
 
@@ -45,3 +49,9 @@ class Eager:
         self.tap.clear()
         out = self.model(input_ids=ids, position_ids=positions, use_cache=False, ragged=step, logits_to_keep=kept)
         return out.logits[0, :, : self.vocab_size], self.tap[-1][0]
+
+
+def head_width(model: Any) -> int:
+    """Inputs of the LM head."""
+    head = model.get_output_embeddings()
+    return int(head.in_features if hasattr(head, "in_features") else head.weight.shape[1])

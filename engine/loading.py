@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from engine.attention import IMPLEMENTATION, KVStore, Row, ragged_attention
 from engine.executor import Eager, Executor
+from engine.native import weights
+from engine.native.program import Native, pack_model, possible, supported
 from engine.packed import pack
 from engine.tree import Tree
 
+log = logging.getLogger(__name__)
 PROBE_TOLERANCE = 2e-3  # largest difference of logits, relative to the largest logit, in float32
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -29,9 +33,8 @@ class UnsupportedModel(ValueError):
 
 @dataclass(slots=True, eq=False)
 class Base:
-    """A base model ready for the engine. executor: what computes its forwards."""
+    """A base model ready for the engine. executor: what computes its forwards. context: longest text, in tokens."""
 
-    model: Any  # a transformers decoder
     executor: Executor
     vocab_size: int
     hidden_size: int
@@ -39,7 +42,7 @@ class Base:
     eos: frozenset[int]
     device: torch.device
     dtype: torch.dtype
-    kv_bytes_per_token: int = 0
+    kv_bytes_per_token: int
 
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One ragged pass over the tokens of all rows, packed in row order. keep: which of the T tokens need logits.
@@ -49,19 +52,53 @@ class Base:
         return self.executor.forward(store, rows, tokens, keep)
 
 
-def load_base(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, packed: bool = True) -> Base:
+def load_base(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None, native: bool = True
+) -> Base:
     """Load a base from a local folder or a hub id in the published format.
 
+    cache: where weights packed for this processor are kept, to be mapped by every process of the host; None: private memory.
+    native False: plain PyTorch even where compiled kernels could serve.
     Raises UnsupportedModel for an architecture that ragged attention cannot serve, OSError for a folder that cannot be read.
     """
     register()
     config = AutoConfig.from_pretrained(folder)
     refuse_layers(config)
+    packable = native and device == "cpu" and Path(folder).is_dir() and possible(config)
+    file = weights.file_for(Path(folder), cache) if cache and packable else None
+    if file is not None and file.exists():
+        return mapped(config, folder, file, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: {error}") from error
-    return attach(model.to(device).eval(), packed)
+    return attach(model.to(device).eval(), native, file)
+
+
+def mapped(config: PretrainedConfig, folder: str | Path, file: Path, dtype: torch.dtype) -> Base:
+    """A base whose packed weights are in a file already: proven when they were packed, and not loaded again."""
+    executor = Native(config, weights.load(file), torch.get_num_threads())
+    try:
+        generation: Any = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = None
+    return describe(config, executor, eos_tokens(generation, config), torch.device("cpu"), dtype, executor.bytes_per_token)
+
+
+def describe(
+    config: PretrainedConfig, executor: Executor, eos: frozenset[int], device: torch.device, dtype: torch.dtype, kv_bytes_per_token: int
+) -> Base:
+    text = config.get_text_config()
+    return Base(
+        executor=executor,
+        vocab_size=int(text.vocab_size),
+        hidden_size=executor.hidden_size,
+        context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048),
+        eos=eos,
+        device=device,
+        dtype=dtype,
+        kv_bytes_per_token=kv_bytes_per_token,
+    )
 
 
 def register() -> None:
@@ -70,30 +107,46 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, ragged_attention)
 
 
-def attach(model: Any, packed: bool = True) -> Base:
-    """Wrap a loaded model whose attention implementation is ours, after probing it."""
-    config = model.config.get_text_config()
-    refuse_layers(config)
+@torch.inference_mode()
+def attach(model: Any, native: bool = True, file: Path | None = None) -> Base:
+    """Wrap a loaded model whose attention implementation is ours, after probing it.
+
+    native: whether compiled kernels may take over where they serve the model; file: where its packed weights will be kept.
+    """
+    refuse_layers(model.config)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    base = Base(
-        model=model,
-        executor=Eager(model, int(config.vocab_size), device, dtype),
-        vocab_size=int(config.vocab_size),
-        hidden_size=int(model.get_output_embeddings().weight.shape[1]),
-        context=int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048),
-        eos=eos_tokens(model),
-        device=device,
-        dtype=dtype,
-    )
-    probe(base)
-    if packed and pack(model):
-        base.executor = Eager(model, base.vocab_size, device, dtype)
-    return base
+    eos = eos_tokens(getattr(model, "generation_config", None), model.config)
+    eager = Eager(model, device, dtype)
+    expected = plain_probe(model, eager.vocab_size)
+    measured = probe(model, eager, expected, dtype)
+    executor: Executor = eager
+    if native and device.type == "cpu" and (compiled := compile_native(model, expected, dtype, file)):
+        executor, measured = compiled, compiled.bytes_per_token
+    elif native and pack(model):
+        executor = Eager(model, device, dtype)
+    return describe(model.config, executor, eos, device, dtype, measured)
 
 
-def eos_tokens(model: Any) -> frozenset[int]:
-    """End-of-text tokens of the generation config, else of the model config."""
-    for config in (getattr(model, "generation_config", None), model.config):
+def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path | None) -> Native | None:
+    """The model on compiled kernels, if they serve it and compute the same logits."""
+    if not supported(model):
+        return None
+    tensors = dict(pack_model(model))
+    executor = Native(model.config, weights.private(tensors), torch.get_num_threads())
+    try:
+        probe(model, executor, expected, dtype)
+    except UnsupportedModel as error:
+        log.warning("native kernels do not serve this model: %s", error)
+        return None
+    if file is None:
+        return executor
+    weights.save(tensors, file)
+    return Native(model.config, weights.load(file), torch.get_num_threads())
+
+
+def eos_tokens(*configs: Any) -> frozenset[int]:
+    """End-of-text tokens of the first config that names any: the generation config before the model's."""
+    for config in configs:
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
             return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
@@ -108,29 +161,29 @@ def refuse_layers(config: PretrainedConfig) -> None:
         raise UnsupportedModel(f"{config.model_type}: layers of type {sorted(other)} are not served; accepted: {sorted(SUPPORTED_LAYERS)}")
 
 
+def probe_text(vocab_size: int) -> tuple[list[int], Tree]:
+    """A prompt and a small tree after it, of random tokens."""
+    text = np.random.default_rng(0).integers(1, vocab_size - 1, 20).tolist()
+    return text[:16], Tree(tokens=text[16:], parents=[-1, 0, 0, 2], forced=1, depths=[0, 1, 1, 2])
+
+
 @torch.inference_mode()
-def probe(base: Base) -> None:
+def probe(model: Any, executor: Executor, expected: Tensor, dtype: torch.dtype) -> int:
     """Compare a chunked ragged prefill and a small tree with the plain forward; every layer must have written its keys.
 
-    Raises UnsupportedModel with what disagreed. Costs about a second.
+    Returns the bytes that one token's keys and values take. Raises UnsupportedModel with what disagreed. Costs about a second.
     """
-    generator = np.random.default_rng(0)
-    text = generator.integers(1, base.vocab_size - 1, 24).tolist()
-    tree = Tree(tokens=text[16:20], parents=[-1, 0, 0, 2], forced=1, depths=[0, 1, 1, 2])
     store = KVStore(64)
+    prompt, tree = probe_text(executor.vocab_size)
     try:
-        ragged = probe_ragged(base, store, text[:16], tree)
-        paths = [text[:16] + [tree.tokens[0]] + [tree.tokens[i] for i in tree.ancestry(node)] for node in range(len(tree))]
-        plain = [plain_logits(base, text[:16])] + [plain_logits(base, path)[-1:] for path in paths]
-    except UnsupportedModel:
-        raise
+        ragged = probe_ragged(executor, store, prompt, tree)
     except Exception as error:
-        raise UnsupportedModel(f"{base.model.config.model_type} does not run with ragged attention: {error}") from error
-    judge(base, store, ragged, torch.cat(plain))
-    base.kv_bytes_per_token = store.bytes_per_slot()
+        raise UnsupportedModel(f"{model.config.model_type} does not run with ragged attention: {error}") from error
+    judge(model.config, store, ragged, expected, dtype)
+    return store.bytes_per_slot()
 
 
-def probe_ragged(base: Base, store: KVStore, prompt: list[int], tree: Tree) -> Tensor:
+def probe_ragged(executor: Executor, store: KVStore, prompt: list[int], tree: Tree) -> Tensor:
     """Logits of a prompt read in two chunks and of a tree after it. [len(prompt) + len(tree), V]"""
     slots = list(range(1, 1 + len(prompt) + len(tree)))
     cut, end = len(prompt) * 2 // 3, len(prompt)
@@ -139,32 +192,37 @@ def probe_ragged(base: Base, store: KVStore, prompt: list[int], tree: Tree) -> T
         chain = Tree.chain(prompt[begin:stop])
         parts.append((Row(np.array(slots[:begin], dtype=np.int64), slots[begin:stop], chain.parents, chain.depths), chain.tokens))
     parts.append((Row(np.array(slots[:end]), slots[end:], tree.parents, tree.depths), tree.tokens))
-    logits = []
-    for row, tokens in parts:
-        logits.append(base.forward(store, [row], tokens, range(len(tokens)))[0])
-    return torch.cat(logits)
+    return torch.cat([executor.forward(store, [row], tokens, range(len(tokens)))[0] for row, tokens in parts])
 
 
-def plain_logits(base: Base, tokens: list[int]) -> Tensor:
-    """The model's own forward with its eager attention. [len(tokens), V]"""
-    model = base.model
+def plain_probe(model: Any, vocab_size: int) -> Tensor:
+    """What the model's own forward with its eager attention says of the probe's tokens. Raises UnsupportedModel."""
+    prompt, tree = probe_text(vocab_size)
+    paths = [prompt + [tree.tokens[0]] + [tree.tokens[i] for i in tree.ancestry(node)] for node in range(len(tree))]
     model.set_attn_implementation("eager")
     try:
-        logits: Tensor = model(input_ids=torch.tensor([tokens], device=base.device), use_cache=False).logits[0]
-        return logits
+        return torch.cat([plain_logits(model, prompt)] + [plain_logits(model, path)[-1:] for path in paths])[:, :vocab_size]
+    except Exception as error:
+        raise UnsupportedModel(f"{model.config.model_type} does not run: {error}") from error
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
-def judge(base: Base, store: KVStore, ragged: Tensor, plain: Tensor) -> None:
+def plain_logits(model: Any, tokens: list[int]) -> Tensor:
+    """[len(tokens), V]"""
+    ids = torch.tensor([tokens], device=next(model.parameters()).device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+def judge(config: PretrainedConfig, store: KVStore, ragged: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
     """Raise unless the logits agree and every layer wrote its keys."""
-    name = base.model.config.model_type
-    layers = int(base.model.config.get_text_config().num_hidden_layers)
-    shared = int(getattr(base.model.config.get_text_config(), "num_kv_shared_layers", 0) or 0)
-    if len(store.keys) < layers - shared:
+    name, text = config.model_type, config.get_text_config()
+    layers = int(text.num_hidden_layers) - int(getattr(text, "num_kv_shared_layers", 0) or 0)
+    if len(store.keys) < layers:
         raise UnsupportedModel(f"{name}: only {len(store.keys)} of {layers} layers hand their keys to ragged attention")
     scale = max(1.0, float(plain.float().abs().max()))
     worst = float((ragged.float() - plain.float()).abs().max())
-    limit = PROBE_TOLERANCE if base.dtype == torch.float32 else 5e-2
+    limit = PROBE_TOLERANCE if dtype == torch.float32 else 5e-2
     if not worst <= limit * scale:
         raise UnsupportedModel(f"{name}: ragged attention differs from the plain forward by {worst:.2g} in logits up to {scale:.2g}")

@@ -1,0 +1,741 @@
+/* One whole forward of a Llama-shaped decoder over ragged trees of tokens, for CPUs.
+ *
+ * Every sum runs in an order that depends on nothing but its own operands: a product adds over its inputs first to last, a score adds
+ * over the head's dimensions in one fixed tree, a softmax and its weighted sum add over the text first to last. So a token's logits are
+ * the same bits whatever else is computed beside it: in a chunk of a prompt, alone, or as a node of a tree.
+ *
+ * Weights lie in panels of PANEL output columns, [panels][in][PANEL]: one stream from memory for up to ROWS rows of input.
+ * Inputs of a product lie in tiles of m <= ROWS rows, [tiles][in][m].
+ */
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12
+#elif defined(__AVX2__)
+#define LANES 8
+#define ROWS 6
+#else
+#define LANES 4
+#define ROWS 8
+#endif
+#define PANEL (2 * LANES)
+#define QUERIES 8   /* queries attended together */
+#define SPINS 20000 /* turns of waiting before a thread sleeps */
+
+typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const void *weight;  /* panels, float32 or bfloat16 */
+    const float *bias;   /* [panels * PANEL] or NULL */
+    int32_t in, panels, half, pad;
+} Linear;
+
+typedef struct {
+    const float *norm_attention, *norm_mlp, *norm_query, *norm_key; /* the last two [dim] or NULL */
+    Linear qkv, out, gate_up, down;
+    float *keys, *values; /* [slots][kv_heads][dim] */
+    int64_t window;       /* positions seen, 0: all */
+} Layer;
+
+typedef struct {
+    int32_t layers, hidden, heads, kv_heads, dim, pad;
+    float eps, scale, embed_scale, residual_scale, logit_scale, pad2;
+    const float *embed, *norm, *cosine, *sine; /* cosine, sine: [context][dim / 2] */
+    Linear head;
+    const Layer *layer;
+} Model;
+
+typedef struct {
+    const int64_t *context; /* slots of the text so far */
+    const int32_t *parents; /* of each new token within the row, -1: the text; NULL: a chain */
+    int32_t length, count, start, longest; /* of the context; new tokens; index of the first; context + deepest node + 1 */
+} Row;
+
+typedef struct {
+    int32_t tokens, rows, kept, pad;
+    const int32_t *ids, *positions;
+    const int64_t *slots; /* where each new token's key and value go */
+    const int32_t *keep;
+    const Row *row;
+    float *logits, *hidden; /* [kept][panels * PANEL], [kept][hidden] */
+} Batch;
+
+/* ---- threads ---------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct Pool Pool;
+typedef void (*Job)(Pool *, int thread, const void *);
+
+struct Pool {
+    int threads;
+    pthread_t *workers;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    _Atomic int generation, arrived, sleeping, stop;
+    _Atomic unsigned phase; /* barriers passed so far */
+    _Atomic int next[2]; /* work counters, used in turn */
+    Job job;
+    const void *argument;
+    char *scratch;
+    size_t scratch_size;
+};
+
+INLINE void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Wait until every thread is here. `phase` is the caller's own count of barriers, as Pool.phase was when its job began. */
+static void barrier(Pool *p, unsigned *phase) {
+    unsigned mine = ++*phase;
+    if (atomic_fetch_add(&p->arrived, 1) == p->threads - 1) {
+        atomic_store(&p->arrived, 0);
+        atomic_store(&p->next[(mine - 1) & 1], 0);
+        atomic_store(&p->phase, mine);
+        return;
+    }
+    for (int spins = 0; (int)(atomic_load_explicit(&p->phase, memory_order_acquire) - mine) < 0; ++spins) {
+        if (spins < 2000) pause_cpu();
+        else sched_yield();
+    }
+}
+
+/* The next piece of the work between two barriers. */
+INLINE int take(Pool *p, unsigned phase, int count) { return atomic_fetch_add_explicit(&p->next[phase & 1], count, memory_order_relaxed); }
+
+typedef struct { Pool *pool; int index; } Worker;
+
+static void *work(void *argument) {
+    Worker worker = *(Worker *)argument;
+    free(argument);
+    Pool *p = worker.pool;
+    for (int seen = 0;;) {
+        int spins = 0;
+        while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen && ++spins < SPINS) pause_cpu();
+        if (spins >= SPINS) {
+            pthread_mutex_lock(&p->mutex);
+            atomic_fetch_add(&p->sleeping, 1);
+            while (atomic_load(&p->generation) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+            atomic_fetch_sub(&p->sleeping, 1);
+            pthread_mutex_unlock(&p->mutex);
+        }
+        ++seen;
+        if (atomic_load(&p->stop)) return NULL;
+        p->job(p, worker.index, p->argument);
+    }
+}
+
+Pool *pool_new(int threads) {
+    Pool *p = calloc(1, sizeof(Pool));
+    p->threads = threads;
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->workers = calloc(threads, sizeof(pthread_t));
+    for (int i = 1; i < threads; ++i) {
+        Worker *worker = malloc(sizeof(Worker));
+        *worker = (Worker){p, i};
+        pthread_create(&p->workers[i], NULL, work, worker);
+    }
+    return p;
+}
+
+static void launch(Pool *p) {
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->generation, 1);
+    if (atomic_load(&p->sleeping)) pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+void pool_free(Pool *p) {
+    atomic_store(&p->stop, 1);
+    launch(p);
+    for (int i = 1; i < p->threads; ++i) pthread_join(p->workers[i], NULL);
+    free(p->workers);
+    free(p->scratch);
+    free(p);
+}
+
+/* Run a job on every thread; it ends with a barrier. */
+static void run(Pool *p, Job job, const void *argument) {
+    p->job = job;
+    p->argument = argument;
+    if (p->threads > 1) launch(p);
+    job(p, 0, argument);
+}
+
+static char *reserve(Pool *p, size_t size) {
+    if (size > p->scratch_size) {
+        free(p->scratch);
+        p->scratch_size = size + size / 4;
+        p->scratch = aligned_alloc(64, (p->scratch_size + 63) / 64 * 64);
+    }
+    return p->scratch;
+}
+
+/* ---- vectors ---------------------------------------------------------------------------------------------------------------------- */
+
+INLINE vf load(const float *x) { return *(const vf *)x; }
+INLINE void store(float *x, vf v) { *(vf *)x = v; }
+INLINE vf all(float x) { return x - (vf){}; }
+
+/* e^x, to about one unit in the last place; 0 below -87.3 */
+INLINE vf exponential(vf x) {
+    vi tiny = x < all(-87.3f);
+    vf bounded = (vf)(((vi)x & ~(x > all(88.7f))) | ((vi)all(88.7f) & (x > all(88.7f))));
+    bounded = (vf)(((vi)bounded & ~tiny) | ((vi)all(-87.3f) & tiny));
+    vf shifted = bounded * 1.44269504088896341f + 12582912.0f;
+    vf n = shifted - 12582912.0f;
+    vf r = bounded - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    vi power = ((vi)shifted - (vi)all(12582912.0f) + 127) << 23;
+    return (vf)((vi)(y * (vf)power) & ~tiny);
+}
+
+/* The sum of a vector's lanes: halves onto halves. */
+INLINE float fold(vf v) {
+    float x[LANES];
+    store(x, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    return x[0];
+}
+
+/* fold() of LANES vectors at once, in the same order of additions. */
+INLINE vf fold_all(const vf *v) {
+#if LANES == 16
+    static const vi mask[4][2] = {
+        {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}},
+        {{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}, {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31}},
+        {{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}, {2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31}},
+        {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}},
+    };
+    vf x[16];
+    for (int i = 0; i < 16; ++i) x[i] = v[i];
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage)
+#pragma GCC unroll 8
+        for (int i = 0; i < (8 >> stage); ++i)
+            x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], mask[stage][0]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], mask[stage][1]);
+    return x[0];
+#else
+    vf x;
+    for (int i = 0; i < LANES; ++i) x[i] = fold(v[i]);
+    return x;
+#endif
+}
+
+/* ---- products --------------------------------------------------------------------------------------------------------------------- */
+
+enum { STORE, ADD, GATE };
+
+typedef struct {
+    const Linear *linear;
+    const float *input; /* tiles */
+    int rows, size;     /* size: rows per tile */
+    int kind;
+    float scale;        /* of what is stored or added */
+    float *output;      /* STORE, ADD: [rows][stride]; GATE: tiles of [inner] */
+    int64_t stride;
+} Product;
+
+INLINE int tile_rows(int rows) {
+    int tiles = (rows + ROWS - 1) / ROWS;
+    return tiles ? (rows + tiles - 1) / tiles : 1;
+}
+
+/* Where row m, input k of a tiled matrix of `in` inputs lies, and how far the next k is. */
+INLINE float *tiled(float *base, int rows, int size, int64_t in, int m, int *step) {
+    int tile = m / size, left = rows - tile * size;
+    *step = left < size ? left : size;
+    return base + (int64_t)tile * size * in + (m - tile * size);
+}
+
+INLINE void finish(const Product *p, int row, int panel, int m, int step, vf low, vf high) {
+    if (p->linear->bias) {
+        low += load(p->linear->bias + (int64_t)panel * PANEL);
+        high += load(p->linear->bias + (int64_t)panel * PANEL + LANES);
+    }
+    if (p->kind == GATE) {
+        vf gated = low / (1.0f + exponential(-low)) * high;
+        float x[LANES], *out = p->output + (int64_t)(row - m) * (p->linear->panels * LANES) + (int64_t)panel * LANES * step + m;
+        store(x, gated);
+        for (int i = 0; i < LANES; ++i) out[i * step] = x[i];
+        return;
+    }
+    float *out = p->output + row * p->stride + (int64_t)panel * PANEL;
+    low *= p->scale;
+    high *= p->scale;
+    if (p->kind == ADD) {
+        low += load(out);
+        high += load(out + LANES);
+    }
+    store(out, low);
+    store(out + LANES, high);
+}
+
+/* rows x together panels: each sum over k runs first to last, whatever the shape of the tile. */
+INLINE void tile(const Product *p, const int rows, const int together, const int half, int row, int panel) {
+    const int in = p->linear->in;
+    const float *a = p->input + (int64_t)row * in;
+    const float *w[4];
+    const uint32_t *h[4];
+    vf sum[2 * ROWS]; /* [rows][2 * together]; arrays have constant sizes so that they become registers */
+    for (int j = 0; j < together; ++j) {
+        w[j] = (const float *)p->linear->weight + (int64_t)(panel + j) * in * PANEL;
+        h[j] = (const uint32_t *)p->linear->weight + (int64_t)(panel + j) * in * LANES;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < 2 * together; ++j) sum[r * 2 * together + j] = (vf){};
+#pragma GCC unroll 1
+    for (int k = 0; k < in; ++k) {
+        vf b[8];
+#pragma GCC unroll 4
+        for (int j = 0; j < together; ++j) {
+            if (half) {
+                vu pair = *(const vu *)(h[j] + (int64_t)k * LANES);
+                b[2 * j] = (vf)(pair << 16);
+                b[2 * j + 1] = (vf)(pair & 0xffff0000u);
+            } else {
+                b[2 * j] = load(w[j] + (int64_t)k * PANEL);
+                b[2 * j + 1] = load(w[j] + (int64_t)k * PANEL + LANES);
+            }
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) {
+            vf x = all(a[(int64_t)k * rows + r]);
+#pragma GCC unroll 8
+            for (int j = 0; j < 2 * together; ++j) sum[r * 2 * together + j] += x * b[j];
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < together; ++j) finish(p, row + r, panel + j, r, rows, sum[(r * together + j) * 2], sum[(r * together + j) * 2 + 1]);
+}
+
+#define TILE(n) \
+    case n: half ? tile(p, n, 1, 1, row, panel) : tile(p, n, 1, 0, row, panel); break;
+
+static void tile_of(const Product *p, int rows, int row, int panel) {
+    const int half = p->linear->half;
+    switch (rows) {
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if ROWS > 6
+        TILE(7) TILE(8)
+#endif
+#if ROWS > 8
+        TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+    }
+}
+
+static void tiles_of_one_row(const Product *p, int panel) { p->linear->half ? tile(p, 1, 4, 1, 0, panel) : tile(p, 1, 4, 0, 0, panel); }
+static void tiles_of_two_rows(const Product *p, int panel) { p->linear->half ? tile(p, 2, 2, 1, 0, panel) : tile(p, 2, 2, 0, 0, panel); }
+
+/* This thread's share of a product. Ends without a barrier. */
+static void multiply(Pool *pool, unsigned phase, const Product *p) {
+    int panels = p->linear->panels, share = panels / (pool->threads * 4);
+    int together = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1;
+    if (together > 1 && share < together) share = panels >= pool->threads * together ? together : 1;
+    share = share < 1 ? 1 : share;
+    if (share >= together) share -= share % together;
+    for (int first; (first = take(pool, phase, share)) < panels;) {
+        int last = first + share < panels ? first + share : panels, panel = first;
+        for (; p->rows == 1 && panel + 4 <= last; panel += 4) tiles_of_one_row(p, panel);
+        for (; p->rows == 2 && panel + 2 <= last; panel += 2) tiles_of_two_rows(p, panel);
+        for (; panel < last; ++panel)
+            for (int row = 0; row < p->rows; row += p->size) tile_of(p, p->rows - row < p->size ? p->rows - row : p->size, row, panel);
+    }
+}
+
+/* ---- norms and rotation ----------------------------------------------------------------------------------------------------------- */
+
+INLINE float inverse_rms(const float *x, int n, float eps) {
+    vf sum = {};
+    for (int i = 0; i < n; i += LANES) sum += load(x + i) * load(x + i);
+    return 1.0f / sqrtf(fold(sum) / (float)n + eps);
+}
+
+/* RMS norm of rows into tiles, and plainly as well where `plain` is given. */
+static void normalise(Pool *pool, unsigned phase, const float *x, int rows, int n, const float *weight, float eps, float *tiles, float *plain) {
+    int size = tile_rows(rows);
+    for (int m; (m = take(pool, phase, 1)) < rows;) {
+        const float *row = x + (int64_t)m * n;
+        float factor = inverse_rms(row, n, eps), y[LANES];
+        int step;
+        float *out = tiled(tiles, rows, size, n, m, &step);
+        for (int i = 0; i < n; i += LANES) {
+            vf v = load(row + i) * factor * load(weight + i);
+            store(y, v);
+            for (int j = 0; j < LANES; ++j) out[(int64_t)(i + j) * step] = y[j];
+            if (plain) store(plain + (int64_t)m * n + i, v);
+        }
+    }
+}
+
+/* Norm (where the model has one) and rotation of one head, in place. */
+INLINE void turn(float *x, int dim, const float *weight, float eps, const float *cosine, const float *sine) {
+    if (weight) {
+        float factor = inverse_rms(x, dim, eps);
+        for (int i = 0; i < dim; i += LANES) store(x + i, load(x + i) * factor * load(weight + i));
+    }
+    int half = dim / 2;
+    for (int i = 0; i < half; ++i) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+/* ---- attention -------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct { int32_t row, first, count; } Unit; /* some new tokens of a row, attended by one kv head at a time */
+
+typedef struct {
+    Unit *unit;
+    int units, rows;      /* rows: tokens that go on after the attention */
+    const int32_t *place; /* of each new token among them; NULL: its own index */
+    float *x;             /* residual [rows][hidden] */
+} Part;
+
+typedef struct {
+    const Model *model;
+    const Batch *batch;
+    Part all, kept;  /* the last layer goes on with the tokens whose logits are wanted */
+    int32_t **keys;  /* per row: slots of the text and, for a chain, of its new tokens */
+    int32_t **paths; /* per new token of a tree: [depth + 1] slots from the text down to itself */
+    float *tiles, *wide, *qkv; /* inputs of products; gated; [T][stride] */
+    float *scores;
+    int64_t stride, longest;
+} Forward;
+
+/* Scores of up to QUERIES queries with `count` keys from `from` on. */
+INLINE void score(const int dim, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from,
+                  int count, float scale, float *const *out) {
+    for (int first = from; first < from + count; first += LANES) {
+        int many = from + count - first < LANES ? from + count - first : LANES;
+        vf part[QUERIES][LANES];
+        for (int j = 0; j < many; ++j) {
+            const float *key = keys + slots[first + j] * pitch;
+            for (int q = 0; q < queries; ++q) {
+                vf sum = load(query[q]) * load(key);
+                for (int i = LANES; i < dim; i += LANES) sum += load(query[q] + i) * load(key + i);
+                part[q][j] = sum;
+            }
+        }
+        for (int q = 0; q < queries; ++q) {
+            for (int j = many; j < LANES; ++j) part[q][j] = (vf){};
+            vf s = fold_all(part[q]) * scale;
+            if (many == LANES) {
+                store(out[q] + first, s);
+            } else {
+                float t[LANES];
+                store(t, s);
+                for (int j = 0; j < many; ++j) out[q][first + j] = t[j];
+            }
+        }
+    }
+}
+
+/* Scores to weights over [from, length), zero before; the sum's inverse. */
+INLINE float softmax(float *s, int from, int length) {
+    int begin = from / LANES * LANES, end = (length + LANES - 1) / LANES * LANES;
+    for (int i = begin; i < from; ++i) s[i] = -INFINITY;
+    for (int i = length; i < end; ++i) s[i] = -INFINITY;
+    vf top = load(s + begin);
+    for (int i = begin + LANES; i < end; i += LANES) {
+        vf v = load(s + i);
+        vi more = v > top;
+        top = (vf)(((vi)v & more) | ((vi)top & ~more));
+    }
+    float best = top[0];
+    for (int i = 1; i < LANES; ++i) best = top[i] > best ? top[i] : best;
+    vf sum = {};
+    for (int i = begin; i < end; i += LANES) {
+        vf e = exponential(load(s + i) - best);
+        store(s + i, e);
+        sum += e;
+    }
+    return 1.0f / fold(sum);
+}
+
+#define WIDTH 4 /* vectors of a head's value that are summed together */
+
+INLINE void weigh_part(const int vectors, const int together, const float *const *weights, const float *values, int64_t pitch,
+                       const int32_t *slots, int from, int to, float *const *out) {
+    vf sum[4][WIDTH];
+#pragma GCC unroll 4
+    for (int q = 0; q < together; ++q)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) sum[q][i] = load(out[q] + i * LANES);
+    for (int j = from; j < to; ++j) {
+        const float *value = values + slots[j] * pitch;
+        vf v[WIDTH];
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) v[i] = load(value + i * LANES);
+#pragma GCC unroll 4
+        for (int q = 0; q < together; ++q) {
+            vf w = all(weights[q][j]);
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; ++i) sum[q][i] += w * v[i];
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < together; ++q)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) store(out[q] + i * LANES, sum[q][i]);
+}
+
+/* out[q] += sum over j in [from, to) of weights[q][j] * value of slot j, first to last. */
+static void weigh(int dim, int queries, const float *const *weights, const float *values, int64_t pitch, const int32_t *slots, int from, int to,
+                  float *const *out) {
+    for (int q = 0; q < queries;) {
+        int four = queries - q >= 4;
+        for (int d = 0; d < dim; d += WIDTH * LANES) {
+            float *part[4];
+            for (int i = 0; i < (four ? 4 : 1); ++i) part[i] = out[q + i] + d;
+            int left = (dim - d) / LANES;
+            const float *v = values + d;
+            if (left >= WIDTH) {
+                if (four) weigh_part(WIDTH, 4, weights + q, v, pitch, slots, from, to, part);
+                else weigh_part(WIDTH, 1, weights + q, v, pitch, slots, from, to, part);
+            } else {
+                for (int i = 0; i < left; ++i)
+                    for (int t = 0; t < (four ? 4 : 1); ++t) {
+                        float *one[1] = {part[t] + i * LANES};
+                        weigh_part(1, 1, weights + q + t, v + i * LANES, pitch, slots, from, to, one);
+                    }
+            }
+        }
+        q += four ? 4 : 1;
+    }
+}
+
+INLINE void score_of(int dim, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from, int count,
+                     float scale, float *const *out) {
+    if (dim == 64) score(64, queries, query, keys, pitch, slots, from, count, scale, out);
+    else if (dim == 128) score(128, queries, query, keys, pitch, slots, from, count, scale, out);
+    else score(dim, queries, query, keys, pitch, slots, from, count, scale, out);
+}
+
+/* Some new tokens of one row with one kv head: at most QUERIES queries. */
+static void attend(const Forward *f, const Part *part, const Layer *layer, Unit unit, int kv_head, int first_query, int queries, float *scratch) {
+    const Model *m = f->model;
+    const Row *row = f->batch->row + unit.row;
+    int dim = m->dim, group = m->heads / m->kv_heads, tree = row->parents != NULL;
+    int64_t pitch = (int64_t)m->kv_heads * dim;
+    const float *keys = layer->keys + (int64_t)kv_head * dim, *values = layer->values + (int64_t)kv_head * dim;
+    const float *query[QUERIES];
+    float *scores[QUERIES], *out[QUERIES], sums[QUERIES], result[QUERIES][dim] __attribute__((aligned(64)));
+    int token[QUERIES], length[QUERIES], from[QUERIES], begin = INT32_MAX, shared = 0;
+    for (int q = 0; q < queries; ++q) {
+        int node = unit.first + (first_query + q) / group, head = kv_head * group + (first_query + q) % group;
+        token[q] = row->start + node;
+        length[q] = f->batch->positions[token[q]] + 1;
+        from[q] = layer->window && length[q] > layer->window ? length[q] - (int)layer->window : 0;
+        query[q] = f->qkv + token[q] * f->stride + (int64_t)head * dim;
+        scores[q] = scratch + q * f->longest;
+        out[q] = result[q];
+        memset(result[q], 0, sizeof(float) * dim);
+        if (from[q] < begin) begin = from[q];
+        int common = tree ? row->length : length[q];
+        if (common > shared) shared = common;
+    }
+    begin = begin / LANES * LANES;
+    if (begin > shared) begin = shared / LANES * LANES;
+    score_of(dim, queries, query, keys, pitch, f->keys[unit.row], begin, shared - begin, m->scale, scores);
+    for (int q = 0; q < queries; ++q) {
+        const float *one[1] = {query[q]};
+        float *tail[1] = {scores[q] + row->length};
+        if (tree) score_of(dim, 1, one, keys, pitch, f->paths[token[q]], 0, length[q] - row->length, m->scale, tail);
+        sums[q] = softmax(scores[q], from[q], length[q]);
+        for (int i = length[q]; i < shared; ++i) scores[q][i] = 0;
+    }
+    int low = begin, high = tree ? row->length : shared;
+    for (int q = 0; q < queries; ++q)
+        for (int i = low; i < from[q] / LANES * LANES; ++i) scores[q][i] = 0;
+    int least = high;
+    for (int q = 0; q < queries; ++q)
+        if (length[q] < least) least = length[q];
+    weigh(dim, queries, (const float *const *)scores, values, pitch, f->keys[unit.row], low, least, out);
+    for (int q = 0; q < queries; ++q) {
+        const float *tail[1] = {tree ? scores[q] + row->length : scores[q]};
+        if (tree) weigh(dim, 1, tail, values, pitch, f->paths[token[q]], 0, length[q] - row->length, out + q);
+        else if (length[q] > least) weigh(dim, 1, tail, values, pitch, f->keys[unit.row], least, length[q], out + q);
+        int head = kv_head * group + (first_query + q) % group, step;
+        int place = part->place ? part->place[token[q]] : token[q];
+        float *to = tiled(f->tiles, part->rows, tile_rows(part->rows), (int64_t)m->heads * dim, place, &step) + (int64_t)head * dim * step;
+        for (int i = 0; i < dim; ++i) to[(int64_t)i * step] = result[q][i] * sums[q];
+    }
+}
+
+/* ---- the forward ------------------------------------------------------------------------------------------------------------------ */
+
+static void forward_job(Pool *pool, int thread, const void *argument) {
+    const Forward *f = argument;
+    const Model *m = f->model;
+    const Batch *b = f->batch;
+    int T = b->tokens, size = tile_rows(T), hidden = m->hidden, dim = m->dim, group = m->heads / m->kv_heads;
+    unsigned phase = atomic_load(&pool->phase);
+    float *scratch = f->scores + (int64_t)thread * QUERIES * f->longest;
+    for (int t; (t = take(pool, phase, 1)) < T;) {
+        const float *from = m->embed + (int64_t)b->ids[t] * hidden;
+        float *to = f->all.x + (int64_t)t * hidden;
+        for (int i = 0; i < hidden; ++i) to[i] = from[i] * m->embed_scale;
+    }
+    barrier(pool, &phase);
+    const Part *part = &f->all;
+    for (int l = 0; l < m->layers; ++l) {
+        const Layer *layer = m->layer + l;
+        normalise(pool, phase, part->x, T, hidden, layer->norm_attention, m->eps, f->tiles, NULL);
+        barrier(pool, &phase);
+        multiply(pool, phase, &(Product){&layer->qkv, f->tiles, T, size, STORE, 1.0f, f->qkv, f->stride});
+        barrier(pool, &phase);
+        if (l == m->layers - 1) part = &f->kept;
+        for (int t; (t = take(pool, phase, 1)) < T;) {
+            float *q = f->qkv + t * f->stride, *k = q + (int64_t)m->heads * dim, *v = k + (int64_t)m->kv_heads * dim;
+            const float *cosine = m->cosine + (int64_t)b->positions[t] * (dim / 2), *sine = m->sine + (int64_t)b->positions[t] * (dim / 2);
+            for (int h = 0; h < m->heads; ++h) turn(q + h * dim, dim, layer->norm_query, m->eps, cosine, sine);
+            for (int h = 0; h < m->kv_heads; ++h) turn(k + h * dim, dim, layer->norm_key, m->eps, cosine, sine);
+            int64_t pitch = (int64_t)m->kv_heads * dim;
+            memcpy(layer->keys + b->slots[t] * pitch, k, sizeof(float) * pitch);
+            memcpy(layer->values + b->slots[t] * pitch, v, sizeof(float) * pitch);
+            if (part == &f->kept && part->place[t] >= 0)
+                memcpy(part->x + (int64_t)part->place[t] * hidden, f->all.x + (int64_t)t * hidden, sizeof(float) * hidden);
+        }
+        barrier(pool, &phase);
+        if (!part->rows) return;
+        for (int u; (u = take(pool, phase, 1)) < part->units * m->kv_heads;) {
+            Unit unit = part->unit[u / m->kv_heads];
+            for (int q = 0; q < unit.count * group; q += QUERIES)
+                attend(f, part, layer, unit, u % m->kv_heads, q, unit.count * group - q < QUERIES ? unit.count * group - q : QUERIES, scratch);
+        }
+        barrier(pool, &phase);
+        size = tile_rows(part->rows);
+        multiply(pool, phase, &(Product){&layer->out, f->tiles, part->rows, size, ADD, m->residual_scale, part->x, hidden});
+        barrier(pool, &phase);
+        normalise(pool, phase, part->x, part->rows, hidden, layer->norm_mlp, m->eps, f->tiles, NULL);
+        barrier(pool, &phase);
+        multiply(pool, phase, &(Product){&layer->gate_up, f->tiles, part->rows, size, GATE, 1.0f, f->wide, 0});
+        barrier(pool, &phase);
+        multiply(pool, phase, &(Product){&layer->down, f->wide, part->rows, size, ADD, m->residual_scale, part->x, hidden});
+        barrier(pool, &phase);
+    }
+    normalise(pool, phase, part->x, part->rows, hidden, m->norm, m->eps, f->tiles, b->hidden);
+    barrier(pool, &phase);
+    int64_t stride = (int64_t)m->head.panels * PANEL;
+    multiply(pool, phase, &(Product){&m->head, f->tiles, part->rows, size, STORE, m->logit_scale, b->logits, stride});
+    barrier(pool, &phase);
+}
+
+INLINE size_t room(size_t *total, size_t bytes) {
+    size_t at = *total;
+    *total += (bytes + 63) / 64 * 64;
+    return at;
+}
+
+/* Compute a batch. Keys and values of its tokens are written to their slots. Returns 0, or -1 without memory. */
+int forward(Pool *pool, const Model *m, const Batch *b) {
+    int T = b->tokens, units = 0, widest = m->hidden > m->heads * m->dim ? m->hidden : m->heads * m->dim;
+    int64_t stride = (int64_t)m->layer[0].qkv.panels * PANEL, longest = 0, text = 0, nodes = 0, inner = (int64_t)m->layer[0].gate_up.panels * LANES;
+    for (int r = 0; r < b->rows; ++r) {
+        const Row *row = b->row + r;
+        units += (row->count + QUERIES - 1) / QUERIES;
+        text += row->length + row->count;
+        if (row->longest > longest) longest = row->longest;
+        if (row->parents) nodes += (int64_t)row->count * row->count;
+    }
+    longest = (longest + LANES) / LANES * LANES + LANES;
+    size_t total = 0;
+    size_t x = room(&total, sizeof(float) * T * m->hidden), kept = room(&total, sizeof(float) * b->kept * m->hidden);
+    size_t tiles = room(&total, sizeof(float) * T * widest), wide = room(&total, sizeof(float) * T * inner);
+    size_t qkv = room(&total, sizeof(float) * T * stride), scores = room(&total, sizeof(float) * pool->threads * QUERIES * longest);
+    size_t unit = room(&total, sizeof(Unit) * units), last = room(&total, sizeof(Unit) * T), place = room(&total, sizeof(int32_t) * T);
+    size_t keys = room(&total, sizeof(int32_t *) * b->rows), paths = room(&total, sizeof(int32_t *) * T);
+    size_t slots = room(&total, sizeof(int32_t) * (text + nodes));
+    char *base = reserve(pool, total);
+    if (!base) return -1;
+    int32_t *places = (int32_t *)(base + place);
+    Forward f = {m, b, {(Unit *)(base + unit), 0, T, NULL, (float *)(base + x)}, {(Unit *)(base + last), 0, b->kept, places, (float *)(base + kept)},
+                 (int32_t **)(base + keys), (int32_t **)(base + paths), (float *)(base + tiles), (float *)(base + wide), (float *)(base + qkv),
+                 (float *)(base + scores), stride, longest};
+    for (int t = 0; t < T; ++t) places[t] = -1;
+    for (int i = 0; i < b->kept; ++i) places[b->keep[i]] = i;
+    int32_t *at = (int32_t *)(base + slots);
+    for (int r = 0; r < b->rows; ++r) {
+        const Row *row = b->row + r;
+        const int64_t *new = b->slots + row->start;
+        f.keys[r] = at;
+        for (int i = 0; i < row->length; ++i) *at++ = (int32_t)row->context[i];
+        for (int i = 0; !row->parents && i < row->count; ++i) *at++ = (int32_t)new[i];
+        for (int i = 0; row->parents && i < row->count; ++i) {
+            int depth = b->positions[row->start + i] - row->length;
+            f.paths[row->start + i] = at;
+            at += depth + 1;
+            for (int node = i, d = depth; d >= 0; node = row->parents[node], --d) f.paths[row->start + i][d] = (int32_t)new[node];
+        }
+        for (int first = 0; first < row->count; first += QUERIES)
+            f.all.unit[f.all.units++] = (Unit){r, first, row->count - first < QUERIES ? row->count - first : QUERIES};
+        for (int first = 0; first < row->count; ++first) {
+            Unit *before = f.kept.unit + f.kept.units - 1;
+            if (places[row->start + first] < 0) continue;
+            if (f.kept.units && before->row == r && before->first + before->count == first && before->count < QUERIES) ++before->count;
+            else f.kept.unit[f.kept.units++] = (Unit){r, first, 1};
+        }
+    }
+    run(pool, forward_job, &f);
+    return 0;
+}
+
+/* ---- a single product, for drafters ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Linear *linear;
+    const float *x;
+    int rows;
+    float *tiles, *y;
+} Single;
+
+static void linear_job(Pool *pool, int thread, const void *argument) {
+    const Single *s = argument;
+    unsigned phase = atomic_load(&pool->phase);
+    int in = s->linear->in, size = tile_rows(s->rows);
+    (void)thread;
+    for (int m; (m = take(pool, phase, 1)) < s->rows;) {
+        int step;
+        float *out = tiled(s->tiles, s->rows, size, in, m, &step);
+        for (int k = 0; k < in; ++k) out[(int64_t)k * step] = s->x[(int64_t)m * in + k];
+    }
+    barrier(pool, &phase);
+    multiply(pool, phase, &(Product){s->linear, s->tiles, s->rows, size, STORE, 1.0f, s->y, (int64_t)s->linear->panels * PANEL});
+    barrier(pool, &phase);
+}
+
+/* y [rows][panels * PANEL] = x [rows][in] by the weights, plus bias. Returns 0, or -1 without memory. */
+int linear(Pool *pool, const Linear *weights, const float *x, int rows, float *y) {
+    float *tiles = (float *)reserve(pool, sizeof(float) * rows * weights->in);
+    if (!tiles) return -1;
+    run(pool, linear_job, &(Single){weights, x, rows, tiles, y});
+    return 0;
+}
+
+int lanes(void) { return LANES; }

@@ -1,0 +1,127 @@
+"""The compiled kernels: built once per machine and source with the system's C compiler, then loaded through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("kernels.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
+
+
+class Linear(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("panels", c_int32), ("half", c_int32), ("pad", c_int32))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key")),
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "pad")),
+        *((name, c_float) for name in ("eps", "scale", "embed_scale", "residual_scale", "logit_scale", "pad2")),
+        *((name, c_void_p) for name in ("embed", "norm", "cosine", "sine")),
+        ("head", Linear),
+        ("layer", POINTER(Layer)),
+    )
+
+
+class Row(ctypes.Structure):
+    _fields_ = (("context", c_void_p), ("parents", c_void_p), *((name, c_int32) for name in ("length", "count", "start", "longest")))
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("tokens", "rows", "kept", "pad")),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "keep", "row", "logits", "hidden")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where there is no C compiler; why is logged."""
+    try:
+        loaded = ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the native kernels are not available, models run on plain PyTorch: %s", error)
+        return None
+    loaded.pool_new.restype = c_void_p
+    loaded.pool_new.argtypes = (c_int,)
+    loaded.pool_free.argtypes = (c_void_p,)
+    loaded.forward.argtypes = (c_void_p, POINTER(Model), POINTER(Batch))
+    loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)
+    return loaded
+
+
+def load() -> ctypes.CDLL:
+    """The kernels, where there must be some."""
+    found = library()
+    assert found is not None
+    return found
+
+
+@functools.cache
+def lanes() -> int:
+    """Floats in a vector; a panel of weights has twice as many columns."""
+    return int(load().lanes())
+
+
+def build() -> Path:
+    """Compile the kernels for this very processor unless that has been done. Raises OSError or SubprocessError."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    target = folder() / f"kernels-{fingerprint(compiler or '')}.so"
+    if target.exists():
+        return target
+    if compiler is None:
+        raise FileNotFoundError(f"no C compiler was found ({', '.join(COMPILERS)})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        command = [compiler, *FLAGS, *vector_flags(), "-o", str(made), str(SOURCE), "-lpthread", "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        os.replace(made, target)
+    return target
+
+
+def vector_flags() -> tuple[str, ...]:
+    return ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept: beside the source, or in the user's cache if that cannot be written."""
+    beside = SOURCE.parent / "build"
+    return beside if os.access(SOURCE.parent, os.W_OK) else Path.home() / ".cache" / "specfleet"
+
+
+def fingerprint(compiler: str) -> str:
+    """What a compiled file depends on: the source, the flags, the compiler and the processor."""
+    parts = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def processor() -> str:
+    """The processor's features as the system tells them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"

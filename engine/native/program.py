@@ -1,0 +1,199 @@
+"""A Llama-shaped decoder as one native program: every layer of a forward in one call, without Python in between.
+
+Which models: pre-norm decoders with RMS norms, rotary embeddings over the whole head, gated SiLU and plain KV caches, with or without
+biases, grouped heads, query/key norms, sliding windows and Granite's multipliers. Loading compares its logits with the transformers
+model's, so the list of families is a promise that is checked by numbers each time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import KVStore, Row
+from engine.native import library
+from engine.native.packing import gated, padded, panels
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite"})
+ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})  # whose angles depend on the position alone
+LAYER = frozenset(
+    {
+        *(f"self_attn.{name}_proj.{part}" for name in "qkvo" for part in ("weight", "bias")),
+        *(f"mlp.{name}_proj.{part}" for name in ("gate", "up", "down") for part in ("weight", "bias")),
+        *(f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")),
+    }
+)
+
+
+def possible(config: Any) -> bool:
+    """Whether a model of this config could be served by the program, kernels permitting."""
+    c = config
+    if c.model_type not in FAMILIES or c.hidden_act != "silu" or library.library() is None:
+        return False
+    rotation = (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default")
+    panel = 2 * library.lanes()
+    return rotation in ROTATIONS and c.hidden_size % panel == 0 and head_dim(c) % library.lanes() == 0
+
+
+def supported(model: Any) -> bool:
+    """Whether a transformers model has the shape of the program: no parameter that the program does not know."""
+    return possible(model.config) and {name for layer in model.model.layers for name, _ in layer.named_parameters()} <= LAYER
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def pack_model(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the program by name, in the kernels' layout."""
+    lanes = library.lanes()
+    yield "embed", model.model.embed_tokens.weight.float()
+    yield "norm", model.model.norm.weight.float()
+    yield from product("head", model.lm_head.weight, None, lanes)
+    yield from zip(("cosine", "sine"), angles(model), strict=True)
+    for index, layer in enumerate(model.model.layers):
+        for name, tensor in pack_layer(layer, lanes):
+            yield f"{index}.{name}", tensor
+
+
+def pack_layer(layer: Any, lanes: int) -> Iterator[tuple[str, Tensor]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    yield "norm_attention", layer.input_layernorm.weight.float()
+    yield "norm_mlp", layer.post_attention_layernorm.weight.float()
+    if hasattr(attention, "q_norm"):
+        yield "norm_query", attention.q_norm.weight.float()
+        yield "norm_key", attention.k_norm.weight.float()
+    qkv = [getattr(attention, f"{n}_proj") for n in "qkv"]
+    yield from product("qkv", torch.cat([m.weight for m in qkv]), joined([m.bias for m in qkv]), lanes)
+    yield from product("out", attention.o_proj.weight, attention.o_proj.bias, lanes)
+    both = gated(mlp.gate_proj.weight, mlp.up_proj.weight, lanes)
+    biases = None if mlp.gate_proj.bias is None else gated(mlp.gate_proj.bias, mlp.up_proj.bias, lanes)
+    yield from product("gate_up", both, biases, lanes)
+    yield from product("down", padded(mlp.down_proj.weight.T, both.shape[0] // 2).T, mlp.down_proj.bias, lanes)
+
+
+def product(name: str, weight: Tensor, bias: Tensor | None, lanes: int) -> Iterator[tuple[str, Tensor]]:
+    """A linear layer. Weights that bfloat16 represents exactly are kept so: the same products at half the memory traffic."""
+    packed = panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all()))
+    yield name, packed
+    if bias is not None:
+        yield f"{name}.bias", padded(bias.float(), packed.shape[0] * 2 * lanes)
+
+
+def joined(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [b for b in biases if b is not None]
+    return torch.cat(present) if len(present) == len(biases) else None
+
+
+@torch.inference_mode()
+def angles(model: Any) -> tuple[Tensor, Tensor]:
+    """Cosine and sine by position, the half that transformers repeats. [context, dim / 2] twice"""
+    positions = torch.arange(model.config.max_position_embeddings)[None]
+    cosine, sine = model.model.rotary_emb(torch.zeros(1), positions)
+    half = cosine.shape[-1] // 2
+    return cosine[0, :, :half].float().contiguous(), sine[0, :, :half].float().contiguous()
+
+
+class Native:
+    """An executor of one compiled model. tensors: what `pack_model` yields, wherever it lives; it is only read."""
+
+    def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int) -> None:
+        self.kernels, self.tensors, self.vocab_size = library.load(), tensors, int(config.vocab_size)
+        self.lanes, self.threads = library.lanes(), threads
+        self.hidden_size, self.kv_heads, self.dim = int(config.hidden_size), int(config.num_key_value_heads), head_dim(config)
+        self.bytes_per_token = 2 * 4 * self.kv_heads * self.dim * int(config.num_hidden_layers)
+        self.layers = (library.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
+        self.model = self.describe(config)
+        self.pool = self.kernels.pool_new(threads)
+        self.store: KVStore | None = None
+
+    def __del__(self) -> None:
+        if pool := getattr(self, "pool", None):
+            self.kernels.pool_free(pool)
+
+    def describe(self, c: Any) -> library.Model:
+        scale = getattr(c, "attention_multiplier", None) or self.dim**-0.5
+        numbers = dict(
+            layers=c.num_hidden_layers,
+            hidden=self.hidden_size,
+            heads=c.num_attention_heads,
+            kv_heads=self.kv_heads,
+            dim=self.dim,
+            eps=c.rms_norm_eps,
+            scale=scale,
+            embed_scale=getattr(c, "embedding_multiplier", None) or 1.0,
+            residual_scale=getattr(c, "residual_multiplier", None) or 1.0,
+            logit_scale=1.0 / (getattr(c, "logits_scaling", None) or 1.0),
+        )
+        places = {name: self.tensors[name].data_ptr() for name in ("embed", "norm", "cosine", "sine")}
+        return library.Model(**numbers, **places, head=self.linear("head"), layer=self.layers)
+
+    def layer(self, config: Any, index: int) -> library.Layer:
+        norms = {name: self.place(f"{index}.{name}") for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key")}
+        products = {name: self.linear(f"{index}.{name}") for name in ("qkv", "out", "gate_up", "down")}
+        return library.Layer(**norms, **products, window=window(config, index))
+
+    def linear(self, name: str) -> library.Linear:
+        weight = self.tensors[name]
+        half = weight.dtype == torch.bfloat16
+        return library.Linear(weight.data_ptr(), self.place(f"{name}.bias"), weight.shape[1], weight.shape[0], int(half), 0)
+
+    def place(self, name: str) -> int | None:
+        return self.tensors[name].data_ptr() if name in self.tensors else None
+
+    def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
+        self.attach(store)
+        ids, kept = np.array(tokens, dtype=np.int32), np.array(keep, dtype=np.int32)
+        slots = np.array([slot for row in rows for slot in row.new], dtype=np.int64)
+        positions = np.array([len(row.context) + depth for row in rows for depth in row.depths], dtype=np.int32)
+        table, held = self.table(rows)
+        logits = torch.empty(len(kept), self.model.head.panels * 2 * self.lanes)
+        hidden = torch.empty(len(kept), self.hidden_size)
+        batch = library.Batch(
+            len(ids), len(rows), len(kept), 0, pointer(ids), pointer(positions), pointer(slots), pointer(kept),
+            ctypes.addressof(table), logits.data_ptr(), hidden.data_ptr(),
+        )  # fmt: skip
+        if self.kernels.forward(self.pool, self.model, batch):
+            raise MemoryError(f"no memory for a forward of {len(ids)} tokens")
+        del held
+        return logits[:, : self.vocab_size], hidden
+
+    def attach(self, store: KVStore) -> None:
+        """Point the layers to this store's keys and values."""
+        if self.store is store:
+            return
+        for index, layer in enumerate(self.layers):
+            keys, values = store.reserve(index, self.kv_heads, self.dim, self.dim, torch.float32, torch.device("cpu"))
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self.store = store
+
+    def table(self, rows: Sequence[Row]) -> tuple[Any, list[Any]]:
+        """The rows as the kernels read them, and what must live as long."""
+        table, held, start = (library.Row * len(rows))(), [], 0
+        for entry, row in zip(table, rows, strict=True):
+            length, count = len(row.context), len(row.new)
+            entry.context, entry.length, entry.count, entry.start = pointer(row.context), length, count, start
+            entry.longest = length + count
+            if count > 1 and row.parents != list(range(-1, count - 1)):
+                parents = np.array(row.parents, dtype=np.int32)
+                held.append(parents)
+                entry.parents, entry.longest = pointer(parents), length + max(row.depths) + 1
+            start += count
+        return table, held
+
+
+def window(config: Any, index: int) -> int:
+    """How many positions a layer sees; 0: all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[index] != "sliding_attention":
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
+def pointer(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])

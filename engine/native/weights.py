@@ -1,0 +1,66 @@
+"""Packed weights in a file that every process of a host maps: the pages are in memory once, however many replicas read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.native import library
+
+ALIGNMENT = 64  # bytes: a cache line, so that no vector of weights straddles two
+LAYOUT = 1  # raise when the kernels' layout changes
+
+
+def file_for(folder: Path, cache: Path) -> Path:
+    """Where the packed weights of a checkpoint folder are kept: a name that changes with the checkpoint, the layout and the processor."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
+    identity = json.dumps([str(folder.resolve()), stamps, LAYOUT, library.lanes()])
+    return cache / f"{folder.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+
+
+def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write the file whole or not at all; a second writer replaces it with the same. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        draft = Path(scratch) / file.name
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(plain, draft, {"pad": ""})
+        save_file(plain, draft, {"pad": " " * (-start_of_data(draft) % ALIGNMENT)})
+        os.replace(draft, file)
+
+
+def start_of_data(file: Path) -> int:
+    """Where the tensors begin: after the header's length and the header."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """Map the file. Raises OSError or SafetensorError."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def private(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in this process's own memory, aligned."""
+    return {name: aligned(tensor) for name, tensor in tensors.items()}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor that begins on a cache line."""
+    whole = tensor.contiguous()
+    if whole.data_ptr() % ALIGNMENT == 0:
+        return whole
+    room = torch.empty(whole.numel() + ALIGNMENT // whole.element_size(), dtype=whole.dtype)
+    shift = (-room.data_ptr() % ALIGNMENT) // whole.element_size()
+    return room[shift : shift + whole.numel()].view_as(whole).copy_(whole)

@@ -1,0 +1,196 @@
+"""The compiled kernels: the same function as transformers, and the same bits in any company, on any number of threads."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from engine.attention import KVStore, Row
+from engine.engine import Engine
+from engine.loading import attach, load_base
+from engine.native import library, weights
+from engine.native.packing import gated, panels
+from engine.native.program import Native, pack_model, supported
+from engine.tree import Tree
+from tests.engine.toys import Oracle, mixed_requests, ragged, run, texts, toy_config, toy_model
+
+pytestmark = pytest.mark.skipif(library.library() is None, reason="there is no C compiler")
+
+SHAPES = {
+    "llama": {},
+    "llama-mha": dict(num_key_value_heads=4),
+    "llama-mqa": dict(num_key_value_heads=1, head_dim=48),
+    "llama-biased": dict(attention_bias=True, mlp_bias=True),
+    "llama-odd-width": dict(intermediate_size=101, vocab_size=131, hidden_size=96, head_dim=32),
+    "llama3": dict(
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        )
+    ),
+    "mistral-window": dict(sliding_window=24),
+    "qwen2": {},
+    "qwen3": {},
+    "granite": dict(embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=2.0, attention_multiplier=0.2),
+}
+
+
+def config_of(name):
+    kind = name.split("-")[0].rstrip("3") if name == "llama3" else name.split("-")[0]
+    return CONFIG_MAPPING[kind](**{**toy_config().to_diff_dict(), **SHAPES[name], "model_type": kind})
+
+
+@pytest.fixture(scope="module")
+def pair():
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = (attach(toy_model(config_of(name), "ragged")), toy_model(config_of(name), "eager"))
+        return made[name]
+
+    return make
+
+
+@torch.inference_mode()
+def reference(model, tokens):
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_long_texts_and_trees_equal_the_plain_forward(pair, name):
+    base, plain = pair(name)
+    assert isinstance(base.executor, Native)
+    draw, store = random.Random(1), KVStore(512)
+    free = list(range(1, 512))
+    draw.shuffle(free)
+    text, table = [draw.randrange(3, 97) for _ in range(90)], []
+    for size in (1, 40, 49):
+        new = [free.pop() for _ in range(size)]
+        row = Row(np.array(table, dtype=np.int64), new, list(range(-1, size - 1)), list(range(size)))
+        logits, _ = base.forward(store, [row], text[len(table) :][:size], range(size))
+        table += new
+        want = reference(plain, text[: len(table)])[-size:]
+        assert float((logits - want).abs().max()) < 2e-4 * max(1.0, float(want.abs().max()))
+    tree = Tree(tokens=[5, 6, 7, 8, 9, 10], parents=[-1, 0, 0, 2, 1, 3], forced=1, depths=[0, 1, 1, 2, 2, 3])
+    row = Row(np.array(table, dtype=np.int64), [free.pop() for _ in tree.tokens], tree.parents, tree.depths)
+    logits, hidden = base.forward(store, [row], tree.tokens, range(6))
+    for node in range(6):
+        path = [5, *(tree.tokens[i] for i in tree.ancestry(node))]
+        want = reference(plain, text + path)[-1]
+        assert float((logits[node] - want).abs().max()) < 2e-4 * max(1.0, float(want.abs().max()))
+    assert hidden.shape == (6, base.hidden_size) and store.bytes_per_slot() == base.kv_bytes_per_token
+
+
+def step(executor, store, rows, tokens, keep):
+    logits, hidden = executor.forward(store, rows, tokens, keep)
+    return torch.cat([logits, hidden], 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_token_has_the_same_bits_in_any_company(pair, name):
+    base, _ = pair(name)
+    draw = random.Random(2)
+    text = [draw.randrange(3, 97) for _ in range(70)]
+    want = None
+    for chunks in ([70], [69, 1], [13] * 5 + [5]):
+        for company in range(0, 30, 7):
+            store, table, got = KVStore(4096), [], None
+            slots = iter(range(1, 4096))
+            for size in chunks:
+                new = [next(slots) for _ in range(size)]
+                rows = [Row(np.array(table, dtype=np.int64), new, list(range(-1, size - 1)), list(range(size)))]
+                tokens = text[len(table) :][:size]
+                table += new
+                for _ in range(company):
+                    length = draw.randrange(1, 5)
+                    other = [next(slots) for _ in range(length)]
+                    rows.append(Row(np.zeros(0, dtype=np.int64), other, [-1, 0, 0, 1][:length], [0, 1, 1, 2][:length]))
+                    tokens = tokens + [draw.randrange(3, 97) for _ in range(length)]
+                got = step(base.executor, store, rows, tokens, [size - 1, *range(size, len(tokens))])[0]
+            want = got if want is None else want
+            assert torch.equal(got, want)
+
+
+def test_threads_do_not_change_a_bit(pair):
+    model = toy_model(config_of("llama"), "ragged")
+    tensors = weights.private(dict(pack_model(model)))
+    rows = [Row(np.zeros(0, dtype=np.int64), list(range(1 + 40 * i, 30 + 40 * i)), list(range(-1, 28)), list(range(29))) for i in range(3)]
+    tokens = [random.Random(3).randrange(3, 97) for _ in range(87)]
+    results = [step(Native(model.config, tensors, threads), KVStore(256), rows, tokens, range(87)) for threads in (1, 2, 3, 5)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_weights_exact_in_bfloat16_are_kept_so_and_give_the_same_bits():
+    model = toy_model(config_of("llama"), "ragged").bfloat16().float()
+    tensors = dict(pack_model(model))
+    assert tensors["0.qkv"].dtype == torch.bfloat16
+    lanes = library.lanes()
+    wide = dict(tensors, **{name: unpacked(t, lanes) for name, t in tensors.items() if t.dtype == torch.bfloat16})
+    rows, tokens = [Row(np.zeros(0, dtype=np.int64), list(range(1, 31)), list(range(-1, 29)), list(range(30)))], list(range(3, 33))
+    results = [step(Native(model.config, weights.private(t), 1), KVStore(64), rows, tokens, range(30)) for t in (tensors, wide)]
+    assert torch.equal(*results)
+
+
+def unpacked(half, lanes):
+    return half.float().permute(0, 1, 3, 2).contiguous().view(half.shape[0], half.shape[1], 2, lanes)
+
+
+def test_a_model_of_another_shape_is_left_to_transformers():
+    assert not supported(toy_model(CONFIG_MAPPING["gemma2"](**{**toy_config().to_diff_dict(), "model_type": "gemma2"}), "ragged"))
+    assert not isinstance(attach(toy_model(config_of("llama"), "ragged"), native=False).executor, Native)
+    assert not isinstance(attach(toy_model(toy_config(head_dim=20), "ragged")).executor, Native)
+
+
+def test_a_program_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr("engine.native.program.Native.describe", lambda self, c, real=Native.describe: real(self, _louder(c)))
+    assert not isinstance(attach(toy_model(config_of("llama"), "ragged")).executor, Native)
+    assert "do not serve" in caplog.text
+
+
+def _louder(config):
+    config = type(config)(**config.to_diff_dict())
+    config.logits_scaling = 0.5
+    return config
+
+
+def test_without_a_compiler_models_run_on_plain_torch(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(library, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(library, "folder", lambda: tmp_path)
+    library.library.cache_clear()
+    try:
+        base = attach(toy_model(config_of("llama"), "ragged"))
+        assert not isinstance(base.executor, Native) and "no C compiler" in caplog.text
+        assert len(run(Engine(base, slots=256), mixed_requests(1))) == 1
+    finally:
+        library.library.cache_clear()
+
+
+def test_packed_weights_are_mapped_from_one_file(tmp_path):
+    model = toy_model(config_of("llama"), "ragged")
+    model.save_pretrained(tmp_path / "base")
+    cache = tmp_path / "cache"
+    first, second = (load_base(tmp_path / "base", cache=cache) for _ in range(2))
+    (file,) = cache.iterdir()
+    assert Path("/proc/self/maps").read_text().count(file.name) >= 2
+    assert all(t.data_ptr() % weights.ALIGNMENT == 0 for t in second.executor.tensors.values())
+    assert (first.context, first.eos, first.kv_bytes_per_token) == (second.context, second.eos, second.kv_bytes_per_token)
+    requests = mixed_requests(4)
+    plain = texts(run(Engine(attach(model), slots=1024), requests))
+    known = {r.id: list(r.prompt) + plain[r.id] for r in requests}
+    assert texts(run(Engine(second, Oracle(known), ragged(), slots=1024), requests)) == plain
+    model.save_pretrained(tmp_path / "base", safe_serialization=True)
+    load_base(tmp_path / "base", cache=cache)
+    assert len(list(cache.iterdir())) == 2, "a changed checkpoint is packed anew"
+
+
+def test_layouts():
+    weight = torch.arange(5 * 3).float().view(5, 3)
+    packed = panels(weight, 2, half=False)  # two panels of four columns
+    assert packed.shape == (2, 3, 2, 2)
+    assert packed[0, 1].flatten().tolist() == [1, 4, 7, 10] and packed[1, 2].flatten().tolist() == [14, 0, 0, 0]
+    assert panels(weight, 2, half=True)[0, 1].tolist() == [[1, 7], [4, 10]]
+    both = gated(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6]), 2)
+    assert both.tolist() == [1, 2, 4, 5, 3, 0, 6, 0]
