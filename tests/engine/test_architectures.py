@@ -110,7 +110,10 @@ def test_speculation_on_and_off_give_one_text(models, name):
     requests = [Request(f"r{t}", list(range(5, 40)), SamplingParams(temperature=t, seed=3, max_tokens=16, top_p=0.9)) for t in (0.0, 1.0)]
     plain = texts(run(Engine(base, slots=512), requests))
     known = {r.id: list(r.prompt) + plain[r.id] for r in requests}
-    assert texts(run(Engine(base, Oracle(known), ragged(), slots=512, chunk=11), requests)) == plain
+    engine = Engine(base, Oracle(known), ragged(), slots=512, chunk=11)
+    assert texts(run(engine, requests)) == plain
+    stored = (*engine.store.keys.values(), *engine.store.values.values())
+    assert sum(t.numel() * t.element_size() for t in stored) == 512 * base.kv_bytes_per_token > 0
 
 
 @pytest.mark.parametrize("name", ["stablelm", "nemotron", "bloom"])
