@@ -83,6 +83,8 @@ def attend(
     """
     (count, heads, dim), kv_heads, bucket, parts = query.shape, keys.shape[1], step.bucket, step.parts
     refuse(dim, values.shape[-1], window)
+    if heads != kv_heads * bucket.fold:
+        raise CannotAttend(f"{heads} heads over {kv_heads} key heads in a step cut for {bucket.fold} to one")
     single = bucket.splits == 1
     out = torch.zeros_like(query) if single else torch.empty_like(query)
     cells = 0 if single else count * heads * bucket.splits

@@ -176,7 +176,7 @@ class Reader:
             heads=int(attention.num_heads),
             kv_heads=1,
             dim=int(attention.head_dim),
-            scale=float(attention.head_dim) ** -0.5,
+            scale=float(attention.scaling),
         )
 
     def head(self) -> Linear:

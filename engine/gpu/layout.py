@@ -24,13 +24,17 @@ class Unmaskable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The shape of a step that a graph is captured for. tile: query rows that one program computes; split: keys that it reads."""
+    """The shape of a step that a graph is captured for. tile: query rows that one program computes; split: keys that it reads.
+
+    fold: query heads of a key head.
+    """
 
     tokens: int
     tiles: int
     splits: int
     split: int
     tile: int
+    fold: int
 
     @property
     def header(self) -> int:
@@ -168,7 +172,7 @@ def choose(chains: Sequence[Chain], count: int, longest: int, cut: Cut, padded: 
     if not cut.invariant:
         split = max(split, power(-(-longest * tiles * cut.kv_heads // cut.programs)))
     splits = -(-longest // split)
-    return Bucket(tokens, tiles, power(splits), split, tile)
+    return Bucket(tokens, tiles, power(splits), split, tile, cut.fold)
 
 
 def place(chains: Sequence[Chain], views: dict[str, np.ndarray], slots: np.ndarray, tile: int, fold: int) -> None:
