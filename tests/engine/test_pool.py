@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.request import Overloaded, Request
+from engine.request import Overloaded, Priority, Request
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.slots import SlotPool
 from tests.engine.toys import VOCAB, Oracle, everywhere, mixed_requests, ragged, run, texts, toy_base
@@ -47,7 +47,7 @@ def test_slots_under_random_submit_cancel_finish_and_fail(base, seed):
             params = SamplingParams(temperature=draw.choice([0.0, 1.0]), seed=i, max_tokens=draw.randrange(1, 40))
             prompt = [3] * draw.randrange(30) + [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 60))]
             try:
-                engine.submit(Request(f"q{i}", prompt, params))
+                engine.submit(Request(f"q{i}", prompt, params, priority=draw.choice(list(Priority))))
                 alive.add(f"q{i}")
             except Overloaded:
                 refused += 1
