@@ -144,7 +144,7 @@ async def introduced(streams: Streams, target: Target, served: Served, texts: Se
     subject = Subject(served, texts, Bodies(served, shape.ignore_eos))
     if target.peer:
         subject = replace(subject, bodies=await agreed(streams, subject))
-    return replace(subject, fit=await measured_fit(streams, subject)) if shape.prompt_tokens else subject
+    return replace(subject, fit=await measured_fit(streams, subject.bodies, texts)) if shape.prompt_tokens else subject
 
 
 async def agreed(streams: Streams, subject: Subject) -> Bodies:
@@ -157,11 +157,11 @@ async def agreed(streams: Streams, subject: Subject) -> Bodies:
     raise Problem(f"{subject.served.name}: {outcome(exchange).message or exchange.status}")
 
 
-async def measured_fit(streams: Streams, subject: Subject) -> Fit:
+async def measured_fit(streams: Streams, bodies: Bodies, texts: Sequence[str]) -> Fit:
     """Characters per token of the prompts, by the server's own count of a short one and a long one."""
-    few = min(subject.texts, key=len)
-    many = (BETWEEN.join(subject.texts) * (1 + RULER // len(few)))[: len(few) + RULER]
-    found = [outcome(await short(streams, subject.bodies, text)) for text in (few, many)]
+    few = min(texts, key=len)
+    many = (BETWEEN.join(texts) * (1 + RULER // len(few)))[: len(few) + RULER]
+    found = [outcome(await short(streams, bodies, text)) for text in (few, many)]
     return fitted((len(few), found[0].prompt_tokens), (len(many), found[1].prompt_tokens))
 
 
