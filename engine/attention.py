@@ -6,6 +6,8 @@ row by row: each row is one request, its queries are the nodes of its tree, its 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +40,8 @@ class KVStore:
     ) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, made if there are none yet."""
         if layer not in self.keys:
-            self.keys[layer] = torch.zeros(self.slots, heads, key_dim, dtype=dtype, device=device)
-            self.values[layer] = torch.zeros(self.slots, heads, value_dim, dtype=dtype, device=device)
+            self.keys[layer] = zeros((self.slots, heads, key_dim), dtype, device)
+            self.values[layer] = zeros((self.slots, heads, value_dim), dtype, device)
         return self.keys[layer], self.values[layer]
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +51,16 @@ class KVStore:
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes over all layers written so far."""
         return sum(t[0].numel() * t.element_size() for store in (self.keys, self.values) for t in store.values())
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU in large pages, where the system has them, and in memory only once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

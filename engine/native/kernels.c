@@ -26,7 +26,8 @@
 #define ROWS 8
 #endif
 #define PANEL (2 * LANES)
-#define QUERIES 8   /* queries attended together */
+#define QUERIES 8   /* queries of one head attended together */
+#define TOGETHER 64 /* queries of all heads attended together */
 #define SPINS 20000 /* turns of waiting before a thread sleeps */
 
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -428,32 +429,49 @@ typedef struct {
     int64_t stride, longest;
 } Forward;
 
-/* Scores of up to QUERIES queries with `count` keys from `from` on. */
-INLINE void score(const int dim, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from,
-                  int count, float scale, float *const *out) {
+/* Slots lie anywhere, so the processor cannot guess which come next. */
+INLINE void fetch(const float *x, int count) {
+    for (int i = 0; i < count; i += 16) __builtin_prefetch(x + i);
+}
+
+/* Scores of each head's queries with `count` keys from `from` on. query, out: [heads][queries]; keys: of the first head. */
+INLINE void score(const int dim, int heads, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots,
+                  int from, int count, float scale, float *const *out) {
     for (int first = from; first < from + count; first += LANES) {
         int many = from + count - first < LANES ? from + count - first : LANES;
-        vf part[QUERIES][LANES];
-        for (int j = 0; j < many; ++j) {
-            const float *key = keys + slots[first + j] * pitch;
-            for (int q = 0; q < queries; ++q) {
-                vf sum = load(query[q]) * load(key);
-                for (int i = LANES; i < dim; i += LANES) sum += load(query[q] + i) * load(key + i);
-                part[q][j] = sum;
+        for (int j = 0; j < many && first + j + LANES < from + count; ++j) fetch(keys + slots[first + j + LANES] * pitch, heads * dim);
+        for (int h = 0; h < heads; ++h) {
+            vf part[QUERIES][LANES];
+            for (int j = 0; j < many; ++j) {
+                const float *key = keys + slots[first + j] * pitch + h * dim;
+                for (int q = 0; q < queries; ++q) {
+                    const float *one = query[h * queries + q];
+                    vf sum = load(one) * load(key);
+                    for (int i = LANES; i < dim; i += LANES) sum += load(one + i) * load(key + i);
+                    part[q][j] = sum;
+                }
             }
-        }
-        for (int q = 0; q < queries; ++q) {
-            for (int j = many; j < LANES; ++j) part[q][j] = (vf){};
-            vf s = fold_all(part[q]) * scale;
-            if (many == LANES) {
-                store(out[q] + first, s);
-            } else {
-                float t[LANES];
-                store(t, s);
-                for (int j = 0; j < many; ++j) out[q][first + j] = t[j];
+            for (int q = 0; q < queries; ++q) {
+                float *to = out[h * queries + q] + first;
+                for (int j = many; j < LANES; ++j) part[q][j] = (vf){};
+                vf s = fold_all(part[q]) * scale;
+                if (many == LANES) {
+                    store(to, s);
+                } else {
+                    float t[LANES];
+                    store(t, s);
+                    for (int j = 0; j < many; ++j) to[j] = t[j];
+                }
             }
         }
     }
+}
+
+INLINE void score_of(int dim, int heads, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from,
+                     int count, float scale, float *const *out) {
+    if (dim == 64) score(64, heads, queries, query, keys, pitch, slots, from, count, scale, out);
+    else if (dim == 128) score(128, heads, queries, query, keys, pitch, slots, from, count, scale, out);
+    else score(dim, heads, queries, query, keys, pitch, slots, from, count, scale, out);
 }
 
 /* Scores to weights over [from, length), zero before; the sum's inverse. */
@@ -481,14 +499,14 @@ INLINE float softmax(float *s, int from, int length) {
 #define WIDTH 4 /* vectors of a head's value that are summed together */
 
 INLINE void weigh_part(const int vectors, const int together, const float *const *weights, const float *values, int64_t pitch,
-                       const int32_t *slots, int from, int to, float *const *out) {
+                       const int32_t *slots, int from, int to, float *const *out, int at) {
     vf sum[4][WIDTH];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q)
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; ++i) sum[q][i] = load(out[q] + i * LANES);
+        for (int i = 0; i < vectors; ++i) sum[q][i] = load(out[q] + at + i * LANES);
     for (int j = from; j < to; ++j) {
-        const float *value = values + slots[j] * pitch;
+        const float *value = values + slots[j] * pitch + at;
         vf v[WIDTH];
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; ++i) v[i] = load(value + i * LANES);
@@ -502,89 +520,92 @@ INLINE void weigh_part(const int vectors, const int together, const float *const
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q)
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; ++i) store(out[q] + i * LANES, sum[q][i]);
+        for (int i = 0; i < vectors; ++i) store(out[q] + at + i * LANES, sum[q][i]);
 }
 
-/* out[q] += sum over j in [from, to) of weights[q][j] * value of slot j, first to last. */
-static void weigh(int dim, int queries, const float *const *weights, const float *values, int64_t pitch, const int32_t *slots, int from, int to,
-                  float *const *out) {
-    for (int q = 0; q < queries;) {
-        int four = queries - q >= 4;
-        for (int d = 0; d < dim; d += WIDTH * LANES) {
-            float *part[4];
-            for (int i = 0; i < (four ? 4 : 1); ++i) part[i] = out[q + i] + d;
-            int left = (dim - d) / LANES;
-            const float *v = values + d;
-            if (left >= WIDTH) {
-                if (four) weigh_part(WIDTH, 4, weights + q, v, pitch, slots, from, to, part);
-                else weigh_part(WIDTH, 1, weights + q, v, pitch, slots, from, to, part);
-            } else {
-                for (int i = 0; i < left; ++i)
-                    for (int t = 0; t < (four ? 4 : 1); ++t) {
-                        float *one[1] = {part[t] + i * LANES};
-                        weigh_part(1, 1, weights + q + t, v + i * LANES, pitch, slots, from, to, one);
-                    }
+/* out += sum over j in [from, to) of weights[j] * value of slot j, first to last. weights, out: [heads][queries]. */
+static void weigh(int dim, int heads, int queries, const float *const *weights, const float *values, int64_t pitch, const int32_t *slots, int from,
+                  int to, float *const *out) {
+    for (int first = from; first < to; first += LANES) {
+        int last = first + LANES < to ? first + LANES : to;
+        for (int j = last; j < last + LANES && j < to; ++j) fetch(values + slots[j] * pitch, heads * dim);
+        for (int h = 0; h < heads; ++h)
+            for (int q = 0, step; q < queries; q += step) {
+                const float *const *w = weights + h * queries + q;
+                float *const *o = out + h * queries + q;
+                const float *v = values + h * dim;
+                int d = 0;
+                step = queries - q >= 4 ? 4 : 1;
+                for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES)
+                    step == 4 ? weigh_part(WIDTH, 4, w, v, pitch, slots, first, last, o, d)
+                              : weigh_part(WIDTH, 1, w, v, pitch, slots, first, last, o, d);
+                for (; d < dim; d += LANES)
+                    step == 4 ? weigh_part(1, 4, w, v, pitch, slots, first, last, o, d) : weigh_part(1, 1, w, v, pitch, slots, first, last, o, d);
             }
-        }
-        q += four ? 4 : 1;
     }
 }
 
-INLINE void score_of(int dim, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from, int count,
-                     float scale, float *const *out) {
-    if (dim == 64) score(64, queries, query, keys, pitch, slots, from, count, scale, out);
-    else if (dim == 128) score(128, queries, query, keys, pitch, slots, from, count, scale, out);
-    else score(dim, queries, query, keys, pitch, slots, from, count, scale, out);
-}
-
-/* Some new tokens of one row with one kv head: at most QUERIES queries. */
-static void attend(const Forward *f, const Part *part, const Layer *layer, Unit unit, int kv_head, int first_query, int queries, float *scratch) {
+/* Some new tokens of one row with kv heads [first_head, first_head + heads): at most QUERIES queries of each, TOGETHER in all. */
+static void attend(const Forward *f, const Part *part, const Layer *layer, Unit unit, int first_head, int heads, int first_query, int queries,
+                   float *scratch) {
     const Model *m = f->model;
     const Row *row = f->batch->row + unit.row;
-    int dim = m->dim, group = m->heads / m->kv_heads, tree = row->parents != NULL;
+    int dim = m->dim, group = m->heads / m->kv_heads, tree = row->parents != NULL, all_queries = heads * queries;
     int64_t pitch = (int64_t)m->kv_heads * dim;
-    const float *keys = layer->keys + (int64_t)kv_head * dim, *values = layer->values + (int64_t)kv_head * dim;
-    const float *query[QUERIES];
-    float *scores[QUERIES], *out[QUERIES], sums[QUERIES], result[QUERIES][dim] __attribute__((aligned(64)));
-    int token[QUERIES], length[QUERIES], from[QUERIES], begin = INT32_MAX, shared = 0;
+    const float *keys = layer->keys + (int64_t)first_head * dim, *values = layer->values + (int64_t)first_head * dim;
+    const int32_t *slots = f->keys[unit.row];
+    const float *query[TOGETHER];
+    float *scores[TOGETHER], *out[TOGETHER], sums[TOGETHER], *results = scratch + TOGETHER * f->longest;
+    int token[QUERIES], length[QUERIES], from[QUERIES], begin = INT32_MAX, shared = 0, least = INT32_MAX;
     for (int q = 0; q < queries; ++q) {
-        int node = unit.first + (first_query + q) / group, head = kv_head * group + (first_query + q) % group;
-        token[q] = row->start + node;
+        token[q] = row->start + unit.first + (first_query + q) / group;
         length[q] = f->batch->positions[token[q]] + 1;
         from[q] = layer->window && length[q] > layer->window ? length[q] - (int)layer->window : 0;
-        query[q] = f->qkv + token[q] * f->stride + (int64_t)head * dim;
-        scores[q] = scratch + q * f->longest;
-        out[q] = result[q];
-        memset(result[q], 0, sizeof(float) * dim);
-        if (from[q] < begin) begin = from[q];
         int common = tree ? row->length : length[q];
         if (common > shared) shared = common;
+        if (common < least) least = common;
+        if (from[q] < begin) begin = from[q];
     }
-    begin = begin / LANES * LANES;
-    if (begin > shared) begin = shared / LANES * LANES;
-    score_of(dim, queries, query, keys, pitch, f->keys[unit.row], begin, shared - begin, m->scale, scores);
-    for (int q = 0; q < queries; ++q) {
-        const float *one[1] = {query[q]};
-        float *tail[1] = {scores[q] + row->length};
-        if (tree) score_of(dim, 1, one, keys, pitch, f->paths[token[q]], 0, length[q] - row->length, m->scale, tail);
-        sums[q] = softmax(scores[q], from[q], length[q]);
-        for (int i = length[q]; i < shared; ++i) scores[q][i] = 0;
+    begin = (begin < shared ? begin : shared) / LANES * LANES;
+    for (int i = 0; i < all_queries; ++i) {
+        int h = i / queries, q = i % queries, head = (first_head + h) * group + (first_query + q) % group;
+        query[i] = f->qkv + token[q] * f->stride + (int64_t)head * dim;
+        scores[i] = scratch + i * f->longest;
+        out[i] = results + i * dim;
     }
-    int low = begin, high = tree ? row->length : shared;
-    for (int q = 0; q < queries; ++q)
-        for (int i = low; i < from[q] / LANES * LANES; ++i) scores[q][i] = 0;
-    int least = high;
-    for (int q = 0; q < queries; ++q)
-        if (length[q] < least) least = length[q];
-    weigh(dim, queries, (const float *const *)scores, values, pitch, f->keys[unit.row], low, least, out);
-    for (int q = 0; q < queries; ++q) {
-        const float *tail[1] = {tree ? scores[q] + row->length : scores[q]};
-        if (tree) weigh(dim, 1, tail, values, pitch, f->paths[token[q]], 0, length[q] - row->length, out + q);
-        else if (length[q] > least) weigh(dim, 1, tail, values, pitch, f->keys[unit.row], least, length[q], out + q);
-        int head = kv_head * group + (first_query + q) % group, step;
+    memset(results, 0, sizeof(float) * all_queries * dim);
+    score_of(dim, heads, queries, query, keys, pitch, slots, begin, shared - begin, m->scale, scores);
+    for (int i = 0; i < all_queries; ++i) {
+        int q = i % queries;
+        float *tail[1] = {scores[i] + row->length};
+        if (tree) score_of(dim, 1, 1, query + i, keys + i / queries * dim, pitch, f->paths[token[q]], 0, length[q] - row->length, m->scale, tail);
+        sums[i] = softmax(scores[i], from[q], length[q]);
+        for (int j = begin; j < from[q] / LANES * LANES; ++j) scores[i][j] = 0;
+    }
+    weigh(dim, heads, queries, (const float *const *)scores, values, pitch, slots, begin, least, out);
+    for (int i = 0; i < all_queries; ++i) {
+        int q = i % queries, head = (first_head + i / queries) * group + (first_query + q) % group, step;
+        const float *tail[1] = {tree ? scores[i] + row->length : scores[i]}, *v = values + i / queries * dim;
+        if (tree) weigh(dim, 1, 1, tail, v, pitch, f->paths[token[q]], 0, length[q] - row->length, out + i);
+        else if (length[q] > least) weigh(dim, 1, 1, tail, v, pitch, slots, least, length[q], out + i);
         int place = part->place ? part->place[token[q]] : token[q];
         float *to = tiled(f->tiles, part->rows, tile_rows(part->rows), (int64_t)m->heads * dim, place, &step) + (int64_t)head * dim * step;
-        for (int i = 0; i < dim; ++i) to[(int64_t)i * step] = result[q][i] * sums[q];
+        for (int d = 0; d < dim; ++d) to[(int64_t)d * step] = out[i][d] * sums[i];
+    }
+}
+
+/* This thread's share of a layer's attention: pieces of rows by ranges of heads, as wide as leaves a few for every thread. */
+static void attend_all(Pool *pool, unsigned phase, const Forward *f, const Part *part, const Layer *layer, float *scratch) {
+    int kv_heads = f->model->kv_heads, group = f->model->heads / kv_heads, heads = kv_heads;
+    while (heads > 1 && part->units * ((kv_heads + heads - 1) / heads) < 3 * pool->threads) heads = (heads + 1) / 2;
+    int ranges = (kv_heads + heads - 1) / heads;
+    for (int u; (u = take(pool, phase, 1)) < part->units * ranges;) {
+        Unit unit = part->unit[u / ranges];
+        int first = u % ranges * heads, last = first + heads < kv_heads ? first + heads : kv_heads, queries = unit.count * group;
+        for (int q = 0; q < queries; q += QUERIES) {
+            int many = queries - q < QUERIES ? queries - q : QUERIES, wide = TOGETHER / many;
+            for (int h = first; h < last; h += wide) attend(f, part, layer, unit, h, last - h < wide ? last - h : wide, q, many, scratch);
+        }
     }
 }
 
@@ -594,9 +615,9 @@ static void forward_job(Pool *pool, int thread, const void *argument) {
     const Forward *f = argument;
     const Model *m = f->model;
     const Batch *b = f->batch;
-    int T = b->tokens, size = tile_rows(T), hidden = m->hidden, dim = m->dim, group = m->heads / m->kv_heads;
+    int T = b->tokens, size = tile_rows(T), hidden = m->hidden, dim = m->dim;
     unsigned phase = atomic_load(&pool->phase);
-    float *scratch = f->scores + (int64_t)thread * QUERIES * f->longest;
+    float *scratch = f->scores + (int64_t)thread * TOGETHER * (f->longest + dim);
     for (int t; (t = take(pool, phase, 1)) < T;) {
         const float *from = m->embed + (int64_t)b->ids[t] * hidden;
         float *to = f->all.x + (int64_t)t * hidden;
@@ -624,11 +645,7 @@ static void forward_job(Pool *pool, int thread, const void *argument) {
         }
         barrier(pool, &phase);
         if (!part->rows) return;
-        for (int u; (u = take(pool, phase, 1)) < part->units * m->kv_heads;) {
-            Unit unit = part->unit[u / m->kv_heads];
-            for (int q = 0; q < unit.count * group; q += QUERIES)
-                attend(f, part, layer, unit, u % m->kv_heads, q, unit.count * group - q < QUERIES ? unit.count * group - q : QUERIES, scratch);
-        }
+        attend_all(pool, phase, f, part, layer, scratch);
         barrier(pool, &phase);
         size = tile_rows(part->rows);
         multiply(pool, phase, &(Product){&layer->out, f->tiles, part->rows, size, ADD, m->residual_scale, part->x, hidden});
@@ -668,7 +685,7 @@ int forward(Pool *pool, const Model *m, const Batch *b) {
     size_t total = 0;
     size_t x = room(&total, sizeof(float) * T * m->hidden), kept = room(&total, sizeof(float) * b->kept * m->hidden);
     size_t tiles = room(&total, sizeof(float) * T * widest), wide = room(&total, sizeof(float) * T * inner);
-    size_t qkv = room(&total, sizeof(float) * T * stride), scores = room(&total, sizeof(float) * pool->threads * QUERIES * longest);
+    size_t qkv = room(&total, sizeof(float) * T * stride), scores = room(&total, sizeof(float) * pool->threads * TOGETHER * (longest + m->dim));
     size_t unit = room(&total, sizeof(Unit) * units), last = room(&total, sizeof(Unit) * T), place = room(&total, sizeof(int32_t) * T);
     size_t keys = room(&total, sizeof(int32_t *) * b->rows), paths = room(&total, sizeof(int32_t *) * T);
     size_t slots = room(&total, sizeof(int32_t) * (text + nodes));
