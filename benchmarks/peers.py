@@ -8,8 +8,12 @@
 Everything runs in float32 on two threads with prefix caching off. A cell is one number of requests: with 1, four prompts one after another;
 with more, all at once. Every prompt is 193 tokens of a file of Python's standard library that no demo model was trained on, no prompt is
 used twice, and every answer is 128 tokens, greedy, whether or not the text ends earlier. Seconds run from handing in all prompts to having
-all tokens. Each system is warmed up in every cell: ours by two whole rounds (82 requests in all), in which its policy learns; the others,
-which have nothing to learn, by one of eight tokens. The memory's read bandwidth is measured before each cell.
+all tokens. Each system is warmed up in every cell: ours by two whole rounds (88 requests in all), in which its policy learns; the others,
+which have nothing to learn, by one of eight tokens. The memory's read bandwidth is measured before each cell, and during it the cores that
+were busy with something else: numbers of a machine that is not otherwise idle say little.
+
+llama.cpp and ONNX Runtime keep the end of text from being drawn instead of passing over it; the `same` column, answers that are token for
+token those of transformers' `generate`, tells whether that mattered.
 """
 
 from __future__ import annotations
@@ -85,7 +89,10 @@ def run(
 
 def progress(sample: Sample) -> None:
     found = f"{sample.speed:8.1f} tok/s" if sample.seconds else f"failed: {sample.error}"
-    console.print(f"pass {sample.run + 1}, {sample.requests:2} requests, {sample.bandwidth / 1e9:5.1f} GB/s: {sample.system:24} {found}")
+    machine = f"{sample.bandwidth / 1e9:5.1f} GB/s, others {sample.others:.2f} cores"
+    console.print(
+        f"pass {sample.run + 1}, {sample.requests:2} requests, {machine}: {sample.system:24} {found}", highlight=False, soft_wrap=True
+    )
 
 
 def conclude(contest: Contest, model: Path, out: Path, absent: list[str], started: float) -> None:

@@ -49,7 +49,10 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One cell of one pass. seconds: of each round; bandwidth: bytes read per second just before; texts: a digest of each answer."""
+    """One cell of one pass. seconds: of each round; bandwidth: bytes read per second just before; texts: a digest of each answer.
+
+    others: cores that were busy with something else meanwhile.
+    """
 
     run: int
     requests: int
@@ -58,6 +61,7 @@ class Sample:
     tokens: int
     bandwidth: float
     texts: tuple[str, ...]
+    others: float = 0.0
     error: str = ""
 
     @property
@@ -137,7 +141,7 @@ class Contest:
 
     def __init__(self, systems: Sequence[System], requests: Sequence[int], threads: int, shelf: Shelf, logs: Path) -> None:
         self.systems, self.requests, self.threads, self.shelf, self.logs = systems, requests, threads, shelf, logs
-        self.warm = {n: shelf.take(n) for n in requests}
+        self.warm = {n: shelf.take(SINGLES if n == 1 else n) for n in requests}
         self.alive: dict[str, Runner] = {}
         self.versions: dict[str, dict[str, str]] = {}
         self.failed: dict[str, str] = {}
@@ -165,7 +169,7 @@ class Contest:
             except (Broken, OSError) as error:
                 self.drop(system.name)
                 self.failed[system.name] = str(error)
-                sample = Sample(turn, requests, system.name, (), 0, 0.0, (), str(error))
+                sample = Sample(turn, requests, system.name, (), 0, 0.0, (), error=str(error))
             self.samples.append(sample)
             say(sample)
 
@@ -174,7 +178,9 @@ class Contest:
         runner.pause()
         bandwidth = read_bandwidth(self.threads)
         runner.resume()
+        watch = Watch(runner.process.pid)
         found = [runner.ask(prompts, NEW) for prompts in rounds]
+        others = watch.others()
         runner.pause()
         if system.name in self.transient or free_memory() < RESERVE:
             self.transient.add(system.name)
@@ -183,7 +189,7 @@ class Contest:
         if any(len(text) != NEW for text in texts):
             raise Broken(f"answers of {sorted({len(text) for text in texts})} tokens instead of {NEW}")
         seconds = tuple(answer["seconds"] for answer in found)
-        return Sample(turn, requests, system.name, seconds, sum(map(len, texts)), bandwidth, tuple(map(digest, texts)))
+        return Sample(turn, requests, system.name, seconds, sum(map(len, texts)), bandwidth, tuple(map(digest, texts)), others)
 
     def runner(self, system: System, requests: int) -> Runner:
         """The system's process, loaded and warm for this cell."""
@@ -204,6 +210,36 @@ class Contest:
         runner = self.alive.pop(name, None)
         if runner is not None:
             runner.end()
+
+
+class Watch:
+    """What the machine's cores do beside one session of processes, from now on."""
+
+    def __init__(self, session: int) -> None:
+        self.session = session
+        self.started, self.busy, self.mine = time.monotonic(), busy_seconds(), session_seconds(session)
+
+    def others(self) -> float:
+        """Cores busy with something else, on average."""
+        busy, mine = busy_seconds() - self.busy, session_seconds(self.session) - self.mine
+        return round(max(0.0, (busy - mine) / (time.monotonic() - self.started)), 2)
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together were busy or taken away since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text(encoding="ascii").split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def session_seconds(session: int) -> float:
+    """Processor seconds of all processes of a session."""
+    total = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def digest(text: Iterable[int]) -> str:

@@ -49,10 +49,10 @@ def cell(mine: Sequence[Sample], samples: Sequence[Sample]) -> Cell:
 
 def table(systems: Sequence[System], requests: Sequence[int], found: Cells, failed: Mapping[str, str], title: str) -> Table:
     out = Table(title=title)
-    out.add_column("system")
+    out.add_column("system", no_wrap=True)
     for n in requests:
-        for heading in (f"{n} request{'s' * (n > 1)}, tok/s", "x off", "same"):
-            out.add_column(heading, justify="right")
+        for heading in (f"{n} at once", "x off", "same"):
+            out.add_column(heading, justify="right", no_wrap=True)
     for system in systems:
         out.add_row(system.name, *(text for n in requests for text in columns(found.get((system.name, n)), system.name in failed)))
     return out
