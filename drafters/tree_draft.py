@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
+from engine.native.library import library
+from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
 from engine.sampling import Sampler, perturb, prepare_noise
 from engine.tree import Tree
@@ -32,14 +34,14 @@ class Head:
     """One head's weights, with the token weight multiplied into the embedding."""
 
     emb: Tensor  # [V, width]
-    proj: Tensor  # [width, emb_dim or width]
+    proj: Callable[[Tensor], Tensor]  # [.., emb_dim or width] -> [.., width]
     scale: Tensor  # [width]
     shift: Tensor  # [width]
     out: Callable[[Tensor], Tensor]  # [.., width] -> [.., V]
 
     def advance(self, state: Tensor, token: Tensor, parent: Tensor | None) -> Tensor:
         """The states after `token` was read below row `parent` of `state` (row for row if None). [N, ..], [M], [M] -> [M, width]"""
-        moved = F.linear(state, self.proj)
+        moved = self.proj(state)
         u = F.embedding(token, self.emb).add_(moved if parent is None else moved.index_select(0, parent))
         return F.gelu(F.rms_norm(u, self.scale.shape, self.scale, EPS).add_(self.shift))
 
@@ -213,7 +215,8 @@ def inference_heads(speculator: MLPSpeculator) -> list[Head]:
     """The heads' weights as drafting reads them, once each however many heads share them."""
     emb = once(speculator.emb, lambda module: module.weight.detach() * speculator.config.token_weight)
     out = once(speculator.head, fast_linear)
-    proj, scale = ([module.get_parameter("weight").detach() for module in modules] for modules in (speculator.proj, speculator.ln))
+    proj = once(speculator.proj, fast_linear)
+    scale = [module.get_parameter("weight").detach() for module in speculator.ln]
     shift = [module.get_parameter("bias").detach() for module in speculator.ln]
     return [Head(*parts) for parts in zip(emb, proj, scale, shift, out, strict=True)]
 
@@ -226,8 +229,11 @@ def once(modules: Iterable[nn.Module], make: Callable[[Any], T]) -> list[T]:
 
 def fast_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer in the layout that is fastest for few rows."""
-    suits = layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu" and available()
-    return PackedLinear(layer.weight, None).forward if suits else layer.forward
+    if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+        return layer.forward
+    if library() is not None:
+        return NativeLinear(layer.weight.detach())
+    return PackedLinear(layer.weight, None).forward if available() else layer.forward
 
 
 def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:

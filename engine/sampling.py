@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.native import library, operations
+
 MASK = 0xFFFFFFFF
 NOISE_ROWS = 16  # positions whose noise a request keeps
 
@@ -108,6 +110,13 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 
     seeds, positions: [N] int64. Returns [N, vocab] float32. The hash is lowbias32 applied twice.
     """
+    if seeds.device.type == "cpu" and library.library() is not None:
+        return operations.gumbel(seeds, positions, vocab)
+    return plain_gumbel(seeds, positions, vocab)
+
+
+def plain_gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """The noise by PyTorch alone."""
     key = mix((mix(seeds & MASK) + mix((seeds >> 32) & MASK) * 3 + positions * 0x9E3779B9) & MASK)  # [N]
     tokens = torch.arange(vocab, device=seeds.device) * 0x85EBCA6B  # [V]
     bits = mix((key[:, None] + tokens) & MASK)  # [N, V]

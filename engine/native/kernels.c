@@ -79,7 +79,7 @@ typedef void (*Job)(Pool *, int thread, const void *);
 struct Pool {
     int threads;
     pthread_t *workers;
-    pthread_mutex_t mutex;
+    pthread_mutex_t mutex, busy; /* busy: held by the caller whose job runs */
     pthread_cond_t wake;
     _Atomic int generation, arrived, sleeping, stop;
     _Atomic unsigned phase; /* barriers passed so far */
@@ -140,6 +140,7 @@ Pool *pool_new(int threads) {
     Pool *p = calloc(1, sizeof(Pool));
     p->threads = threads;
     pthread_mutex_init(&p->mutex, NULL);
+    pthread_mutex_init(&p->busy, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->workers = calloc(threads, sizeof(pthread_t));
     for (int i = 1; i < threads; ++i) {
@@ -689,8 +690,9 @@ int forward(Pool *pool, const Model *m, const Batch *b) {
     size_t unit = room(&total, sizeof(Unit) * units), last = room(&total, sizeof(Unit) * T), place = room(&total, sizeof(int32_t) * T);
     size_t keys = room(&total, sizeof(int32_t *) * b->rows), paths = room(&total, sizeof(int32_t *) * T);
     size_t slots = room(&total, sizeof(int32_t) * (text + nodes));
+    pthread_mutex_lock(&pool->busy);
     char *base = reserve(pool, total);
-    if (!base) return -1;
+    if (!base) return pthread_mutex_unlock(&pool->busy), -1;
     int32_t *places = (int32_t *)(base + place);
     Forward f = {m, b, {(Unit *)(base + unit), 0, T, NULL, (float *)(base + x)}, {(Unit *)(base + last), 0, b->kept, places, (float *)(base + kept)},
                  (int32_t **)(base + keys), (int32_t **)(base + paths), (float *)(base + tiles), (float *)(base + wide), (float *)(base + qkv),
@@ -720,7 +722,7 @@ int forward(Pool *pool, const Model *m, const Batch *b) {
         }
     }
     run(pool, forward_job, &f);
-    return 0;
+    return pthread_mutex_unlock(&pool->busy);
 }
 
 /* ---- a single product, for drafters ----------------------------------------------------------------------------------------------- */
@@ -749,10 +751,68 @@ static void linear_job(Pool *pool, int thread, const void *argument) {
 
 /* y [rows][panels * PANEL] = x [rows][in] by the weights, plus bias. Returns 0, or -1 without memory. */
 int linear(Pool *pool, const Linear *weights, const float *x, int rows, float *y) {
+    pthread_mutex_lock(&pool->busy);
     float *tiles = (float *)reserve(pool, sizeof(float) * rows * weights->in);
-    if (!tiles) return -1;
-    run(pool, linear_job, &(Single){weights, x, rows, tiles, y});
-    return 0;
+    if (tiles) run(pool, linear_job, &(Single){weights, x, rows, tiles, y});
+    return pthread_mutex_unlock(&pool->busy), tiles ? 0 : -1;
+}
+
+/* ---- noise ------------------------------------------------------------------------------------------------------------------------ */
+
+#define WIDE (LANES / 2)
+typedef double vd __attribute__((vector_size(WIDE * 8), aligned(8), may_alias));
+typedef int64_t vl __attribute__((vector_size(WIDE * 8), aligned(8), may_alias));
+typedef uint32_t vh __attribute__((vector_size(WIDE * 4), aligned(4), may_alias));
+
+/* ln x for positive normal x, to about a unit in the last place: x = 2^e m, and a series in (m - 1) / (m + 1). */
+INLINE vd logarithm(vd x) {
+    vl bits = (vl)x, shift = bits - 0x3fe6a09e667f3bcdLL; /* the exponent, counted so that m lies in [sqrt(1/2), sqrt(2)) */
+    vl e = shift >> 52;
+    vd m = (vd)(bits - (e << 52)), f = m - 1.0, s = f / (m + 1.0), z = s * s, n = __builtin_convertvector(e, vd);
+    vd p = 1.0 / 21 + (vd){};
+    p = p * z + 1.0 / 19;
+    p = p * z + 1.0 / 17;
+    p = p * z + 1.0 / 15;
+    p = p * z + 1.0 / 13;
+    p = p * z + 1.0 / 11;
+    p = p * z + 1.0 / 9;
+    p = p * z + 1.0 / 7;
+    p = p * z + 1.0 / 5;
+    p = p * z + 1.0 / 3;
+    vd tail = 2.0 * s * z * p;
+    return n * 0.693147180369123816490 + (2.0 * s + (tail + n * 1.90821492927058770002e-10));
+}
+
+INLINE vu mix(vu x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+INLINE uint32_t mix_one(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+/* Gumbel noise of every token for pairs of seed and position. seeds, positions: [rows]; out: [rows][vocab] */
+void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vocab, float *out) {
+    for (int row = 0; row < rows; ++row) {
+        uint32_t seed = mix_one((uint32_t)seeds[row]) + mix_one((uint32_t)((uint64_t)seeds[row] >> 32)) * 3;
+        uint32_t key = mix_one(seed + (uint32_t)positions[row] * 0x9E3779B9u);
+        for (int64_t first = 0; first < vocab; first += LANES) {
+            uint32_t number[LANES], hashed[LANES];
+            float noise[LANES];
+            for (int i = 0; i < LANES; ++i) number[i] = key + (uint32_t)(first + i) * 0x85EBCA6Bu;
+            *(vu *)hashed = mix(*(vu *)number);
+            for (int half = 0; half < 2; ++half) {
+                vd u = (__builtin_convertvector(*(vh *)(hashed + half * WIDE), vd) + 0.5) * 0x1p-32;
+                vd g = -logarithm(-logarithm(u));
+                for (int i = 0; i < WIDE; ++i) noise[half * WIDE + i] = (float)g[i];
+            }
+            memcpy(out + row * vocab + first, noise, sizeof(float) * (vocab - first < LANES ? vocab - first : LANES));
+        }
+    }
 }
 
 int lanes(void) { return LANES; }

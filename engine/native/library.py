@@ -67,6 +67,8 @@ def library() -> ctypes.CDLL | None:
     loaded.pool_new.argtypes = (c_int,)
     loaded.pool_free.argtypes = (c_void_p,)
     loaded.forward.argtypes = (c_void_p, POINTER(Model), POINTER(Batch))
+    loaded.gumbel.argtypes = (c_void_p, c_void_p, c_int, c_int64, c_void_p)
+    loaded.gumbel.restype = None
     loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)
     return loaded
 
@@ -82,6 +84,12 @@ def load() -> ctypes.CDLL:
 def lanes() -> int:
     """Floats in a vector; a panel of weights has twice as many columns."""
     return int(load().lanes())
+
+
+@functools.cache
+def pool(threads: int) -> int:
+    """Threads that kernels run on, one set per process and number: callers take turns."""
+    return int(load().pool_new(threads))
 
 
 def build() -> Path:

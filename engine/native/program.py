@@ -104,17 +104,13 @@ class Native:
 
     def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int) -> None:
         self.kernels, self.tensors, self.vocab_size = library.load(), tensors, int(config.vocab_size)
-        self.lanes, self.threads = library.lanes(), threads
+        self.lanes = library.lanes()
         self.hidden_size, self.kv_heads, self.dim = int(config.hidden_size), int(config.num_key_value_heads), head_dim(config)
         self.bytes_per_token = 2 * 4 * self.kv_heads * self.dim * int(config.num_hidden_layers)
         self.layers = (library.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
         self.model = self.describe(config)
-        self.pool = self.kernels.pool_new(threads)
+        self.pool = library.pool(threads)
         self.store: KVStore | None = None
-
-    def __del__(self) -> None:
-        if pool := getattr(self, "pool", None):
-            self.kernels.pool_free(pool)
 
     def describe(self, c: Any) -> library.Model:
         scale = getattr(c, "attention_multiplier", None) or self.dim**-0.5

@@ -11,9 +11,10 @@ from transformers import CONFIG_MAPPING
 from engine.attention import KVStore, Row
 from engine.engine import Engine
 from engine.loading import attach, load_base
-from engine.native import library, weights
+from engine.native import library, operations, weights
 from engine.native.packing import gated, panels
 from engine.native.program import Native, pack_model, supported
+from engine.sampling import plain_gumbel
 from engine.tree import Tree
 from tests.engine.toys import Oracle, mixed_requests, ragged, run, texts, toy_config, toy_model
 
@@ -194,3 +195,19 @@ def test_layouts():
     assert panels(weight, 2, half=True)[0, 1].tolist() == [[1, 7], [4, 10]]
     both = gated(torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6]), 2)
     assert both.tolist() == [1, 2, 4, 5, 3, 0, 6, 0]
+
+
+def test_noise_is_the_noise_of_plain_torch():
+    seeds = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**53 + 7, 2**63 - 1])
+    positions = torch.tensor([0, 1, 2**31, 5, 17, 2**20])
+    assert torch.equal(operations.gumbel(seeds, positions, 4099), plain_gumbel(seeds, positions, 4099))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 12, 13, 40])
+def test_a_linear_layer_agrees_with_torch_row_by_row(rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((77, 48), (77,), (rows, 48)))
+    layer = operations.NativeLinear(weight, bias)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, weight, bias), atol=1e-5)
+    assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+    assert layer(x[None]).shape == (1, rows, 77)

@@ -1,0 +1,40 @@
+"""Single kernels for tensors on a CPU: a linear layer for few rows, and Gumbel noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.native import library
+from engine.native.packing import padded, panels
+from engine.native.weights import aligned
+
+
+class NativeLinear:
+    """A linear layer in the kernels' layout. Weights that bfloat16 represents exactly are kept so."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [out, in]; bias: [out] or None."""
+        lanes = library.lanes()
+        packed = aligned(panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all())))
+        shift = None if bias is None else aligned(padded(bias.float(), packed.shape[0] * 2 * lanes))
+        self.out, self.inputs, self.width = weight.shape[0], weight.shape[1], packed.shape[0] * 2 * lanes
+        self.tensors = (packed, shift)
+        place = None if shift is None else shift.data_ptr()
+        self.linear = library.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], int(packed.dtype == torch.bfloat16), 0)
+        self.kernels = library.load()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[.., in] float32 -> [.., out] float32"""
+        rows = x.reshape(-1, self.inputs).contiguous()
+        y = torch.empty(rows.shape[0], self.width)
+        if self.kernels.linear(library.pool(torch.get_num_threads()), self.linear, rows.data_ptr(), rows.shape[0], y.data_ptr()):
+            raise MemoryError(f"no memory for {rows.shape[0]} rows of {self.inputs} inputs")
+        return y[:, : self.out].view(*x.shape[:-1], self.out)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """`engine.sampling.gumbel` for tensors on a CPU."""
+    out = torch.empty(len(seeds), vocab)
+    library.load().gumbel(seeds.contiguous().data_ptr(), positions.contiguous().data_ptr(), len(seeds), vocab, out.data_ptr())
+    return out
