@@ -95,6 +95,10 @@ class ModelSettings(Section):
     )
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of one replica; none: as many as it has CPUs.")
+    packed_weights: str | None = Field(
+        default=".specfleet/packed",
+        description="Folder for weights packed for the CPU, mapped by every replica of a host; none: each replica keeps its own.",
+    )
     replicas: ReplicaRange = Field(default_factory=ReplicaRange, description="How many replicas run.")
     num_cpus: float = Field(default=1.0, ge=0, le=1024, description="CPUs that Ray reserves for each replica.")
     num_gpus: float = Field(default=0.0, ge=0, le=64, description="GPUs that Ray reserves for each replica.")
@@ -300,13 +304,18 @@ def home(file: Path) -> Path:
 
 def anchored(settings: Settings, folder: Path) -> Settings:
     """The settings with every local folder and file made absolute."""
-    models = tuple(
-        model.model_copy(update={"base": local(model.base, folder), "speculator": model.speculator and local(model.speculator, folder)})
-        for model in settings.models
-    )
+    models = tuple(model.model_copy(update=places(model, folder)) for model in settings.models)
     log = settings.request_log.model_copy(update={"url": stored(settings.request_log.url, folder)})
     state = settings.state.model_copy(update={"url": stored(settings.state.url, folder)})
     return settings.model_copy(update={"models": models, "request_log": log, "state": state})
+
+
+def places(model: ModelSettings, folder: Path) -> dict[str, str | None]:
+    return {
+        "base": local(model.base, folder),
+        "speculator": model.speculator and local(model.speculator, folder),
+        "packed_weights": model.packed_weights and str((folder / Path(model.packed_weights).expanduser()).resolve()),
+    }
 
 
 def local(name: str, folder: Path) -> str:

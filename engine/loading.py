@@ -140,7 +140,11 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
         return None
     if file is None:
         return executor
-    weights.save(tensors, file)
+    try:
+        weights.save(tensors, file)
+    except OSError as error:
+        log.warning("packed weights cannot be shared in %s: %s", file.parent, error)
+        return executor
     return Native(model.config, weights.load(file), torch.get_num_threads())
 
 

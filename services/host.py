@@ -77,7 +77,7 @@ class ModelHost:
         s = self.settings
         if s.threads:
             torch.set_num_threads(s.threads)
-        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device))
+        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), Path(s.packed_weights) if s.packed_weights else None)
         speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
         version = fingerprint(speculator) if speculator else ""
         drafter = build_drafter(

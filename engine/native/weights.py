@@ -24,12 +24,15 @@ def file_for(folder: Path, cache: Path) -> Path:
     """Where the packed weights of a checkpoint folder are kept: a name that changes with the checkpoint, the layout and the processor."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
-    identity = json.dumps([str(folder.resolve()), stamps, LAYOUT, library.lanes()])
-    return cache / f"{folder.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    return cache / f"{folder.resolve().name}-{digest(str(folder.resolve()))}-{digest([stamps, LAYOUT, library.lanes()])}.safetensors"
+
+
+def digest(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
 def save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write the file whole or not at all; a second writer replaces it with the same. Raises OSError."""
+    """Write the file whole or not at all, in place of older packings of the folder. Processes that map one keep it. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         draft = Path(scratch) / file.name
@@ -37,6 +40,9 @@ def save(tensors: Mapping[str, Tensor], file: Path) -> None:
         save_file(plain, draft, {"pad": ""})
         save_file(plain, draft, {"pad": " " * (-start_of_data(draft) % ALIGNMENT)})
         os.replace(draft, file)
+    for older in file.parent.glob(f"{file.stem.rsplit('-', 1)[0]}-*.safetensors"):
+        if older != file:
+            older.unlink(missing_ok=True)
 
 
 def start_of_data(file: Path) -> int:

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def settings(folder, **engine):
     sizes = EngineSettings(**{"kv_bytes": 2048 * TOKEN_BYTES, "max_running": 8, **engine})
-    return ModelSettings(name="toy", base=str(folder), speculator=str(folder / "speculator"), engine=sizes, threads=1)
+    return ModelSettings(name="toy", base=str(folder), speculator=str(folder / "speculator"), engine=sizes, threads=1, packed_weights=None)
 
 
 @pytest.fixture
