@@ -78,7 +78,7 @@ def main(
     url: Annotated[str, typer.Option("--url", help="Loopback address to start it at.")] = "http://127.0.0.1:8123",
     model: Annotated[str, typer.Option("--model", help="A chat model of the configuration.")] = "demo-chat",
     conversations: Annotated[int, typer.Option("--conversations", min=1, help="Conversations in each mode.")] = 8,
-    turns: Annotated[int, typer.Option("--turns", min=2, help="Turns of each.")] = 8,
+    turns: Annotated[int, typer.Option("--turns", min=2, help="Turns of each.")] = 12,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 96,
     seed: Annotated[int, typer.Option("--seed", help="Of answers and first messages.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON here; otherwise to standard output.")] = None,

@@ -32,7 +32,7 @@ SPREADS = ["first p50", "p90", "p99", "chunk gap p50", "p90", "p99", "token gap 
 MOST_USERS = 4096
 MOST_RATE = 10_000.0  # requests per second
 
-Users = Annotated[list[str] | None, typer.Option("--concurrency", "-c", help="Closed loop: users at once, e.g. 1,8,32. [default: 1,8]")]
+Users = Annotated[list[str] | None, typer.Option("--concurrency", "-c", help="Closed loop: users at once; 1,8 unless a rate is given.")]
 Rates = Annotated[list[str] | None, typer.Option("--rate", "-r", help="Open loop: requests per second (Poisson), e.g. 0.5,2.")]
 Requests = Annotated[int | None, typer.Option("--requests", min=1, help="Requests of a pass.", show_default="each prompt, each user once")]
 Duration = Annotated[float | None, typer.Option("--duration", min=0.1, help="Seconds of a pass in which requests are sent.")]
