@@ -23,7 +23,7 @@ from engine.drafter import Draft, Kept
 from engine.native.library import library
 from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
-from engine.sampling import Sampler, perturb, prepare_noise
+from engine.sampling import Sampler, draw, perturb, prepare_noise
 from engine.tree import Tree
 
 T = TypeVar("T")
@@ -156,13 +156,14 @@ class MLPDrafter:
     def follow(self, jobs: Sequence[Job]) -> list[list[int]]:
         """One path for each job, by the best token of every head: nothing is ranked."""
         state, token = self.roots(jobs)
-        path: list[Tensor] = []
+        paths: list[list[int]] = [[] for _ in jobs]
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(state, token, None)
-            before = partial(columns, path, len(jobs))
-            token = perturbed(head.out(state), jobs, range(len(jobs)), index, before).argmax(-1)
-            path.append(token)
-        return columns(path, len(jobs))
+            picks = drawn(head.out(state), jobs, index, paths)
+            token = torch.tensor(picks, device=token.device)
+            for path, pick in zip(paths, picks, strict=True):
+                path.append(pick)
+        return paths
 
     def grow(self, jobs: Sequence[Job]) -> Forest:
         """Run the heads one after the other over the branches of all jobs."""
@@ -194,9 +195,12 @@ def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: 
     return perturb(logits, samplers, owners, positions, before() if penalised else None)
 
 
-def columns(path: Sequence[Tensor], rows: int) -> list[list[int]]:
-    """Tokens step by step [rows] as tokens row by row."""
-    return torch.stack(list(path), 1).tolist() if path else [[] for _ in range(rows)]
+def drawn(logits: Tensor, jobs: Sequence[Job], head: int, paths: Sequence[Sequence[int]]) -> list[int]:
+    """The token that the base would draw from a head's logits [jobs, V], each in the noise of the position it guesses."""
+    samplers = [job.draft.sampler for job in jobs]
+    positions = [len(job.draft.tokens) + head for job in jobs]
+    picks = draw(logits, samplers, range(len(jobs)), positions, paths)
+    return [max(0, pick) for pick in picks]  # a speculator whose logits are not numbers drafts anything
 
 
 def prepare(jobs: Sequence[Job], like: Tensor) -> None:

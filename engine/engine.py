@@ -19,13 +19,12 @@ from engine.attention import KVStore, Row
 from engine.drafter import Draft, Drafter, Kept
 from engine.loading import Base
 from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
-from engine.sampling import InvalidRequest, Sampler, perturb
+from engine.sampling import UNDRAWN, InvalidRequest, Sampler, draw
 from engine.scheduler import Queue, due, share, standing, steadfast, urgency
 from engine.slots import Block, Key, SlotPool, SlotTable
 from engine.tree import Budget, Tree, replay
 
 log = logging.getLogger(__name__)
-UNDRAWN = -1  # in place of a token: the logits were not numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,8 +424,7 @@ class Engine:
                 owner.append(index)
                 positions.append(len(plan.text.table) + tree.depths[node] + 1)
                 paths.append([tree.tokens[i] for i in tree.ancestry(node)] if penalised else [])
-        best = perturb(logits, [p.text.sampler for p in plans], owner, positions, paths).max(-1)
-        return torch.where(best.values.isnan(), UNDRAWN, best.indices).tolist()
+        return draw(logits, [p.text.sampler for p in plans], owner, positions, paths)
 
     def score(self, plan: Plan, logits: Tensor) -> Tensor | None:
         """Log-probabilities at a request's rows if it asked for any. [rows, V]"""
@@ -442,8 +440,8 @@ class Engine:
         if not plan.complete:
             self.keep(text, plan.slots)
             return None, None
-        drawn = {node: picks[plan.rows.start + node - first] for node in plan.keep}
-        path = replay(tree, [drawn.get(node, -1) for node in range(len(tree))])
+        drawn = [UNDRAWN] * first + list(picks[plan.rows.start : plan.rows.stop])
+        path = replay(tree, drawn)
         new = [tree.tokens[node] for node in path[tree.forced :]] + [drawn[path[-1]]]
         try:
             emitted, finish = self.accept(text, new)
@@ -460,7 +458,8 @@ class Engine:
         self.pool.give([slot for node, slot in enumerate(plan.slots) if node not in kept])
         self.keep(text, [plan.slots[node] for node in path])
         text.hidden = hidden[at[-1]]
-        self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, hidden[at]))
+        if self.drafter is not None:
+            self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at)))
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
         verified = Verified(text.request.id, tree.drafted_depth(), accepted, finish is not None) if tree.drafted else None
         if finish is None:
@@ -525,6 +524,12 @@ class Engine:
             self.pool.give(plan.slots)
             self.running.remove(plan.text)
             yield self.retire(plan.text, (), (), "error", f"{type(error).__name__}: {error}")
+
+
+def pick(states: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of states [N, emb_dim], ascending; those that lie together without a copy."""
+    whole = rows[-1] - rows[0] == len(rows) - 1
+    return states[rows[0] : rows[-1] + 1] if whole else states[list(rows)]
 
 
 def trim(tree: Tree) -> None:

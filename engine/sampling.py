@@ -15,6 +15,8 @@ from torch import Tensor
 from engine.native import library, operations
 
 MASK = 0xFFFFFFFF
+UNDRAWN = -1  # in place of a token: the logits were not numbers
+COLDEST = 1e-6  # temperatures above zero are at least this
 NOISE_ROWS = 16  # positions whose noise a request keeps
 
 
@@ -57,6 +59,11 @@ class SamplingParams:
     def penalised(self) -> bool:
         """Whether a node's logits depend on the tokens before it."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def truncated(self) -> bool:
+        """Whether top_k, top_p or min_p cut tokens off."""
+        return self.top_k != 0 or self.top_p < 1 or self.min_p > 0
 
 
 BOUNDS = (
@@ -130,6 +137,34 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def draw(
+    logits: Tensor,
+    samplers: Sequence[Sampler],
+    owner: Sequence[int],
+    positions: Sequence[int],
+    paths: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """The draw of every row: the argmax of `perturb`, whose arguments these are; UNDRAWN where the logits are not numbers. [N]"""
+    plain = all(s.bias is None and s.counts is None and not s.params.truncated for s in samplers)
+    if plain and logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride(-1) == 1 and library.library() is not None:
+        return draw_natively(logits, samplers, owner, positions)
+    best = perturb(logits, samplers, owner, positions, paths).max(-1)
+    return torch.where(best.values.isnan(), UNDRAWN, best.indices).tolist()
+
+
+def draw_natively(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """`draw` for logits on a CPU that nothing but temperature and noise shapes."""
+    temperatures = [samplers[i].params.temperature for i in owner]
+    warm = [(o, p) for o, p, t in zip(owner, positions, temperatures, strict=True) if t > 0]
+    if warm:
+        prepare_noise(samplers, [o for o, _ in warm], [p for _, p in warm], logits)
+    noise = [samplers[o].noise[p] if t > 0 else None for o, p, t in zip(owner, positions, temperatures, strict=True)]
+    picks = operations.draw(logits, [max(t, COLDEST) if t > 0 else 0.0 for t in temperatures], noise)
+    for o in {o for o, _ in warm}:
+        forget_noise(samplers[o].noise)
+    return picks
+
+
 def perturb(
     logits: Tensor,
     samplers: Sequence[Sampler],
@@ -150,7 +185,7 @@ def perturb(
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)  # [N]
     warm = temperature > 0
-    scaled = scores / temperature.clamp_min(1e-6)[:, None]
+    scaled = scores / temperature.clamp_min(COLDEST)[:, None]
     drawn = truncate(scaled, params) + shared_noise(samplers, owner, positions, logits)
     return drawn if bool(warm.all()) else torch.where(warm[:, None], drawn, scores)
 
@@ -212,7 +247,7 @@ def penalise_rows(logits: Tensor, sampler: Sampler, paths: Sequence[Sequence[int
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Mask what top_k, top_p and min_p cut off, with one sort over all rows. [N, V]"""
-    if all(p.top_k == 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
+    if not any(p.truncated for p in params):
         return logits
     vocab, device = logits.shape[1], logits.device
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]

@@ -816,3 +816,40 @@ void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vo
 }
 
 int lanes(void) { return LANES; }
+
+/* ---- draws ------------------------------------------------------------------------------------------------------------------------ */
+
+/* The best token of each row: of logits / temperature + noise, or of the bare logits at temperature 0; the first of equals, -1 if any is not
+ * a number. logits: [rows][stride]; noise: [rows] rows of the vocabulary; out: [rows] */
+void draw(const float *logits, int64_t stride, int rows, int64_t vocab, const float *temperature, const float *const *noise, int64_t *out) {
+    for (int row = 0; row < rows; ++row) {
+        const float *x = logits + row * stride, warmth = temperature[row];
+        vf best = all(-INFINITY);
+        vi where = {}, index, wrong = {};
+        for (int i = 0; i < LANES; ++i) index[i] = i;
+        for (int64_t first = 0; first < vocab; first += LANES, index += LANES) {
+            float value[LANES], shift[LANES];
+            int64_t many = vocab - first < LANES ? vocab - first : LANES;
+            vf v;
+            if (many < LANES) {
+                for (int i = 0; i < LANES; ++i) value[i] = i < many ? x[first + i] : -INFINITY;
+                for (int i = 0; i < LANES; ++i) shift[i] = i < many && warmth > 0 ? noise[row][first + i] : 0;
+                v = load(value);
+                if (warmth > 0) v = v / warmth + load(shift);
+            } else {
+                v = load(x + first);
+                if (warmth > 0) v = v / warmth + load(noise[row] + first);
+            }
+            vi more = v > best;
+            best = (vf)(((vi)v & more) | ((vi)best & ~more));
+            where = (index & more) | (where & ~more);
+            wrong |= v != v;
+        }
+        int chosen = 0, bad = 0;
+        for (int i = 0; i < LANES; ++i) {
+            bad |= wrong[i];
+            if (best[i] > best[chosen] || (best[i] == best[chosen] && where[i] < where[chosen])) chosen = i;
+        }
+        out[row] = bad ? -1 : where[chosen];
+    }
+}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,3 +41,16 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     out = torch.empty(len(seeds), vocab)
     library.load().gumbel(seeds.contiguous().data_ptr(), positions.contiguous().data_ptr(), len(seeds), vocab, out.data_ptr())
     return out
+
+
+def draw(logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor | None]) -> list[int]:
+    """The best token of every row of logits [N, V]: of logits / temperature + noise [V], or of the logits alone at temperature 0.
+
+    -1 for a row in which something is not a number.
+    """
+    rows, vocab = logits.shape
+    warmth = (ctypes.c_float * rows)(*temperatures)
+    places = (ctypes.c_void_p * rows)(*(None if row is None else row.data_ptr() for row in noise))
+    out = (ctypes.c_int64 * rows)()
+    library.load().draw(logits.data_ptr(), logits.stride(0), rows, vocab, warmth, places, out)
+    return list(out)

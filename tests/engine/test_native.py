@@ -1,6 +1,7 @@
 """The compiled kernels: the same function as transformers, and the same bits in any company, on any number of threads."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from engine.loading import attach, load_base
 from engine.native import library, operations, weights
 from engine.native.packing import gated, panels
 from engine.native.program import Native, pack_model, supported
-from engine.sampling import plain_gumbel
+from engine.sampling import UNDRAWN, Sampler, SamplingParams, draw, perturb, plain_gumbel
 from engine.tree import Tree
 from tests.engine.toys import Oracle, mixed_requests, ragged, run, texts, toy_config, toy_model
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="there is no C compiler")
 
 SHAPES = {
     "llama": {},
@@ -220,3 +221,17 @@ def test_a_linear_layer_agrees_with_torch_row_by_row(rows):
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, weight, bias), atol=1e-5)
     assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
     assert layer(x[None]).shape == (1, rows, 77)
+
+
+def test_draws_are_the_argmax_of_perturbed_logits():
+    generator = torch.Generator().manual_seed(1)
+    params = [SamplingParams(temperature=t, seed=i) for i, t in enumerate((0.0, 1.0, 0.3, 1e-9, 2.0))]
+    samplers = [Sampler(p, [1], 77) for p in params]
+    owner, positions = [0, 1, 1, 2, 3, 4, 0], [5, 6, 7, 8, 9, 10, 11]
+    logits = torch.randn(7, 96, generator=generator)[:, :77]  # rows do not lie back to back
+    logits[6, 3] = logits[6, 50] = 9.0  # equals: the first
+    want = perturb(logits, samplers, owner, positions).max(-1).indices.tolist()
+    assert draw(logits, samplers, owner, positions) == want and want[6] == 3
+    logits[2, 76] = float("nan")
+    assert draw(logits, samplers, owner, positions) == [*want[:2], UNDRAWN, *want[3:]]
+    assert draw(torch.full((1, 77), -torch.inf), samplers, [0], [1]) == [0]
