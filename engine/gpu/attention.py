@@ -105,7 +105,7 @@ def attend(
 
 
 def scatter(step: DeviceStep, layer: int, mixed: Tensor, heads: int, kv_heads: int, dim: int, angles: Sequence[Tensor] | None) -> Tensor:
-    """Queries out of [T, (heads + 2 kv_heads) * dim], turned by `angles` (cos, sin: [positions, dim]); keys and values go to their slots."""
+    """Queries out of [T, (heads + 2 kv_heads) * dim]; keys and values go to their slots. angles: cos and sin, [positions, dim]."""
     count = mixed.shape[0]
     keys, values = step.store.keys[layer], step.store.values[layer]
     query = mixed.new_empty(count, heads, dim)

@@ -87,10 +87,10 @@ def seconds_of(call: Callable[[], object], repeats: int = 4) -> float:
     """Seconds that a call takes on the GPU, launches left out: it is captured and replayed."""
     replay = Replay(call, Pool(torch.device("cuda")))
     replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
     for _ in range(repeats):
         replay()
-    end.record()  # type: ignore[no-untyped-call]
+    end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / repeats  # type: ignore[no-untyped-call]
+    return float(start.elapsed_time(end)) / 1e3 / repeats

@@ -58,7 +58,7 @@ class Graphed:
         self.vocab_size, self.hidden_size = self.oracle.vocab_size, self.oracle.hidden_size
         self.invariant, self.capturing = invariant, capture
         self.staging, self.pool = Staging(device), Pool(device)
-        self.graphs: dict[Bucket, Replay] = {}
+        self.graphs: dict[Bucket, Replay[tuple[Tensor, Tensor]]] = {}
         self.store: KVStore | None = None
         self.decoder: Decoder | None = None
         self.tuning: dict[str, float] = {}

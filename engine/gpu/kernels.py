@@ -26,7 +26,9 @@ def attend_kernel(
         head = kv_head * FOLD + row % FOLD
         dim = tl.arange(0, WIDE)
         inside = dim < DIM
-        q = tl.load(query + token[:, None] * query_token + head[:, None] * DIM + dim[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        q = tl.load(
+            query + token[:, None] * query_token + head[:, None] * DIM + dim[None, :], mask=real[:, None] & inside[None, :], other=0.0
+        )
         last = tl.load(reach + token, mask=real, other=-1)
         seen = tl.load(bits + token, mask=real, other=0)
         position = tl.load(positions + token, mask=real, other=0)
@@ -96,7 +98,7 @@ def combine_kernel(
     safe = tl.where(most == float("-inf"), 0.0, most)
     weight = tl.zeros([1], tl.float32)
     mixed = tl.zeros([WIDE], tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         fade = tl.exp2(tl.load(stats + (cell + part) * 2) - safe)
         weight += fade * tl.load(stats + (cell + part) * 2 + 1)
         mixed += fade * tl.load(sums + (cell + part) * DIM + dim, mask=inside, other=0.0)
@@ -123,7 +125,7 @@ def scatter_kernel(
     left = tl.load(source, mask=inside, other=0.0)
     right = tl.load(source + DIM // 2, mask=inside, other=0.0)
     slot = tl.load(write + token).to(tl.int64)
-    if ROTARY:
+    if ROTARY:  # noqa: SIM102, known when the kernel is compiled
         if head < HEADS + KV_HEADS:
             angle = tl.load(positions + token).to(tl.int64) * DIM + dim
             c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)

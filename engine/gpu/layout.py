@@ -91,7 +91,8 @@ def lay_out(rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int], cut: C
     """The geometry of these rows, tokens packed in row order. padded: rounded up to a bucket. Raises Unmaskable."""
     count = len(ids)
     reach, bits = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int64)
-    chains, start = [], 0
+    chains: list[Chain] = []
+    start = 0
     for row in rows:
         chains += expand(row, start, reach) if cut.invariant and not is_chain(row.parents) else [mask(row, start, reach, bits)]
         start += len(row.new)

@@ -29,7 +29,7 @@ class Tile:
 
 PLAIN = Tile(32, 128)
 TILES = (
-    Tile(16, 256), Tile(16, 512, 4, 3), Tile(32, 128, 4, 5), Tile(32, 256, 4, 4), Tile(32, 256, 8, 4), Tile(64, 128, 4, 4), Tile(64, 256, 8, 3),
+    Tile(16, 256), Tile(16, 512, 4, 3), Tile(32, 128, 4, 5), Tile(32, 256), Tile(32, 256, 8), Tile(64, 128), Tile(64, 256, 8, 3),
 )  # fmt: skip
 Choice = Tile | None  # None: cuBLAS
 

@@ -22,7 +22,7 @@ class Staging:
             torch.cuda.synchronize()
         self.buffer = torch.zeros(capacity, dtype=torch.int32, device=self.device)
         self.pinned = [torch.zeros(capacity, dtype=torch.int32, pin_memory=self.pinning) for _ in range(2)]
-        self.read = [torch.cuda.Event() for _ in range(2)] if self.pinning else []
+        self.read: list[torch.cuda.Event] = [torch.cuda.Event() for _ in range(2)] if self.pinning else []  # type: ignore[no-untyped-call]
 
     def grow(self, size: int) -> bool:
         """Make room for `size` integers. True if the buffer is another one now."""
@@ -40,5 +40,5 @@ class Staging:
         pinned.copy_(torch.from_numpy(data))
         self.buffer[: len(data)].copy_(pinned, non_blocking=True)
         if self.pinning:
-            self.read[self.turn].record()  # type: ignore[no-untyped-call]
+            self.read[self.turn].record()
         return self.buffer

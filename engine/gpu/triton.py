@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+
+class Absent:
+    """Stands in for triton.language where kernels' annotations read it."""
+
+    constexpr = object
+
+
+def as_it_is(kernel: Any) -> Any:
+    return kernel
+
+
 available = find_spec("triton") is not None
-
-if available:
-    import triton
-    import triton.language as tl
-
-    jit: Callable[[Any], Any] = triton.jit
-else:
-
-    class tl:  # noqa: N801
-        """Stands in for triton.language where kernels' annotations read it."""
-
-        constexpr = object
-
-    def jit(kernel: Any) -> Any:
-        return kernel
+tl: Any = import_module("triton.language") if available else Absent
+jit: Callable[[Any], Any] = import_module("triton").jit if available else as_it_is

@@ -77,7 +77,10 @@ def test_rows_that_share_a_step_and_buffers_that_are_used_again():
     """Several rows, kept tokens out of order, a step after a longer one: padding and stale integers show nowhere."""
     executor, eager = graphed("biases"), Eager(model_of("biases"), DEVICE, torch.float32)
     stores = KVStore(64), KVStore(64)
-    prompts = [Row(np.zeros(0, dtype=np.int64), range(1, 8), range(-1, 6), range(7)), Row(np.zeros(0, dtype=np.int64), range(8, 11), [-1, 0, 1], [0, 1, 2])]
+    prompts = [
+        Row(np.zeros(0, dtype=np.int64), range(1, 8), range(-1, 6), range(7)),
+        Row(np.zeros(0, dtype=np.int64), range(8, 11), [-1, 0, 1], [0, 1, 2]),
+    ]
     tree = Row(np.arange(1, 8), [11, 12, 13], [-1, 0, 0], [0, 1, 1])
     last = Row(np.arange(8, 11), [14], [-1], [0])
     for rows, keep in ((prompts, [9, 6]), ([tree, last], [0, 1, 2, 3]), ([last], [0])):

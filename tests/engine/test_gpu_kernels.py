@@ -133,7 +133,9 @@ def test_company_and_drafts_change_no_bit():
 
     alone = [results([Row(taken[:p], [int(taken[p])], [-1], [0])], [p])[0] for p in range(context, context + 4)]
     chunk = Tree.chain(range(60))
-    read = results([Row(taken[: context - 56], taken[context - 56 : context + 4].tolist(), chunk.parents, chunk.depths)], list(range(44, 104)))
+    read = results(
+        [Row(taken[: context - 56], taken[context - 56 : context + 4].tolist(), chunk.parents, chunk.depths)], list(range(44, 104))
+    )
     other = step_of([(40, 1, 9, True)], 300, 5)[0]
     # the true path is nodes 0, 2, 4, 5; siblings lie between
     tree = Row(taken[:context], [int(taken[context]), 500, int(taken[context + 1]), 501, int(taken[context + 2]), int(taken[context + 3])],
