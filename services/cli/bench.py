@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import sys
@@ -168,10 +169,10 @@ def watched(server: Target, prompts: Mapping[Served, Sequence[str]], shape: Shap
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     total = len(list(passes([served.name for served in prompts], shape)))
     with Progress(*columns, console=console(error=True), refresh_per_second=2) as progress:
-        task = progress.add_task("starting", total=total, completed=-1)
+        task, begun = progress.add_task("starting", total=total), itertools.count()
 
         def tick(name: str) -> None:
-            progress.update(task, description=name, advance=1)
+            progress.update(task, description=name, completed=next(begun))
 
         measured = asyncio.run(measure(server, prompts, shape, tick))
         progress.update(task, completed=total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ LINES: dict[str, Literal["-", "--"]] = {"closed": "-", "open": "--"}
 PANEL = (5.4, 4.4)  # inches
 COLUMNS = 3
 DPI = 150
+ROOM = 1.14  # beyond the last point, for its label
+LINE = 72  # letters of the title that a panel is wide
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
@@ -38,7 +41,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         axis.remove()
     for axis in axes[: len(models) : columns]:
         axis.set_ylabel("tokens/s, all users together")
-    figure.suptitle(title(result["settings"]), fontsize=9, color="#4b5563", x=0.005, ha="left")
+    figure.suptitle(fill(title(result["settings"]), LINE * columns), fontsize=9, color="#4b5563", x=0.005, ha="left")
     legend(figure, result)
     figure.savefig(file, format="png")
 
@@ -62,9 +65,8 @@ def panel(axis: Axes, model: str, entries: Sequence[Entry]) -> None:
             axis.annotate(label(entry), spot, (6, 4), textcoords="offset points", fontsize=7.5, color=color, path_effects=halo)
     axis.set_title(model, fontsize=11, fontweight="bold", loc="left")
     axis.set_xlabel("tokens/s per user (median of requests)")
-    axis.margins(0.12)
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, ROOM * max((entry[X] or 0 for entry in entries), default=1) or 1)
+    axis.set_ylim(0, ROOM * max((entry[Y] for entry in entries), default=1) or 1)
     axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
