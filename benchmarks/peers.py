@@ -3,7 +3,7 @@
     python benchmarks/peers.py install                # once, about 15 minutes, mostly llama.cpp compiling; nothing leaves .peers/
     python benchmarks/peers.py model                  # the 190M model of the comparison, at .peers/models/code-190m
     python benchmarks/peers.py run --model .peers/models/code-190m --requests 1,8,32 --passes 2 --out benchmarks/results/peers-190m.json
-    python benchmarks/peers.py run --model models/demo-code-large --requests 1,8,32 --passes 3 --out benchmarks/results/peers-8m.json
+    python benchmarks/peers.py run --model models/demo-code-large --requests 1,8,32 --passes 6 --out benchmarks/results/peers-8m.json
 
 Everything runs in float32 on two threads with prefix caching off. A cell is one number of requests: with 1, four prompts one after another;
 with more, all at once. Every prompt is 193 tokens of a file of Python's standard library that no demo model was trained on, no prompt is
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -81,6 +82,7 @@ def run(
     logs = installing.PEERS / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     contest = Contest(all_, loads, threads, Shelf(model), logs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # the runners must be ended too
     try:
         contest.run(passes, progress)
     finally:

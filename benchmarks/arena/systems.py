@@ -17,8 +17,8 @@ PLAIN = {"vllm": "vllm", "openvino": "openvino"}
 TCMALLOC = "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
 LEARN = 2  # warm-up rounds of ours for every cell, in which the policy learns what steps cost and which drafts are kept
 SETTINGS: dict[str, dict[str, str]] = {
-    "vllm": {"vllm": "plain", "vllm ngram": "ngram", "vllm draft": "draft"},
     "ours": {OFF: "off", POLICY: "goodput", "ours fixed 3": "fixed"},
+    "vllm": {"vllm": "plain", "vllm ngram": "ngram", "vllm draft": "draft"},
     "openvino": {"openvino": "plain", "openvino lookup": "lookup", "openvino draft": "draft"},
     "onnx": {"onnxruntime": "plain", "onnxruntime ngram": "ngram"},
     "llamacpp": {"llama.cpp": "plain", "llama.cpp ngram": "ngram", "llama.cpp draft": "draft"},
@@ -37,7 +37,7 @@ ALONE = {"transformers lookup", "onnxruntime ngram"}
 
 
 def systems(peers: Sequence[str], model: Path, draft: Path | None, threads: int, chunk: int) -> list[System]:
-    """The systems of these peers, slowest to load first, so that memory is theirs. Makes what formats are missing."""
+    """The systems of these peers, those first that are costly to load again, so that they stay. Makes what formats are missing."""
     return [system(peer, name, model, draft, threads, chunk) for peer in peers for name in SETTINGS[peer] if draft or "draft" not in name]
 
 
