@@ -2,8 +2,8 @@
 # only: `docker run --network host specfleet`. With keys a port can be published; docs/operations.md shows how.
 FROM python:3.11-slim
 
-# wget: KubeRay's health probes call it.
-RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+# wget: KubeRay's health probes call it. gcc: compiles the CPU kernels for the processor that a replica finds itself on.
+RUN apt-get update && apt-get install -y --no-install-recommends wget gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 ray
 WORKDIR /app

@@ -10,7 +10,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Zeros; on a CPU in large pages, where the system has them, and in memory only once they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
@@ -82,6 +82,24 @@ class Step:
     store: KVStore
     write: Tensor  # [T] slot of each new token
     groups: tuple[Rows, ...]
+
+
+class Attending(Protocol):
+    """A step of another backend, which writes and attends by itself."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Shapes as in `ragged_attention`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +184,17 @@ def ragged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ragged: Step | None = None,
+    ragged: Step | Attending | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature. query: [1, heads, T, dim]; returns [1, T, heads, dim]."""
     if ragged is None:
         raise RuntimeError("this architecture does not hand keyword arguments down to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    ragged.store.write(layer, key, value, ragged.write)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if not isinstance(ragged, Step):
+        return ragged.attend(layer, query, key, value, scale, sliding_window, softcap, s_aux), None
+    ragged.store.write(layer, key, value, ragged.write)
     tokens = query[0].transpose(0, 1)  # [T, heads, dim]
     out = tokens.new_empty(tokens.shape[0], tokens.shape[1], value.shape[-1])
     for rows in ragged.groups:
