@@ -35,6 +35,7 @@ class DeviceStep:
             parts[name] = data[at : at + size]
             at += size
         parts["bits"] = parts["bits"].view(torch.int64)
+        parts["keep"] = parts["keep"][: bucket.kept]
         return cls(store, bucket, parts, data[at:])
 
     def attend(

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 Mode = Literal["fused", "modules", "oracle"]
 TOLERANCE = {torch.float32: 2e-3}  # largest difference of logits, relative to the largest logit
 HALF_TOLERANCE = 5e-2
-CAPTURED = 256  # tokens; longer steps are prompts, whose time goes into arithmetic
+CAPTURED = 1024  # tokens of a step, and
+SHORT = 64  # of a row in it; longer rows are prompts, whose time goes into arithmetic, and whose shapes rarely come again
 
 
 class Graphed:
@@ -90,6 +91,7 @@ class Graphed:
     def fall_to(self, mode: Mode, why: str) -> None:
         log.warning("forwards are computed by %s: %s", mode, why)
         self.mode, self.why, self.decoder = mode, f"{self.why}; {why}".lstrip("; "), None
+        self.invariant = False  # the libraries behind the other ways choose their kernels by the number of rows
         self.forget()
 
     def forget(self) -> None:
@@ -110,7 +112,7 @@ class Graphed:
     @torch.inference_mode()
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `engine.executor.Executor`."""
-        captured = self.capturing and len(tokens) <= CAPTURED
+        captured = self.capturing and len(tokens) <= CAPTURED and all(len(row.new) <= SHORT for row in rows)
         try:
             if self.mode == "oracle":
                 return self.oracle.forward(store, rows, tokens, keep)

@@ -26,7 +26,7 @@ class Unmaskable(ValueError):
 class Bucket:
     """The shape of a step that a graph is captured for. tile: query rows that one program computes; split: keys that it reads.
 
-    fold: query heads of a key head.
+    fold: query heads of a key head; kept: tokens whose logits are computed.
     """
 
     tokens: int
@@ -35,6 +35,7 @@ class Bucket:
     split: int
     tile: int
     fold: int
+    kept: int
 
     @property
     def header(self) -> int:
@@ -96,8 +97,7 @@ def lay_out(rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int], cut: C
     for row in rows:
         chains += expand(row, start, reach) if cut.invariant and not is_chain(row.parents) else [mask(row, start, reach, bits)]
         start += len(row.new)
-    longest = max(chain.keys for chain in chains)
-    bucket = choose(chains, count, longest, cut, padded)
+    bucket = choose(chains, count, len(keep), cut, padded)
     data = np.zeros(bucket.header + sum(chain.keys for chain in chains), dtype=np.int32)
     views = split_header(data, bucket)
     views["write"].fill(-1)
@@ -163,8 +163,9 @@ def expand(row: Row, start: int, reach: np.ndarray) -> Iterator[Chain]:
         yield Chain([row.context, new[path]], length + len(path), [start + node for node in nodes])
 
 
-def choose(chains: Sequence[Chain], count: int, longest: int, cut: Cut, padded: bool) -> Bucket:
+def choose(chains: Sequence[Chain], count: int, kept: int, cut: Cut, padded: bool) -> Bucket:
     """The bucket of a step. Without invariance, keys are split only as far as it takes to fill the device."""
+    longest = max(chain.keys for chain in chains)
     most = max(len(chain.tokens) for chain in chains) * cut.fold
     tile = 16 if cut.invariant else min(max(power(most), 16), 64)
     tiles = sum(-(-len(chain.tokens) * cut.fold // tile) for chain in chains)
@@ -173,7 +174,7 @@ def choose(chains: Sequence[Chain], count: int, longest: int, cut: Cut, padded: 
     if not cut.invariant:
         split = max(split, power(-(-longest * tiles * cut.kv_heads // cut.programs)))
     splits = -(-longest // split)
-    return Bucket(tokens, tiles, power(splits), split, tile, cut.fold)
+    return Bucket(tokens, tiles, power(splits), split, tile, cut.fold, tokens if padded else max(kept, 1))
 
 
 def place(chains: Sequence[Chain], views: dict[str, np.ndarray], slots: np.ndarray, tile: int, fold: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPTBigCodeConfig, LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, GPTBigCodeConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine.attention import KVStore, Row
 from engine.gpu import triton
@@ -167,3 +167,20 @@ def test_norms_and_gates():
     torch.testing.assert_close(Norm(weight, bias, 1e-5)(x), F.layer_norm(x, (100,), weight, bias, 1e-5), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gate(x), F.silu(x[:, :50]) * x[:, 50:], atol=1e-5, rtol=1e-5)
     assert kernels.gate_kernel is not None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=64),
+        Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_cannot_be_fused_is_called_module_by_module(config):
+    """Norms that add 1, soft-capped logits, windows; norms of queries and keys."""
+    executor = Graphed(toy_model(config, "ragged").to(DEVICE), DEVICE, torch.float32)
+    assert executor.mode == "modules" and executor.why
+    with torch.inference_mode():
+        want = forward(Eager(toy_model(config, "ragged").to(DEVICE), DEVICE, torch.float32), proof(53))
+        torch.testing.assert_close(forward(executor, proof(53)), want, atol=1e-3, rtol=1e-3)
