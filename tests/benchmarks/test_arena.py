@@ -66,6 +66,14 @@ def test_every_cell_of_every_system(runner: str, tmp_path: Path, monkeypatch: py
             os.kill(started.process.pid, 0)
 
 
+def test_loading_again_where_memory_is_short(runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.arena.contest.read_bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr("benchmarks.arena.contest.RESERVE", 1 << 60)
+    contest = Contest([toy("a", "works", runner)], [1, 2], 1, Shelf(MODEL), tmp_path)
+    assert [s.tokens for s in contest.run(1, lambda _: None)] == [4 * NEW, 2 * NEW]
+    assert contest.transient == {"a"} and not contest.alive
+
+
 def test_no_prompt_is_handed_out_twice() -> None:
     shelf = Shelf(MODEL)
     taken = shelf.take(150) + shelf.take(100)
