@@ -6,8 +6,6 @@ row by row: each row is one request, its queries are the nodes of its tree, its 
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from engine.memory import zeros
 
 IMPLEMENTATION = "ragged"
 LONG_ROW = 16  # rows with more queries than this are attended alone, so that short rows are not padded to them
@@ -51,16 +51,6 @@ class KVStore:
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes over all layers written so far."""
         return sum(t[0].numel() * t.element_size() for store in (self.keys, self.values) for t in store.values())
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU in large pages, where the system has them, and in memory only once they are written."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
