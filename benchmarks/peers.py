@@ -43,7 +43,7 @@ from benchmarks.arena.report import bars, cells, machine, table  # noqa: E402
 from benchmarks.arena.systems import SETTINGS, systems  # noqa: E402
 
 app = typer.Typer(add_completion=False, help="Specfleet side by side with its peers.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 SMALL = ROOT / "models" / "demo-code-large"
 DRAFT = ROOT / "models" / "demo-code"
 
