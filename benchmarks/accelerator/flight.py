@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from drafters.tree_draft import MLPDrafter
+from engine.attention import KVStore
 from engine.engine import Engine
 from engine.request import Request
 from engine.sampling import SamplingParams
@@ -38,9 +39,21 @@ class Flown:
 
 
 class Flight:
-    """One engine under one policy, which keeps what it learned from run to run. policy: off, fixed or goodput."""
+    """One engine under one policy, which keeps what it learned from run to run. policy: off, fixed or goodput.
 
-    def __init__(self, base: Any, drafter: MLPDrafter | None, policy: str, depth: int = 3, width: int = 1, **engine: Any) -> None:
+    store: of at least as many slots as the engine's, shared by flights one after the other, so that graphs captured over it stay.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        drafter: MLPDrafter | None,
+        policy: str,
+        depth: int = 3,
+        width: int = 1,
+        store: KVStore | None = None,
+        **engine: Any,
+    ) -> None:
         provide_pydantic()
         from actors.fleet import Fleet
         from policies import FixedPolicy, GoodputPolicy, Limits, OffPolicy, Plan
@@ -55,6 +68,9 @@ class Flight:
         self.pilot = Pilot("here", self.plan())
         self.pilot.take(drafter)
         self.engine = Engine(base, drafter, self.pilot.budgets, **engine)
+        if store is not None:
+            assert store.slots >= self.engine.store.slots
+            self.engine.store = store
 
     def plan(self) -> Any:
         self.version += 1

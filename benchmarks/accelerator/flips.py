@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.flight import Flight, requests_of
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts
-from drafters.tree_draft import MLPDrafter
 from engine.attention import KVStore, Row
 
 TEXTS, TOKENS, BATCH = 64, 256, 8
@@ -31,6 +31,7 @@ def flips(report: Report, shapes: dict[str, Shape], dtype: torch.dtype, tiny: bo
 def compare(report: Report, subject: Subject, shape: Shape, invariant: bool, tiny: bool) -> None:
     count, tokens, batch = (2, 6, 2) if tiny else (TEXTS, TOKENS, BATCH)
     texts = prompts(shape.small, count)
+    store = KVStore(slots_for(texts, tokens, batch))
     config = subject.speculator.config
     variants = {"off": ("off", 0, 1), "chains": ("fixed", config.n_predict, 1), "trees": ("fixed", config.n_predict, config.n_candidates)}
     for temperature in (0.0, 1.0):
@@ -38,7 +39,7 @@ def compare(report: Report, subject: Subject, shape: Shape, invariant: bool, tin
         for name, (policy, depth, width) in variants.items():
             if report.late:
                 return
-            got, rate = decode(subject, texts, tokens, temperature, policy, depth, width, batch)
+            got, rate = decode(subject, texts, tokens, temperature, policy, depth, width, batch, store)
             plain = plain or got
             gaps = [gap for gap in (near_tie(subject, p, a, b) for p, a, b in zip(texts, plain, got, strict=True)) if gap is not None]
             agreed = sum(common(a, b) for a, b in zip(plain, got, strict=True))
@@ -48,14 +49,25 @@ def compare(report: Report, subject: Subject, shape: Shape, invariant: bool, tin
             )  # fmt: skip
 
 
+def slots_for(texts: Sequence[Sequence[int]], tokens: int, batch: int) -> int:
+    return (max(len(t) for t in texts) + tokens + 64) * batch * 2
+
+
 def decode(
-    subject: Subject, texts: Sequence[Sequence[int]], tokens: int, temperature: float, policy: str, depth: int, width: int, batch: int
+    subject: Subject,
+    texts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float,
+    policy: str,
+    depth: int,
+    width: int,
+    batch: int,
+    store: KVStore,
 ) -> tuple[list[list[int]], float]:
     """All texts, `batch` at a time, and tokens per second; read once before, so that nothing is captured in the timing."""
     base = base_of(subject.model, subject.executor, subject.device, subject.dtype)
-    longest = max(len(t) for t in texts) + tokens + 64
     flight = Flight(
-        base, MLPDrafter(subject.speculator), policy, depth, width, slots=longest * batch * 2, max_running=batch, nodes=63, chunk=512
+        base, GraphedDrafter(subject.speculator), policy, depth, width, store, slots=store.slots, max_running=batch, nodes=63, chunk=512
     )
     flight.run(requests_of(texts[:batch], min(tokens, 32), temperature, "w"))
     found: list[list[int]] = []

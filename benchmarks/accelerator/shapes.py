@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def llama(hidden: int, inner: int, layers: int, heads: int, vocab: int, kv_heads
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
         vocab_size=vocab,
-        max_position_embeddings=more.pop("positions", 8192),
+        max_position_embeddings=more.pop("positions", 33_000),
         **more,
     )
 
@@ -158,16 +160,24 @@ def kv_bytes(model: Any) -> int:
 
 def prompts(small: str, count: int) -> list[list[int]]:
     """Tokens of real prompts for the small model of that name, each different."""
-    import json
-
     folder = SMALL[small]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = json.loads((ROOT / "benchmarks" / "prompts.json").read_text())[folder.name.removesuffix("-large")]
-    encoded = [tokenizer(text)["input_ids"] for text in texts]
-    return [encoded[i % len(encoded)] + encoded[(i // len(encoded) + 1 + i) % len(encoded)][: i // len(encoded)] for i in range(count)]
+    return [encode(tokenizer, "\n".join(texts[k % len(texts)] for k in digits(i, len(texts)))) for i in range(count)]
 
 
-def scaled_down(shape: Shape, layers: int) -> Shape:
-    """The same with fewer layers, for checks."""
-    config = type(shape.config).from_dict(shape.config.to_dict() | {"num_hidden_layers": layers, "n_layer": layers})
-    return replace(shape, config=config)
+def digits(number: int, base: int) -> list[int]:
+    """The digits of a number, the lowest first: one more or other ones for every number."""
+    found = [number % base]
+    while number >= base:
+        number //= base
+        found.append(number % base)
+    return found
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """As a chat's first message where the model chats and templates can be rendered."""
+    if tokenizer.chat_template and find_spec("jinja2"):
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text)["input_ids"])

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.flight import Flight, Flown, random_prompts, requests_of
 from benchmarks.accelerator.imposed import PUBLISHED, PUBLISHED_DEPTH, Imposed, survival
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts, random_subject
-from drafters.tree_draft import MLPDrafter
+from engine.attention import KVStore
 
-BATCHES = (1, 4, 16, 64, 128, 2, 8, 32)
+BATCHES = (1, 4, 16, 64, 128)
 TOKENS = 128
 PROMPT = 64
 RUNS = ("a", "b", "c")
@@ -36,27 +37,40 @@ def decode(report: Report, subject: Subject, shape: Shape, imposed: bool, tokens
     label = f"imposed: {tokens_per_step:g} tokens per step at depth {PUBLISHED_DEPTH}" if imposed else "real"
     base = base_of(subject.model, executor, subject.device, subject.dtype)
     report.add(model=subject.name, acceptance=label, used=subject.executor.mode, why=subject.executor.why, weights=subject.weights)
-    for batch in (2,) if tiny else BATCHES:
+    batches = (2,) if tiny else BATCHES
+    store = KVStore(max(batches) * 400 + 256)
+    for batch in batches:
         if report.late:
             return
         with report.attempt(f"{subject.name} batch {batch}"):
             texts = random_prompts(base.vocab_size, batch, 8 if tiny else PROMPT) if imposed else prompts(shape.small, batch)
-            compare(report, subject, base, texts, label, 3 if tiny else TOKENS, tiny)
+            compare(report, subject, base, store, texts, label, 3 if tiny else TOKENS, tiny)
 
 
-def compare(report: Report, subject: Subject, base: Any, texts: Sequence[Sequence[int]], label: str, tokens: int, tiny: bool) -> None:
+def compare(
+    report: Report, subject: Subject, base: Any, store: KVStore, texts: Sequence[Sequence[int]], label: str, tokens: int, tiny: bool
+) -> None:
     """All policies on the same requests, in turn, each with an engine of its own; what it has to learn and capture it does before."""
     config = subject.speculator.config
-    slots = sum(len(t) + tokens + 40 for t in texts) + 64 * len(texts) + 256
+    slots = min(sum(len(t) + tokens + 104 for t in texts) + 256, store.slots)
     off = 0.0
-    drafter = MLPDrafter(subject.speculator)
+    drafter = GraphedDrafter(subject.speculator)
     variants: list[tuple[str, str, int, int]] = [("off", "off", 0, 1), ("goodput", "goodput", config.n_predict, 1)]
     variants += [(f"fixed {depth}", "fixed", depth, 1) for depth in dict.fromkeys((min(3, config.n_predict), config.n_predict))]
     if len(texts) <= 4:
         variants.append((f"fixed {config.n_predict} tree", "fixed", config.n_predict, config.n_candidates))
     for name, policy, depth, width in variants:
         flight = Flight(
-            base, drafter, policy, depth, width, slots=slots, chunk=max(256, sum(len(t) for t in texts)), max_running=len(texts), nodes=63
+            base,
+            drafter,
+            policy,
+            depth,
+            width,
+            store,
+            slots=slots,
+            chunk=max(256, sum(len(t) for t in texts)),
+            max_running=len(texts),
+            nodes=63,
         )
         flight.run(requests_of(texts, tokens, tag="w"))
         if policy == "goodput" and not tiny:

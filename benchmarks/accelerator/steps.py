@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from benchmarks.accelerator.clock import copy_bandwidth, latency, read_bandwidth, throughput
+from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, random_subject
-from drafters.tree_draft import MLPDrafter
 from engine.attention import KVStore, Row
 from engine.drafter import Draft
 from engine.sampling import Sampler, SamplingParams
@@ -136,7 +136,7 @@ def rows_of(batch: int, prompt: int, depth: int, width: int) -> list[Row]:
 
 def drafting(report: Report, subject: Subject, tiny: bool) -> None:
     """The speculator by itself, greedy, for batches, depths and candidates."""
-    drafter = MLPDrafter(subject.speculator)
+    drafter = GraphedDrafter(subject.speculator)
     config = subject.speculator.config
     report.put(**{f"speculator {subject.name}": sum(p.numel() for p in subject.speculator.parameters())})
     grid = [(batch, depth, 1) for batch in ((1, 2) if tiny else BATCHES) for depth in range(1, config.n_predict + 1)]

@@ -14,7 +14,8 @@ from engine.gpu import kernels
 from engine.gpu.attention import precision
 
 Act = Literal["none", "gated", "gelu"]
-ROWS = (16, 32, 64)  # tiles; steps of more rows go to cuBLAS
+ROWS = (1, 16, 32)  # at most, of steps that a choice is made for; those of more rows go to cuBLAS
+TILE = 16  # rows that the kernel computes at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ Choice = Tile | None  # None: cuBLAS
 
 @dataclass(slots=True, eq=False)
 class Linear:
-    """act(x weight^T + bias) + residual. weight: [out, in], or [gate; up] when gated. chosen: by rows of a tile."""
+    """act(x weight^T + bias) + residual. weight: [out, in], or [gate; up] when gated. chosen: by the largest number of rows it is for."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -56,12 +57,12 @@ class Linear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[M, in] -> [M, out]. residual: [M, out], left as it is."""
         if self.fixed is not None:
-            return multiply(self, x, residual, self.fixed, ROWS[0])
+            return multiply(self, x, residual, self.fixed, TILE)
         rows = next((rows for rows in ROWS if rows >= len(x)), None)
         tile = None if rows is None else self.chosen.get(rows)
         if rows is None or tile is None:
             return library(self, x, residual)
-        return multiply(self, x, residual, tile, rows)
+        return multiply(self, x, residual, tile, max(rows, TILE))
 
 
 def multiply(layer: Linear, x: Tensor, residual: Tensor | None, tile: Tile, rows: int) -> Tensor:
@@ -97,7 +98,7 @@ def gate(mixed: Tensor) -> Tensor:
 
 
 def tune(layers: Sequence[Linear], measure: Callable[[Callable[[], object]], float], rows: Sequence[int] = ROWS) -> dict[str, float]:
-    """Choose for every kind of layer and every tile of rows. measure: seconds of a call.
+    """Choose for every kind of layer and every number of rows. measure: seconds of a call.
 
     All layers of a kind are run in turn, so that weights come from memory as they do in a step. Returns seconds by choice, for reports.
     """

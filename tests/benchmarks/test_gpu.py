@@ -1,0 +1,120 @@
+"""The script for GPUs runs through at toy sizes, and its parts mean what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accelerator.drafting import GraphedDrafter
+from benchmarks.accelerator.flips import common
+from benchmarks.accelerator.imposed import Imposed, survival
+from benchmarks.accelerator.report import Report
+from benchmarks.accelerator.shapes import SHAPES, kv_bytes, weight_bytes
+from benchmarks.accelerator.steps import plans, rows_of
+from drafters.config import MLPSpeculatorConfig
+from drafters.mlp import MLPSpeculator
+from drafters.tree_draft import MLPDrafter
+from engine.drafter import Draft
+from engine.engine import Engine
+from engine.request import Request
+from engine.sampling import Sampler, SamplingParams
+from engine.tree import Budget, Tree
+from tests.engine.toys import VOCAB, everywhere, toy_base, toy_config, toy_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["check", "bandwidth", "step", "speed", "flips", "peers"])
+def test_a_part_runs_through(part, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), part, "--tiny", "--models", "tiny-llama", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / f"gpu-{part}.json").read_text())
+    assert found["finished"] and found["errors"] == [] and found["results"]
+    assert all(result.get("passed", True) for result in found["results"])
+
+
+def test_errors_are_recorded_and_do_not_end_the_rest(tmp_path):
+    report = Report(tmp_path / "r.json", "step", torch.device("cpu"), True, 1.0)
+    with report.attempt("one"):
+        raise MemoryError("no room")
+    report.add(two=2)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["errors"][0]["what"] == "one" and "no room" in found["errors"][0]["error"]
+    assert found["results"] == [{"two": 2}] and not report.late
+
+
+@pytest.mark.parametrize(("wanted", "depth"), [(2.67, 3), (1.0, 3), (4.0, 3)])
+def test_imposed_survival_gives_the_wanted_tokens_per_step(wanted, depth):
+    chance = survival(wanted, depth)
+    assert sum(chance**i for i in range(depth + 1)) == pytest.approx(wanted, abs=1e-6)
+
+
+class Wrong:
+    """Drafts tokens that the base would not draw by itself."""
+
+    name, version, max_depth, max_width = "wrong", "0", 3, 2
+
+    def draft(self, batch):
+        for draft in batch:
+            for path in range(draft.budget.width):
+                draft.tree.extend([50 + path, 60, 70][: draft.budget.depth], draft.budget.nodes)
+
+    def observe(self, batch):
+        pass
+
+    def forget(self, request):
+        pass
+
+
+def test_imposed_acceptance_is_what_was_asked_for():
+    base = toy_base()
+    base.executor = Imposed(base.executor, survival(2.67, 3))
+    engine = Engine(base, Wrong(), everywhere(3, 2), slots=1024)
+    for i in range(4):
+        engine.submit(Request(f"r{i}", [3, 4, 5 + i], SamplingParams(temperature=0.0, max_tokens=120)))
+    tokens = steps = 0
+    while engine.busy:
+        report = engine.step()
+        if report.prefill == 0:
+            tokens, steps = tokens + report.emitted, steps + report.requests
+    engine.check()
+    assert tokens / steps == pytest.approx(2.67, abs=0.35)
+
+
+def test_a_graphed_chain_is_the_drafters_own():
+    torch.manual_seed(0)
+    speculator = MLPSpeculator(MLPSpeculatorConfig(VOCAB, 32, 24, 3, 4, (3, 2, 2))).eval()
+    hidden = torch.randn(3, 32)
+
+    def drafted(drafter: MLPDrafter, temperature: float) -> list[list[int]]:
+        samplers = [Sampler(SamplingParams(temperature=temperature, seed=i), [1], VOCAB) for i in range(3)]
+        drafts = [Draft(str(i), [1, 2 + i], Tree.chain([2 + i]), Budget.of(1 + i), samplers[i], hidden[i]) for i in range(3)]
+        drafter.draft(drafts)
+        return [draft.tree.tokens for draft in drafts]
+
+    for temperature in (0.0, 1.0):
+        assert drafted(GraphedDrafter(speculator), temperature) == drafted(MLPDrafter(speculator), temperature)
+
+
+def test_bytes_are_those_of_the_shapes():
+    for tied in (False, True):
+        model = toy_model(toy_config(tie_word_embeddings=tied), "ragged")
+        total = sum(p.numel() for p in model.parameters()) * 4
+        assert weight_bytes(model) == (total if tied else total - VOCAB * 64 * 4)
+        assert kv_bytes(model) == 2 * 3 * 2 * 16 * 4
+    assert all(shape.speculator.emb_dim == shape.config.get_text_config().hidden_size for shape in SHAPES.values())
+
+
+def test_the_plan_measures_each_point_once_and_the_bars_first():
+    grid = plans(tiny=False)
+    assert len(grid) == len(set(grid)) and grid[0] == (1, 64, 0, 1)
+    (row,) = rows_of(1, 10, 3, 2)
+    assert list(row.parents) == [-1, 0, 1, 2, 0, 4, 5] and list(row.depths) == [0, 1, 2, 3, 1, 2, 3] and len(row.new) == 7
+    assert common([1, 2, 3], [1, 2, 4]) == 2
