@@ -5,6 +5,8 @@
     python benchmarks/peers.py run --model .peers/models/code-190m --requests 1,8,32 --passes 2 --out benchmarks/results/peers-190m.json
     python benchmarks/peers.py run --model models/demo-code-large --requests 1,8,32 --passes 6 --out benchmarks/results/peers-8m.json
 
+On two quiet cores the third takes about 45 minutes and the fourth about 12; `--only ours,openvino` takes a part of that.
+
 Everything runs in float32 on two threads with prefix caching off. A cell is one number of requests: with 1, four prompts one after another;
 with more, all at once. Every prompt is 193 tokens of a file of Python's standard library that no demo model was trained on, no prompt is
 used twice, and every answer is 128 tokens, greedy, whether or not the text ends earlier. Seconds run from handing in all prompts to having
