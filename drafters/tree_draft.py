@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafters.chains import NativeChains, suits
 from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
 from engine.native.library import library
 from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
-from engine.sampling import Sampler, draw, perturb, prepare_noise
+from engine.sampling import COLDEST, Sampler, draw, perturb, prepare_noise
 from engine.tree import Tree
 
 T = TypeVar("T")
@@ -131,6 +132,7 @@ class MLPDrafter:
         self.branches = config.top_k_tokens_per_head
         self.speculator = speculator
         self.heads = inference_heads(speculator)
+        self.chains = native_chains(speculator, self.heads)
 
     @torch.inference_mode()
     def draft(self, batch: Sequence[Draft]) -> None:
@@ -155,6 +157,8 @@ class MLPDrafter:
 
     def follow(self, jobs: Sequence[Job]) -> list[list[int]]:
         """One path for each job, by the best token of every head: nothing is ranked."""
+        if self.chains is not None and not any(job.draft.sampler.shaped for job in jobs):
+            return chained(self.chains, jobs)
         state, token = self.roots(jobs)
         paths: list[list[int]] = [[] for _ in jobs]
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
@@ -195,6 +199,21 @@ def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: 
     return perturb(logits, samplers, owners, positions, before() if penalised else None)
 
 
+def chained(chains: NativeChains, jobs: Sequence[Job]) -> list[list[int]]:
+    """`MLPDrafter.follow` for requests whose draws are shaped by temperature and noise alone; the noise is prepared."""
+    drafts, depth = [job.draft for job in jobs], max(job.depth for job in jobs)
+    temperatures = [max(t, COLDEST) if (t := draft.sampler.params.temperature) > 0 else 0.0 for draft in drafts]
+    noise = [row for draft in drafts for row in noise_ahead(draft, depth)]
+    hidden = [draft.hidden for draft in drafts if draft.hidden is not None]
+    return chains.draft(hidden, [draft.tokens[-1] for draft in drafts], temperatures, noise, depth)
+
+
+def noise_ahead(draft: Draft, depth: int) -> list[Tensor | None]:
+    """A request's noise at the next positions; below its own budget, where it does not matter, any."""
+    noise, first = draft.sampler.noise, len(draft.tokens)
+    return [noise.get(first + ahead, noise.get(first)) for ahead in range(depth)]
+
+
 def drawn(logits: Tensor, jobs: Sequence[Job], head: int, paths: Sequence[Sequence[int]]) -> list[int]:
     """The token that the base would draw from a head's logits [jobs, V], each in the noise of the position it guesses."""
     samplers = [job.draft.sampler for job in jobs]
@@ -223,6 +242,14 @@ def inference_heads(speculator: MLPSpeculator) -> list[Head]:
     scale = [module.get_parameter("weight").detach() for module in speculator.ln]
     shift = [module.get_parameter("bias").detach() for module in speculator.ln]
     return [Head(*parts) for parts in zip(emb, proj, scale, shift, out, strict=True)]
+
+
+def native_chains(speculator: MLPSpeculator, heads: Sequence[Head]) -> NativeChains | None:
+    """The heads for the native kernel, where it can draft with them."""
+    if not suits(speculator):
+        return None
+    native = [(h.proj, h.out) for h in heads if isinstance(h.proj, NativeLinear) and isinstance(h.out, NativeLinear)]
+    return NativeChains(speculator, native, [(h.emb, h.scale, h.shift) for h in heads])
 
 
 def once(modules: Iterable[nn.Module], make: Callable[[Any], T]) -> list[T]:

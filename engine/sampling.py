@@ -94,6 +94,11 @@ class Sampler:
         if self.seen is not None:
             self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = 1.0
 
+    @property
+    def shaped(self) -> bool:
+        """Whether anything but temperature and noise shapes the logits."""
+        return self.bias is not None or self.counts is not None or self.params.truncated
+
     def record(self, tokens: Sequence[int]) -> None:
         """Count committed tokens."""
         if self.counts is not None and self.seen is not None and tokens:
@@ -145,7 +150,7 @@ def draw(
     paths: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """The draw of every row: the argmax of `perturb`, whose arguments these are; UNDRAWN where the logits are not numbers. [N]"""
-    plain = all(s.bias is None and s.counts is None and not s.params.truncated for s in samplers)
+    plain = not any(s.shaped for s in samplers)
     if plain and logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride(-1) == 1 and library.library() is not None:
         return draw_natively(logits, samplers, owner, positions)
     best = perturb(logits, samplers, owner, positions, paths).max(-1)

@@ -853,3 +853,105 @@ void draw(const float *logits, int64_t stride, int rows, int64_t vocab, const fl
         out[row] = bad ? -1 : where[chosen];
     }
 }
+
+/* ---- drafting --------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Linear project, head;
+    const float *embed, *scale, *shift; /* [vocab][width], the token's weight multiplied in; [width] */
+} SpeculatorHead;
+
+typedef struct {
+    int32_t heads, inputs, width, scaled;
+    int64_t vocab;
+    const SpeculatorHead *head;
+} Speculator;
+
+typedef struct {
+    const Speculator *speculator;
+    int rows, depth;
+    const float *const *hidden;     /* [rows] rows of `inputs` */
+    const float *temperature;       /* [rows] */
+    const float *const *noise;      /* [rows][depth] rows of the vocabulary, read where the temperature is above 0 */
+    const int32_t *last;            /* [rows] */
+    int64_t *paths;                 /* [rows][depth] */
+    float *tiles, *state, *logits;  /* [rows][inputs], [rows][panels * PANEL] twice */
+} Chains;
+
+#define SPECULATOR_EPS 1e-6f
+
+/* x times the normal distribution's mass below x: Abramowitz and Stegun 7.1.26, to 2e-7. */
+INLINE vf gelu(vf x) {
+    vf z = x * 0.70710678118654752f, a = (vf)((vi)z & 0x7fffffff), t = 1.0f / (1.0f + 0.3275911f * a);
+    vf p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    vf tail = p * exponential(-(a * a)) * 0.5f; /* the mass beyond |x| */
+    vi below = z < all(0.0f);
+    return x * (vf)(((vi)tail & below) | ((vi)(1.0f - tail) & ~below));
+}
+
+/* One row's state after it has read a token: u = projection + embedding; GELU of its scaled and shifted RMS norm. */
+INLINE void advance(float *u, const SpeculatorHead *head, int width, int64_t token, float *tiles, int step) {
+    const float *embed = head->embed + token * width;
+    for (int i = 0; i < width; i += LANES) store(u + i, load(u + i) + load(embed + i));
+    float factor = inverse_rms(u, width, SPECULATOR_EPS), y[LANES];
+    for (int i = 0; i < width; i += LANES) {
+        vf v = gelu(load(u + i) * factor * load(head->scale + i) + load(head->shift + i));
+        store(y, v);
+        for (int j = 0; j < LANES; ++j) tiles[(int64_t)(i + j) * step] = y[j];
+    }
+}
+
+static void chains_job(Pool *pool, int thread, const void *argument) {
+    const Chains *c = argument;
+    const Speculator *s = c->speculator;
+    unsigned phase = atomic_load(&pool->phase);
+    int rows = c->rows, size = tile_rows(rows), step;
+    (void)thread;
+    for (int r; (r = take(pool, phase, 1)) < rows;) {
+        float factor = s->scaled ? inverse_rms(c->hidden[r], s->inputs, SPECULATOR_EPS) * 0.70710678118654752f : 1.0f;
+        float *out = tiled(c->tiles, rows, size, s->inputs, r, &step);
+        for (int k = 0; k < s->inputs; ++k) out[(int64_t)k * step] = c->hidden[r][k] * factor;
+    }
+    barrier(pool, &phase);
+    for (int i = 0; i < c->depth; ++i) {
+        const SpeculatorHead *head = s->head + i;
+        int64_t wide = (int64_t)head->project.panels * PANEL, stride = (int64_t)head->head.panels * PANEL;
+        multiply(pool, phase, &(Product){&head->project, c->tiles, rows, size, STORE, 1.0f, c->state, wide});
+        barrier(pool, &phase);
+        for (int r; (r = take(pool, phase, 1)) < rows;) {
+            int64_t token = i ? c->paths[(int64_t)r * c->depth + i - 1] : c->last[r];
+            float *out = tiled(c->tiles, rows, size, s->width, r, &step);
+            advance(c->state + r * wide, head, s->width, token, out, step);
+        }
+        barrier(pool, &phase);
+        multiply(pool, phase, &(Product){&head->head, c->tiles, rows, size, STORE, 1.0f, c->logits, stride});
+        barrier(pool, &phase);
+        for (int r; (r = take(pool, phase, 1)) < rows;) {
+            int64_t *token = c->paths + (int64_t)r * c->depth + i;
+            draw(c->logits + r * stride, stride, 1, s->vocab, c->temperature + r, c->noise + (int64_t)r * c->depth + i, token);
+            if (*token < 0) *token = 0; /* logits that are not numbers draft anything */
+        }
+        barrier(pool, &phase);
+    }
+}
+
+/* Draft one chain for every row: the best token of each head in the noise of its position. Returns 0, or -1 without memory. */
+int chains(Pool *pool, const Speculator *s, Chains *c) {
+    size_t total = 0;
+    int most = s->inputs > s->width ? s->inputs : s->width;
+    int64_t wide = 0, stride = 0;
+    for (int i = 0; i < c->depth; ++i) {
+        if ((int64_t)s->head[i].project.panels * PANEL > wide) wide = (int64_t)s->head[i].project.panels * PANEL;
+        if ((int64_t)s->head[i].head.panels * PANEL > stride) stride = (int64_t)s->head[i].head.panels * PANEL;
+    }
+    size_t tiles = room(&total, sizeof(float) * c->rows * most), state = room(&total, sizeof(float) * c->rows * wide);
+    size_t logits = room(&total, sizeof(float) * c->rows * stride);
+    pthread_mutex_lock(&pool->busy);
+    char *base = reserve(pool, total);
+    if (base) {
+        c->speculator = s;
+        c->tiles = (float *)(base + tiles), c->state = (float *)(base + state), c->logits = (float *)(base + logits);
+        run(pool, chains_job, c);
+    }
+    return pthread_mutex_unlock(&pool->busy), base ? 0 : -1;
+}

@@ -1,0 +1,79 @@
+"""Chains of an MLP speculator in one native call: every head, its normalisation and its draw, for all requests at once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from drafters.mlp import MLPSpeculator
+from engine.native import library
+from engine.native.operations import NativeLinear
+from engine.native.weights import aligned
+
+
+class Head(ctypes.Structure):
+    _fields_ = (("project", library.Linear), ("head", library.Linear), ("embed", c_void_p), ("scale", c_void_p), ("shift", c_void_p))
+
+
+class Speculator(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("heads", "inputs", "width", "scaled")),
+        ("vocab", c_int64),
+        ("head", POINTER(Head)),
+    )
+
+
+class Chains(ctypes.Structure):
+    _fields_ = (
+        ("speculator", POINTER(Speculator)),
+        ("rows", c_int),
+        ("depth", c_int),
+        *((name, c_void_p) for name in ("hidden", "temperature", "noise", "last", "paths", "tiles", "state", "logits")),
+    )
+
+
+class NativeChains:
+    """A speculator's weights as the kernel reads them."""
+
+    def __init__(
+        self,
+        speculator: MLPSpeculator,
+        linears: Sequence[tuple[NativeLinear, NativeLinear]],
+        tensors: Sequence[tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
+        """linears: projection and output of each head; tensors: its embedding [V, width], token weight multiplied in, scale and shift."""
+        c = speculator.config
+        self.linears, self.tensors = linears, [tuple(aligned(t.float()) for t in one) for one in tensors]
+        entries = [Head(p.linear, o.linear, *(t.data_ptr() for t in own)) for (p, o), own in zip(linears, self.tensors, strict=True)]
+        table = (Head * len(entries))(*entries)
+        self.speculator = Speculator(len(entries), c.emb_dim, c.width, int(c.scale_input), c.vocab_size, table)
+        self.kernel = library.load().chains
+        self.kernel.argtypes = (c_void_p, POINTER(Speculator), POINTER(Chains))
+
+    def draft(
+        self, hidden: Sequence[Tensor], last: Sequence[int], temperatures: Sequence[float], noise: Sequence[Tensor | None], depth: int
+    ) -> list[list[int]]:
+        """One path of `depth` tokens for each request: its state [emb_dim], its last token, and its noise [V] at each depth, row by row."""
+        rows = len(hidden)
+        states = [h.float().contiguous() for h in hidden]
+        warmth, tokens = (c_float * rows)(*temperatures), (c_int32 * rows)(*last)
+        places = (c_void_p * rows)(*(s.data_ptr() for s in states))
+        noises = (c_void_p * (rows * depth))(*(None if n is None else n.data_ptr() for n in noise))
+        paths = (c_int64 * (rows * depth))()
+        addresses = [ctypes.addressof(array) for array in (places, warmth, noises, tokens, paths)]
+        job = Chains(None, rows, depth, *addresses, None, None, None)
+        if self.kernel(library.pool(torch.get_num_threads()), self.speculator, job):
+            raise MemoryError(f"no memory to draft for {rows} requests")
+        return [paths[row * depth : (row + 1) * depth] for row in range(rows)]
+
+
+def suits(speculator: MLPSpeculator) -> bool:
+    """Whether the kernel can draft with this speculator: float32 on a CPU, widths in whole vectors."""
+    weight, c = next(speculator.parameters()), speculator.config
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or library.library() is None:
+        return False
+    return c.width % library.lanes() == 0 and c.emb_dim % library.lanes() == 0

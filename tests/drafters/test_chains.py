@@ -1,0 +1,53 @@
+"""Chains drafted natively are the chains of plain PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from drafters.mlp import MLPSpeculator
+from drafters.tree_draft import MLPDrafter
+from engine.drafter import Draft
+from engine.native import library
+from engine.sampling import SamplingParams
+from engine.tree import Budget
+
+Make = Callable[..., MLPSpeculator]
+MakeDraft = Callable[..., Draft]
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="there is no C compiler")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_native_chains_are_those_of_torch(make_speculator: Make, make_draft: MakeDraft, tied: bool, count: int) -> None:
+    speculator = make_speculator(emb_dim=48, inner_dim=32, tie_weights=tied, scale_input=tied)
+    native, plain = MLPDrafter(speculator), MLPDrafter(speculator)
+    assert native.chains is not None
+    plain.chains = None
+    hidden = torch.randn(count, 48)
+    drafts = []
+    for drafter in (native, plain):
+        batch = [
+            make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(temperature=(0.0, 1.0, 0.5)[i % 3], seed=i), hidden[i])
+            for i in range(count)
+        ]
+        drafter.draft(batch)
+        drafts.append([draft.tree.tokens for draft in batch])
+    assert drafts[0] == drafts[1]
+    assert [len(tokens) for tokens in drafts[0]] == [2 + i % 3 for i in range(count)]
+
+
+def test_a_width_that_is_no_whole_number_of_vectors_is_left_to_torch(make_speculator: Make) -> None:
+    assert MLPDrafter(make_speculator(emb_dim=48, inner_dim=20)).chains is None
+
+
+def test_a_speculator_of_nan_drafts_anything_and_harms_nothing(make_speculator: Make, make_draft: MakeDraft) -> None:
+    speculator = make_speculator(emb_dim=48, inner_dim=32)
+    speculator.proj[0].weight.data.fill_(float("nan"))
+    draft = make_draft([1, 2], Budget.of(3), hidden=torch.randn(48))
+    MLPDrafter(speculator).draft([draft])
+    assert len(draft.tree) == 4 and all(0 <= token < 61 for token in draft.tree.tokens)
