@@ -81,7 +81,8 @@ struct Pool {
     pthread_t *workers;
     pthread_mutex_t mutex, busy; /* busy: held by the caller whose job runs */
     pthread_cond_t wake;
-    _Atomic int generation, arrived, sleeping, stop;
+    _Atomic unsigned generation; /* jobs so far */
+    _Atomic int arrived, sleeping, inside, stop; /* inside: workers that have not left the job yet */
     _Atomic unsigned phase; /* barriers passed so far */
     _Atomic int next[2]; /* work counters, used in turn */
     Job job;
@@ -96,6 +97,12 @@ INLINE void pause_cpu(void) {
 #endif
 }
 
+/* One of many turns of a short wait. */
+INLINE void linger(int *turns) {
+    if (*turns < 2000) ++*turns, pause_cpu();
+    else sched_yield();
+}
+
 /* Wait until every thread is here. `phase` is the caller's own count of barriers, as Pool.phase was when its job began. */
 static void barrier(Pool *p, unsigned *phase) {
     unsigned mine = ++*phase;
@@ -105,10 +112,7 @@ static void barrier(Pool *p, unsigned *phase) {
         atomic_store(&p->phase, mine);
         return;
     }
-    for (int spins = 0; (int)(atomic_load_explicit(&p->phase, memory_order_acquire) - mine) < 0; ++spins) {
-        if (spins < 2000) pause_cpu();
-        else sched_yield();
-    }
+    for (int turns = 0; (int)(atomic_load_explicit(&p->phase, memory_order_acquire) - mine) < 0;) linger(&turns);
 }
 
 /* The next piece of the work between two barriers. */
@@ -120,7 +124,7 @@ static void *work(void *argument) {
     Worker worker = *(Worker *)argument;
     free(argument);
     Pool *p = worker.pool;
-    for (int seen = 0;;) {
+    for (unsigned seen = 0;;) {
         int spins = 0;
         while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen && ++spins < SPINS) pause_cpu();
         if (spins >= SPINS) {
@@ -133,6 +137,7 @@ static void *work(void *argument) {
         ++seen;
         if (atomic_load(&p->stop)) return NULL;
         p->job(p, worker.index, p->argument);
+        atomic_fetch_sub_explicit(&p->inside, 1, memory_order_release);
     }
 }
 
@@ -167,12 +172,14 @@ void pool_free(Pool *p) {
     free(p);
 }
 
-/* Run a job on every thread; it ends with a barrier. */
+/* Run a job on every thread; it ends with a barrier. Behind it no thread reads the argument any more. */
 static void run(Pool *p, Job job, const void *argument) {
     p->job = job;
     p->argument = argument;
+    atomic_store(&p->inside, p->threads - 1);
     if (p->threads > 1) launch(p);
     job(p, 0, argument);
+    for (int turns = 0; atomic_load_explicit(&p->inside, memory_order_acquire);) linger(&turns);
 }
 
 static char *reserve(Pool *p, size_t size) {
