@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import time
@@ -22,6 +23,7 @@ class Report:
 
     def __init__(self, file: Path, part: str, device: torch.device, tiny: bool, minutes: float) -> None:
         self.file, self.device = file, device
+        self.depth = 0  # attempts within attempts: that of the part, of a model, of a measurement
         self.started, self.deadline = time.monotonic(), time.monotonic() + 60 * minutes
         self.content: dict[str, Any] = {"part": part, "tiny": tiny, **machine(device), "results": [], "errors": []}
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,14 +46,18 @@ class Report:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Go on after an error, which is recorded; memory is given back."""
+        """Go on after an error, which is recorded. Memory is given back after the outermost attempt and after an error."""
+        failed, self.depth = False, self.depth + 1
         try:
             yield
         except Exception as error:
+            failed = True
             self.content["errors"].append({"what": what, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
             print(f"{what} failed: {type(error).__name__}: {error}", flush=True)
+        self.depth -= 1
         self.save()
-        release(self.device)
+        if failed or self.depth <= 1:
+            release(self.device)
 
     def save(self) -> None:
         self.content["seconds"] = round(time.monotonic() - self.started, 1)
@@ -70,6 +76,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def release(device: torch.device) -> None:
+    """Give back memory that nothing holds; models and what hooks into them hold each other."""
+    gc.collect()
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()

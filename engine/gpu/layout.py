@@ -91,7 +91,7 @@ def power(count: int) -> int:
 def lay_out(rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int], cut: Cut, padded: bool = True) -> Geometry:
     """The geometry of these rows, tokens packed in row order. padded: rounded up to a bucket. Raises Unmaskable."""
     count = len(ids)
-    reach, bits = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int64)
+    reach, bits = [0] * count, np.zeros(count, dtype=np.int64)
     chains: list[Chain] = []
     start = 0
     for row in rows:
@@ -102,8 +102,8 @@ def lay_out(rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int], cut: C
     views = split_header(data, bucket)
     views["write"].fill(-1)
     views["ids"][:count], views["keep"][: len(keep)] = ids, keep
-    views["positions"][:count] = np.concatenate([len(r.context) + np.asarray(r.depths) for r in rows])
-    views["write"][:count] = np.concatenate([np.asarray(r.new) for r in rows])
+    views["positions"][:count] = [len(row.context) + depth for row in rows for depth in row.depths]
+    views["write"][:count] = [slot for row in rows for slot in row.new]
     views["reach"][:count] = reach
     views["bits"].view(np.int64)[:count] = bits
     place(chains, views, data[bucket.header :], bucket.tile, cut.fold)
@@ -130,12 +130,12 @@ def is_chain(parents: Sequence[int]) -> bool:
     return all(parent == node - 1 for node, parent in enumerate(parents))
 
 
-def mask(row: Row, start: int, reach: np.ndarray, bits: np.ndarray) -> Chain:
+def mask(row: Row, start: int, reach: list[int], bits: np.ndarray) -> Chain:
     """A whole row; the last BITS nodes of a tree see each other by bits, everything before is causal."""
     length, new = len(row.context), len(row.new)
     tokens = range(start, start + new)
     slots = [row.context, np.asarray(row.new)]
-    reach[start : start + new] = length + np.arange(new)
+    reach[start : start + new] = range(length, length + new)
     if is_chain(row.parents):
         return Chain(slots, length + new, tokens)
     first = max(0, new - BITS)
@@ -147,7 +147,7 @@ def mask(row: Row, start: int, reach: np.ndarray, bits: np.ndarray) -> Chain:
     return Chain(slots, length + first, tokens)
 
 
-def expand(row: Row, start: int, reach: np.ndarray) -> Iterator[Chain]:
+def expand(row: Row, start: int, reach: list[int]) -> Iterator[Chain]:
     """A tree as the chains from its root to its leaves, each node queried on the first of them: keys lie where plain decoding has them."""
     length, done = len(row.context), np.zeros(len(row.new), dtype=bool)
     new, parents = np.asarray(row.new), set(row.parents)
@@ -159,7 +159,8 @@ def expand(row: Row, start: int, reach: np.ndarray) -> Iterator[Chain]:
         fresh = [depth for depth, node in enumerate(path) if not done[node]]
         nodes = [path[depth] for depth in fresh]
         done[nodes] = True
-        reach[[start + node for node in nodes]] = [length + depth for depth in fresh]
+        for node, depth in zip(nodes, fresh, strict=True):
+            reach[start + node] = length + depth
         yield Chain([row.context, new[path]], length + len(path), [start + node for node in nodes])
 
 
@@ -179,18 +180,17 @@ def choose(chains: Sequence[Chain], count: int, kept: int, cut: Cut, padded: boo
 
 def place(chains: Sequence[Chain], views: dict[str, np.ndarray], slots: np.ndarray, tile: int, fold: int) -> None:
     """Write the chains' slots and tiles."""
-    at = query = index = 0
+    order: list[int] = []
+    tiles: list[tuple[int, ...]] = []
+    keys_of, at = [0] * sum(len(chain.tokens) for chain in chains), 0
     for chain in chains:
         count = len(chain.tokens)
-        views["order"][query : query + count] = chain.tokens
-        views["keys_of"][np.asarray(chain.tokens)] = chain.keys
-        for offset in range(0, count * fold, tile):
-            entry = (query, count, offset, at, chain.keys, chain.base)
-            for name, value in zip(PER_TILE, entry, strict=True):
-                views[name][index] = value
-            index += 1
-        end = at
-        for part in chain.slots:
-            slots[end : end + len(part)] = part
-            end += len(part)
-        at, query = end, query + count
+        tiles += [(len(order), count, offset, at, chain.keys, chain.base) for offset in range(0, count * fold, tile)]
+        order += chain.tokens
+        for token in chain.tokens:
+            keys_of[token] = chain.keys
+        at += chain.keys
+    np.concatenate([part for chain in chains for part in chain.slots], out=slots, casting="same_kind")
+    views["order"][: len(order)], views["keys_of"][: len(order)] = order, keys_of
+    for name, values in zip(PER_TILE, zip(*tiles, strict=True), strict=True):
+        views[name][: len(tiles)] = values
