@@ -26,7 +26,7 @@ from benchmarks.arena.prompts import LENGTH, Shelf, Slice
 NEW = 128  # tokens of every answer
 SINGLES = 4  # prompts, one after another, of a cell with one request
 WARM = 8  # tokens of every answer in a peer's warm-up round
-RESERVE = 4 << 30  # bytes of memory that stay free
+RESERVE = 6 << 30  # bytes of memory that are free before a system is loaded
 READ = 1 << 29  # bytes read to measure the memory's bandwidth
 
 
@@ -197,6 +197,7 @@ class Contest:
         if runner is not None:
             runner.resume()
             return runner
+        self.make_room()
         runner = self.alive[system.name] = Runner(system, self.threads, max(self.requests), self.logs / f"{system.name}.log")
         runner.await_ready()
         self.versions[system.name] = runner.versions
@@ -205,6 +206,13 @@ class Contest:
             for prompts in [[p] for p in self.warm[n]] if n == 1 else [self.warm[n]]:
                 runner.ask(prompts, NEW if system.learns else WARM)
         return runner
+
+    def make_room(self) -> None:
+        """End the systems that were loaded last, until there is memory for another."""
+        while self.alive and free_memory() < RESERVE:
+            name = next(reversed(self.alive))
+            self.transient.add(name)
+            self.drop(name)
 
     def drop(self, name: str) -> None:
         runner = self.alive.pop(name, None)
