@@ -7,7 +7,8 @@ import time
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
@@ -122,10 +123,13 @@ def random_prompts(vocab: int, count: int, length: int) -> list[list[int]]:
 
 def provide_pydantic() -> None:
     """Where pydantic is not installed: as much of it as the policies need, with defaults and without validation."""
-    if find_spec("pydantic") is not None or "pydantic" in sys.modules:
+    try:
+        import_module("pydantic")
         return
-    print("pydantic is not installed: policies are made of their defaults, unvalidated", flush=True)
+    except ImportError:
+        print("pydantic is not installed: policies are made of their defaults, unvalidated", flush=True)
     stand_in: Any = types.ModuleType("pydantic")
+    stand_in.__spec__ = ModuleSpec("pydantic", None)
 
     class BaseModel:
         def __init__(self, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -118,3 +119,32 @@ def test_the_plan_measures_each_point_once_and_the_bars_first():
     (row,) = rows_of(1, 10, 3, 2)
     assert list(row.parents) == [-1, 0, 1, 2, 0, 4, 5] and list(row.depths) == [0, 1, 2, 3, 1, 2, 3] and len(row.new) == 7
     assert common([1, 2, 3], [1, 2, 4]) == 2
+
+
+BARE = """
+import sys
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pydantic", "ray", "fastapi"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Wall())
+from benchmarks.accelerator.flight import Flight, requests_of
+from tests.benchmarks.test_gpu import Wrong
+from tests.engine.toys import toy_base
+
+for policy in ("off", "fixed", "goodput"):
+    flight = Flight(toy_base(), Wrong(), policy, 2, 1, slots=256)
+    flown = flight.run(requests_of([[3, 4], [5, 6]], 12))
+    flight.learn()
+    assert (flown.drafted > 0) == (policy != "off"), (policy, flown)
+    assert sum(map(len, flown.texts.values())) == 24
+"""
+
+
+def test_policies_fly_without_pydantic_and_ray():
+    code = BARE.replace("from tests.benchmarks.test_gpu import Wrong", inspect.getsource(Wrong))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pydantic is not installed" in done.stdout
