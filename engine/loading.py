@@ -65,7 +65,7 @@ def load_base(
     config = AutoConfig.from_pretrained(folder)
     refuse_layers(config)
     packable = native and device == "cpu" and Path(folder).is_dir() and possible(config)
-    file = weights.file_for(Path(folder), cache) if cache and packable else None
+    file = weights.file_for(Path(folder), cache, dtype) if cache and packable else None
     if file is not None and file.exists():
         return mapped(config, folder, file, dtype)
     try:

@@ -22,11 +22,11 @@ ALIGNMENT = 64  # bytes: a cache line, so that no vector of weights straddles tw
 LAYOUT = 1  # raise when the kernels' layout changes
 
 
-def file_for(folder: Path, cache: Path) -> Path:
-    """Where the packed weights of a checkpoint folder are kept: a name that changes with the checkpoint, the layout and the processor."""
+def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path:
+    """Where the weights of a checkpoint folder, loaded as `dtype` and packed, are kept: another name for another checkpoint or layout."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
-    return cache / f"{folder.resolve().name}-{digest(str(folder.resolve()))}-{digest([stamps, LAYOUT, library.lanes()])}.safetensors"
+    return cache / f"{folder.resolve().name}-{digest([str(folder.resolve()), str(dtype)])}-{digest([stamps, LAYOUT, library.lanes()])}.safetensors"
 
 
 def digest(identity: object) -> str:

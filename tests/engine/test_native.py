@@ -187,6 +187,8 @@ def test_packed_weights_are_mapped_from_one_file(tmp_path):
     load_base(tmp_path / "base", cache=cache)
     (fresh,) = cache.iterdir()
     assert fresh != file, "a changed checkpoint is packed anew"
+    rounded = load_base(tmp_path / "base", dtype=torch.bfloat16, cache=cache)
+    assert len(list(cache.iterdir())) == 2 and rounded.executor.tensors["0.qkv"].dtype == torch.bfloat16
 
 
 def test_weights_that_cannot_be_shared_are_kept_privately(tmp_path, caplog):
