@@ -151,7 +151,10 @@ Pool *pool_new(int threads) {
     for (int i = 1; i < threads; ++i) {
         Worker *worker = malloc(sizeof(Worker));
         *worker = (Worker){p, i};
-        pthread_create(&p->workers[i], NULL, work, worker);
+        if (!pthread_create(&p->workers[i], NULL, work, worker)) continue;
+        free(worker);
+        p->threads = i; /* the system gives no more */
+        break;
     }
     return p;
 }
@@ -183,10 +186,11 @@ static void run(Pool *p, Job job, const void *argument) {
 }
 
 static char *reserve(Pool *p, size_t size) {
-    if (size > p->scratch_size) {
+    if (size > p->scratch_size || !p->scratch) {
+        size_t wanted = (size + size / 4) / 64 * 64 + 64;
         free(p->scratch);
-        p->scratch_size = size + size / 4;
-        p->scratch = aligned_alloc(64, (p->scratch_size + 63) / 64 * 64);
+        p->scratch = aligned_alloc(64, wanted);
+        p->scratch_size = p->scratch ? wanted : 0;
     }
     return p->scratch;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -59,7 +61,7 @@ class Batch(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where there is no C compiler; why is logged."""
     try:
-        loaded = ctypes.CDLL(str(build()))
+        loaded = opened()
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the native kernels are not available, models run on plain PyTorch: %s", error)
         return None
@@ -72,6 +74,17 @@ def library() -> ctypes.CDLL | None:
     loaded.gumbel.restype = loaded.draw.restype = None
     loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)
     return loaded
+
+
+def opened() -> ctypes.CDLL:
+    """The compiled file, made again if it is broken. Raises OSError or SubprocessError."""
+    file = build()
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        log.warning("the compiled kernels are broken and made again: %s", error)
+        file.unlink(missing_ok=True)
+        return ctypes.CDLL(str(build()))
 
 
 def load() -> ctypes.CDLL:
@@ -89,19 +102,24 @@ def lanes() -> int:
 
 @functools.cache
 def pool(threads: int) -> int:
-    """Threads that kernels run on, one set per process and number: callers take turns."""
+    """Threads that kernels run on, one set per process and number: callers take turns. To be asked for at each call: a fork has its own."""
     return int(load().pool_new(threads))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def build() -> Path:
     """Compile the kernels for this very processor unless that has been done. Raises OSError or SubprocessError."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    target = folder() / f"kernels-{fingerprint(compiler or '')}.so"
-    if target.exists():
-        return target
+    name = f"kernels-{fingerprint(compiler or '')}.so"
+    ready = next((place / name for place in folders() if (place / name).exists()), None)
+    if ready is not None:
+        return ready
     if compiler is None:
         raise FileNotFoundError(f"no C compiler was found ({', '.join(COMPILERS)})")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = writable(folders()) / name
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *FLAGS, *vector_flags(), "-o", str(made), str(SOURCE), "-lpthread", "-lm"]
@@ -116,10 +134,22 @@ def vector_flags() -> tuple[str, ...]:
     return ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
-def folder() -> Path:
+def folders() -> list[Path]:
     """Where compiled kernels are kept: beside the source, or in the user's cache if that cannot be written."""
-    beside = SOURCE.parent / "build"
-    return beside if os.access(SOURCE.parent, os.W_OK) else Path.home() / ".cache" / "specfleet"
+    places = [SOURCE.parent / "build"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        places.append(Path.home() / ".cache" / "specfleet")
+    return places
+
+
+def writable(places: Sequence[Path]) -> Path:
+    """The first folder that takes files. Raises OSError."""
+    for place in places:
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    raise PermissionError(f"compiled kernels cannot be kept in {', '.join(map(str, places))}")
 
 
 def fingerprint(compiler: str) -> str:

@@ -29,7 +29,7 @@ class NativeLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[.., in] float32 -> [.., out] float32"""
-        rows = x.reshape(-1, self.inputs).contiguous()
+        rows = x.reshape(-1, self.inputs).float().contiguous()
         y = torch.empty(rows.shape[0], self.width)
         if self.kernels.linear(library.pool(torch.get_num_threads()), self.linear, rows.data_ptr(), rows.shape[0], y.data_ptr()):
             raise MemoryError(f"no memory for {rows.shape[0]} rows of {self.inputs} inputs")
@@ -39,7 +39,8 @@ class NativeLinear:
 def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """`engine.sampling.gumbel` for tensors on a CPU."""
     out = torch.empty(len(seeds), vocab)
-    library.load().gumbel(seeds.contiguous().data_ptr(), positions.contiguous().data_ptr(), len(seeds), vocab, out.data_ptr())
+    whole = [tensor.to(torch.int64).contiguous() for tensor in (seeds, positions)]
+    library.load().gumbel(*(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
     return out
 
 

@@ -109,7 +109,7 @@ class Native:
         self.bytes_per_token = 2 * 4 * self.kv_heads * self.dim * int(config.num_hidden_layers)
         self.layers = (library.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
         self.model = self.describe(config)
-        self.pool = library.pool(threads)
+        self.threads = threads
         self.store: KVStore | None = None
 
     def describe(self, c: Any) -> library.Model:
@@ -147,6 +147,7 @@ class Native:
         ids, kept = np.array(tokens, dtype=np.int32), np.array(keep, dtype=np.int32)
         slots = np.array([slot for row in rows for slot in row.new], dtype=np.int64)
         positions = np.array([len(row.context) + depth for row in rows for depth in row.depths], dtype=np.int32)
+        self.check(ids, positions)
         table, held = self.table(rows)
         logits = torch.empty(len(kept), self.model.head.panels * 2 * self.lanes)
         hidden = torch.empty(len(kept), self.hidden_size)
@@ -154,10 +155,16 @@ class Native:
             len(ids), len(rows), len(kept), 0, pointer(ids), pointer(positions), pointer(slots), pointer(kept),
             ctypes.addressof(table), logits.data_ptr(), hidden.data_ptr(),
         )  # fmt: skip
-        if self.kernels.forward(self.pool, self.model, batch):
+        if self.kernels.forward(library.pool(self.threads), self.model, batch):
             raise MemoryError(f"no memory for a forward of {len(ids)} tokens")
         del held
         return logits[:, : self.vocab_size], hidden
+
+    def check(self, ids: np.ndarray, positions: np.ndarray) -> None:
+        """The kernels read tables at these places."""
+        vocabulary, context = self.tensors["embed"].shape[0], self.tensors["cosine"].shape[0]
+        if len(ids) and (ids.view(np.uint32).max() >= vocabulary or positions.max() >= context):
+            raise IndexError(f"a token is not in the vocabulary of {vocabulary}, or beyond a context of {context}")
 
     def attach(self, store: KVStore) -> None:
         """Point the layers to this store's keys and values."""

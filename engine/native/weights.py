@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,22 +13,47 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.memory import zeros
 from engine.native import library
 
+log = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes: a cache line, so that no vector of weights straddles two
 LAYOUT = 1  # raise when the kernels' layout changes
 
 
-def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path:
-    """Where the weights of a checkpoint folder, loaded as `dtype` and packed, are kept: another name for another checkpoint or layout."""
+def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path | None:
+    """Where the weights of a checkpoint folder, loaded as `dtype` and packed, are kept: another name for another checkpoint or layout.
+
+    A file there that is not whole is removed first; None where that cannot be done.
+    """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
-    return cache / f"{folder.resolve().name}-{digest([str(folder.resolve()), str(dtype)])}-{digest([stamps, LAYOUT, library.lanes()])}.safetensors"
+    place = digest([str(folder.resolve()), str(dtype), library.lanes()])
+    file = cache / f"{folder.resolve().name}-{place}-{digest([stamps, LAYOUT])}.safetensors"
+    return file if not file.exists() or whole(file) or discarded(file) else None
+
+
+def whole(file: Path) -> bool:
+    """Whether a file has the length that its header tells."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError) as error:
+        log.warning("packed weights in %s are broken: %s", file, error)
+        return False
+
+
+def discarded(file: Path) -> bool:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("packed weights in %s cannot be removed: %s", file, error)
+        return False
+    return True
 
 
 def digest(identity: object) -> str:
@@ -39,12 +66,26 @@ def save(tensors: Mapping[str, Tensor], file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         draft = Path(scratch) / file.name
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(plain, draft, {"pad": ""})
-        save_file(plain, draft, {"pad": " " * (-start_of_data(draft) % ALIGNMENT)})
+        write(plain, draft, "")
+        write(plain, draft, " " * (-start_of_data(draft) % ALIGNMENT))
+        settle(draft)
         os.replace(draft, file)
-    for older in file.parent.glob(f"{file.stem.rsplit('-', 1)[0]}-*.safetensors"):
+    for older in file.parent.glob(f"{glob.escape(file.stem.rsplit('-', 1)[0])}-*.safetensors"):
         if older != file:
             older.unlink(missing_ok=True)
+
+
+def write(tensors: dict[str, Tensor], file: Path, pad: str) -> None:
+    try:
+        save_file(tensors, file, {"pad": pad})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
+
+
+def settle(file: Path) -> None:
+    """Wait until a file is on its disk: a name that outlives a crash must not lead to less than was written."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def start_of_data(file: Path) -> int:

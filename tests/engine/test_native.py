@@ -160,7 +160,7 @@ def _louder(config):
 
 def test_without_a_compiler_models_run_on_plain_torch(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(library, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.setattr(library, "folder", lambda: tmp_path)
+    monkeypatch.setattr(library, "folders", lambda: [tmp_path])
     library.library.cache_clear()
     try:
         base = attach(toy_model(config_of("llama"), "ragged"))
