@@ -7,6 +7,7 @@
  * Weights lie in panels of PANEL output columns, [panels][in][PANEL]: one stream from memory for up to ROWS rows of input.
  * Inputs of a product lie in tiles of m <= ROWS rows, [tiles][in][m].
  */
+#include <fenv.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -124,6 +125,7 @@ static void *work(void *argument) {
     Worker worker = *(Worker *)argument;
     free(argument);
     Pool *p = worker.pool;
+    fesetenv(FE_DFL_ENV);
     for (unsigned seen = 0;;) {
         int spins = 0;
         while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen && ++spins < SPINS) pause_cpu();
@@ -175,14 +177,19 @@ void pool_free(Pool *p) {
     free(p);
 }
 
-/* Run a job on every thread; it ends with a barrier. Behind it no thread reads the argument any more. */
+/* Run a job on every thread; it ends with a barrier. Behind it no thread reads the argument any more. However the caller rounds and flushes
+ * small numbers, all threads do it alike. */
 static void run(Pool *p, Job job, const void *argument) {
+    fenv_t held;
+    fegetenv(&held);
+    fesetenv(FE_DFL_ENV);
     p->job = job;
     p->argument = argument;
     atomic_store(&p->inside, p->threads - 1);
     if (p->threads > 1) launch(p);
     job(p, 0, argument);
     for (int turns = 0; atomic_load_explicit(&p->inside, memory_order_acquire);) linger(&turns);
+    fesetenv(&held);
 }
 
 static char *reserve(Pool *p, size_t size) {
@@ -232,7 +239,7 @@ INLINE float fold(vf v) {
 
 /* fold() of LANES vectors at once, in the same order of additions. */
 INLINE vf fold_all(const vf *v) {
-#if LANES == 16
+#if LANES == 16 && !defined(__clang__) /* whose shuffles are named otherwise */
     static const vi mask[4][2] = {
         {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}},
         {{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}, {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31}},

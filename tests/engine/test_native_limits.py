@@ -264,6 +264,19 @@ def test_a_step_too_large_for_memory_fails_alone():
     assert torch.equal(layer(x), want)
 
 
+def test_a_caller_that_flushes_small_numbers_changes_no_bit():
+    layer, x = operations.NativeLinear(torch.full((2048, 32), 1e-20)), torch.full((1, 32), 1e-20)
+    want = layer(x)
+    assert 0 < float(want.min()) < torch.finfo(torch.float32).tiny
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes nothing")
+    try:
+        got = layer(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, want)
+
+
 # -- inputs -------------------------------------------------------------------------------------------------------------------------
 
 
