@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ def load_base(
     refuse_layers(config)
     packable = native and device == "cpu" and Path(folder).is_dir() and possible(config)
     file = weights.file_for(Path(folder), cache, dtype) if cache and packable else None
-    if file is not None and file.exists():
-        return mapped(config, folder, file, dtype)
+    if file is not None and (tensors := weights.present(file)) is not None:
+        return mapped(config, folder, tensors, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
     except ValueError as error:
@@ -75,9 +75,9 @@ def load_base(
     return attach(model.to(device).eval(), native, file)
 
 
-def mapped(config: PretrainedConfig, folder: str | Path, file: Path, dtype: torch.dtype) -> Base:
-    """A base whose packed weights are in a file already: proven when they were packed, and not loaded again."""
-    executor = Native(config, weights.load(file), torch.get_num_threads())
+def mapped(config: PretrainedConfig, folder: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Base:
+    """A base whose packed weights were in a file already: proven when they were packed, and not loaded again."""
+    executor = Native(config, tensors, torch.get_num_threads())
     try:
         generation: Any = GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -142,10 +142,10 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
         return executor
     try:
         weights.save(tensors, file)
+        return Native(model.config, weights.load(file), torch.get_num_threads())
     except OSError as error:
         log.warning("packed weights cannot be shared in %s: %s", file.parent, error)
         return executor
-    return Native(model.config, weights.load(file), torch.get_num_threads())
 
 
 def eos_tokens(*configs: Any) -> frozenset[int]:

@@ -52,7 +52,7 @@ def system(peer: str, name: str, model: Path, draft: Path | None, threads: int, 
         model=FORMATS[peer](model),
         draft=FORMATS[peer](draft) if draft and setting == "draft" else None,
         most=1 if name in ALONE else 1 << 30,
-        learns=LEARN if peer == "ours" else 0,
+        learns=LEARN if name == POLICY else 0,
         environment=vllm_environment(threads) if peer == "vllm" else {},
         extra={"binary": str(LLAMA_SERVER)} if peer == "llamacpp" else {"chunk": chunk},
     )

@@ -94,6 +94,14 @@ def start_of_data(file: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
+def present(file: Path) -> dict[str, Tensor] | None:
+    """`load`, or None if there is no such file, or no more."""
+    try:
+        return load(file) if file.exists() else None
+    except FileNotFoundError:
+        return None
+
+
 def load(file: Path) -> dict[str, Tensor]:
     """Map the file. Raises OSError or SafetensorError."""
     with safe_open(file, framework="pt") as opened:
