@@ -11,8 +11,8 @@ Everything runs in float32 on two threads with prefix caching off. A cell is one
 with more, all at once. Every prompt is 193 tokens of a file of Python's standard library that no demo model was trained on, no prompt is
 used twice, and every answer is 128 tokens, greedy, whether or not the text ends earlier. Seconds run from handing in all prompts to having
 all tokens. Each system is warmed up in every cell: ours with the policy by two whole rounds (88 requests in all), in which it learns; all
-others, which have nothing to learn, by one of eight tokens. The memory's read bandwidth is measured before each cell, and during it the cores that
-were busy with something else: numbers of a machine that is not otherwise idle say little.
+others, which have nothing to learn, by one of eight tokens. The memory's read bandwidth is measured before each cell, and during it the
+cores that were busy with something else: numbers of a machine that is not otherwise idle say little.
 
 llama.cpp and ONNX Runtime keep the end of text from being drawn instead of passing over it; the `same` column, answers that are token for
 token those of transformers' `generate`, tells whether that mattered.
