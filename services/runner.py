@@ -10,8 +10,9 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
@@ -35,7 +36,11 @@ class Ticket(Generic[T]):
 
 
 class EngineRunner:
-    """Runs an engine in a thread of its own from `start` to `stop`. on_step is called in that thread after every step."""
+    """Runs an engine in a thread of its own from `start` to `stop`.
+
+    on_step is called in that thread after every step; the seconds of its report are those of the thread's whole turn, since what a step
+    costs its users is not the engine alone but also commands, text and the hop to the event loop.
+    """
 
     def __init__(self, engine: Engine, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
         self.engine, self.on_step = engine, on_step
@@ -46,6 +51,7 @@ class EngineRunner:
         self.death: BaseException | None = None
         self.closed = False
         self.gate = threading.Lock()
+        self.begun = 0.0  # when the present turn of the thread began: after the last one, or after waiting for work
 
     def start(self) -> None:
         """Begin stepping; call from the event loop that will submit."""
@@ -102,6 +108,7 @@ class EngineRunner:
         try:
             while self.obey():
                 self.deliver(self.engine.step())
+                self.begun = time.perf_counter()
         except BaseException as error:
             log.exception("the engine thread died")
             self.death = error
@@ -111,7 +118,10 @@ class EngineRunner:
         """Carry out every command that waits; wait for one if there is nothing else to do. False when told to stop."""
         with contextlib.suppress(queue.Empty):
             while True:
-                command = self.commands.get(block=not self.engine.busy)
+                idle = not self.engine.busy
+                command = self.commands.get(block=idle)
+                if idle:
+                    self.begun = time.perf_counter()
                 if command is None:
                     return False
                 command()
@@ -143,7 +153,7 @@ class EngineRunner:
         if parcels:
             self.hop(unpack, parcels)
         try:
-            self.on_step(report)
+            self.on_step(replace(report, seconds=time.perf_counter() - self.begun))
         except Exception:
             log.exception("a step could not be recorded")
 
