@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from drafters.mlp import MLPSpeculator
-from engine.native import library
+from engine.native import compiled
 from engine.native.operations import NativeLinear
 from engine.native.weights import aligned
 
 
 class Head(ctypes.Structure):
-    _fields_ = (("project", library.Linear), ("head", library.Linear), ("embed", c_void_p), ("scale", c_void_p), ("shift", c_void_p))
+    _fields_ = (("project", compiled.Linear), ("head", compiled.Linear), ("embed", c_void_p), ("scale", c_void_p), ("shift", c_void_p))
 
 
 class Speculator(ctypes.Structure):
@@ -51,7 +51,7 @@ class NativeChains:
         entries = [Head(p.linear, o.linear, *(t.data_ptr() for t in own)) for (p, o), own in zip(linears, self.tensors, strict=True)]
         table = (Head * len(entries))(*entries)
         self.speculator = Speculator(len(entries), c.emb_dim, c.width, int(c.scale_input), c.vocab_size, table)
-        self.kernel = library.load().chains
+        self.kernel = compiled.load().chains
         self.kernel.argtypes = (c_void_p, POINTER(Speculator), POINTER(Chains))
 
     def draft(
@@ -66,7 +66,7 @@ class NativeChains:
         paths = (c_int64 * (rows * depth))()
         addresses = [ctypes.addressof(array) for array in (places, warmth, noises, tokens, paths)]
         job = Chains(None, rows, depth, *addresses, None, None, None)
-        if self.kernel(library.pool(torch.get_num_threads()), self.speculator, job):
+        if self.kernel(compiled.pool(torch.get_num_threads()), self.speculator, job):
             raise MemoryError(f"no memory to draft for {rows} requests")
         return [paths[row * depth : (row + 1) * depth] for row in range(rows)]
 
@@ -74,6 +74,6 @@ class NativeChains:
 def suits(speculator: MLPSpeculator) -> bool:
     """Whether the kernel can draft with this speculator: float32 on a CPU, widths in whole vectors."""
     weight, c = next(speculator.parameters()), speculator.config
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or library.library() is None:
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or compiled.kernels() is None:
         return False
-    return c.width % library.lanes() == 0 and c.emb_dim % library.lanes() == 0
+    return c.width % compiled.lanes() == 0 and c.emb_dim % compiled.lanes() == 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from drafters.chains import NativeChains, suits
 from drafters.mlp import EPS, MLPSpeculator
 from engine.drafter import Draft, Kept
-from engine.native.library import library
+from engine.native.compiled import kernels
 from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
 from engine.sampling import COLDEST, Sampler, draw, perturb, prepare_noise
@@ -262,7 +262,7 @@ def fast_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer in the layout that is fastest for few rows."""
     if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return layer.forward
-    if library() is not None:
+    if kernels() is not None:
         return NativeLinear(layer.weight.detach())
     return PackedLinear(layer.weight, None).forward if available() else layer.forward
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.native import library, operations
+from engine.native import compiled, operations
 
 MASK = 0xFFFFFFFF
 UNDRAWN = -1  # in place of a token: the logits were not numbers
@@ -122,7 +122,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 
     seeds, positions: [N] int64. Returns [N, vocab] float32. The hash is lowbias32 applied twice.
     """
-    if seeds.device.type == "cpu" and library.library() is not None:
+    if seeds.device.type == "cpu" and compiled.kernels() is not None:
         return operations.gumbel(seeds, positions, vocab)
     return plain_gumbel(seeds, positions, vocab)
 
@@ -150,8 +150,8 @@ def draw(
     paths: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """The draw of every row: the argmax of `perturb`, whose arguments these are; UNDRAWN where the logits are not numbers. [N]"""
-    plain = not any(s.shaped for s in samplers)
-    if plain and logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride(-1) == 1 and library.library() is not None:
+    plain = not any(s.shaped for s in samplers) and logits.dtype == torch.float32 and logits.stride(-1) == 1
+    if plain and logits.device.type == "cpu" and compiled.kernels() is not None:
         return draw_natively(logits, samplers, owner, positions)
     best = perturb(logits, samplers, owner, positions, paths).max(-1)
     return torch.where(best.values.isnan(), UNDRAWN, best.indices).tolist()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.native import library
+from engine.native import compiled
 from engine.native.packing import padded, panels
 from engine.native.weights import aligned
 
@@ -18,20 +18,20 @@ class NativeLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in]; bias: [out] or None."""
-        lanes = library.lanes()
+        lanes = compiled.lanes()
         packed = aligned(panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all())))
         shift = None if bias is None else aligned(padded(bias.float(), packed.shape[0] * 2 * lanes))
         self.out, self.inputs, self.width = weight.shape[0], weight.shape[1], packed.shape[0] * 2 * lanes
         self.tensors = (packed, shift)
         place = None if shift is None else shift.data_ptr()
-        self.linear = library.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], int(packed.dtype == torch.bfloat16), 0)
-        self.kernels = library.load()
+        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], int(packed.dtype == torch.bfloat16), 0)
+        self.kernels = compiled.load()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[.., in] float32 -> [.., out] float32"""
         rows = x.reshape(-1, self.inputs).float().contiguous()
         y = torch.empty(rows.shape[0], self.width)
-        if self.kernels.linear(library.pool(torch.get_num_threads()), self.linear, rows.data_ptr(), rows.shape[0], y.data_ptr()):
+        if self.kernels.linear(compiled.pool(torch.get_num_threads()), self.linear, rows.data_ptr(), rows.shape[0], y.data_ptr()):
             raise MemoryError(f"no memory for {rows.shape[0]} rows of {self.inputs} inputs")
         return y[:, : self.out].view(*x.shape[:-1], self.out)
 
@@ -40,7 +40,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """`engine.sampling.gumbel` for tensors on a CPU."""
     out = torch.empty(len(seeds), vocab)
     whole = [tensor.to(torch.int64).contiguous() for tensor in (seeds, positions)]
-    library.load().gumbel(*(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
+    compiled.load().gumbel(*(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
     return out
 
 
@@ -53,5 +53,5 @@ def draw(logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor |
     warmth = (ctypes.c_float * rows)(*temperatures)
     places = (ctypes.c_void_p * rows)(*(None if row is None else row.data_ptr() for row in noise))
     out = (ctypes.c_int64 * rows)()
-    library.load().draw(logits.data_ptr(), logits.stride(0), rows, vocab, warmth, places, out)
+    compiled.load().draw(logits.data_ptr(), logits.stride(0), rows, vocab, warmth, places, out)
     return list(out)

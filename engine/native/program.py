@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import KVStore, Row
-from engine.native import library
+from engine.native import compiled
 from engine.native.packing import gated, padded, panels
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite"})
@@ -33,11 +33,11 @@ LAYER = frozenset(
 def possible(config: Any) -> bool:
     """Whether a model of this config could be served by the program, kernels permitting."""
     c = config
-    if c.model_type not in FAMILIES or c.hidden_act != "silu" or library.library() is None:
+    if c.model_type not in FAMILIES or c.hidden_act != "silu" or compiled.kernels() is None:
         return False
     rotation = (getattr(c, "rope_parameters", None) or {}).get("rope_type", "default")
-    panel = 2 * library.lanes()
-    return rotation in ROTATIONS and c.hidden_size % panel == 0 and head_dim(c) % library.lanes() == 0
+    panel = 2 * compiled.lanes()
+    return rotation in ROTATIONS and c.hidden_size % panel == 0 and head_dim(c) % compiled.lanes() == 0
 
 
 def supported(model: Any) -> bool:
@@ -51,7 +51,7 @@ def head_dim(config: Any) -> int:
 
 def pack_model(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the program by name, in the kernels' layout."""
-    lanes = library.lanes()
+    lanes = compiled.lanes()
     yield "embed", model.model.embed_tokens.weight.float()
     yield "norm", model.model.norm.weight.float()
     yield from product("head", model.lm_head.weight, None, lanes)
@@ -103,16 +103,16 @@ class Native:
     """An executor of one compiled model. tensors: what `pack_model` yields, wherever it lives; it is only read."""
 
     def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int) -> None:
-        self.kernels, self.tensors, self.vocab_size = library.load(), tensors, int(config.vocab_size)
-        self.lanes = library.lanes()
+        self.kernels, self.tensors, self.vocab_size = compiled.load(), tensors, int(config.vocab_size)
+        self.lanes = compiled.lanes()
         self.hidden_size, self.kv_heads, self.dim = int(config.hidden_size), int(config.num_key_value_heads), head_dim(config)
         self.bytes_per_token = 2 * 4 * self.kv_heads * self.dim * int(config.num_hidden_layers)
-        self.layers = (library.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
+        self.layers = (compiled.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
         self.model = self.describe(config)
         self.threads = threads
         self.store: KVStore | None = None
 
-    def describe(self, c: Any) -> library.Model:
+    def describe(self, c: Any) -> compiled.Model:
         scale = getattr(c, "attention_multiplier", None) or self.dim**-0.5
         numbers = dict(
             layers=c.num_hidden_layers,
@@ -127,17 +127,17 @@ class Native:
             logit_scale=1.0 / (getattr(c, "logits_scaling", None) or 1.0),
         )
         places = {name: self.tensors[name].data_ptr() for name in ("embed", "norm", "cosine", "sine")}
-        return library.Model(**numbers, **places, head=self.linear("head"), layer=self.layers)
+        return compiled.Model(**numbers, **places, head=self.linear("head"), layer=self.layers)
 
-    def layer(self, config: Any, index: int) -> library.Layer:
+    def layer(self, config: Any, index: int) -> compiled.Layer:
         norms = {name: self.place(f"{index}.{name}") for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key")}
         products = {name: self.linear(f"{index}.{name}") for name in ("qkv", "out", "gate_up", "down")}
-        return library.Layer(**norms, **products, window=window(config, index))
+        return compiled.Layer(**norms, **products, window=window(config, index))
 
-    def linear(self, name: str) -> library.Linear:
+    def linear(self, name: str) -> compiled.Linear:
         weight = self.tensors[name]
         half = weight.dtype == torch.bfloat16
-        return library.Linear(weight.data_ptr(), self.place(f"{name}.bias"), weight.shape[1], weight.shape[0], int(half), 0)
+        return compiled.Linear(weight.data_ptr(), self.place(f"{name}.bias"), weight.shape[1], weight.shape[0], int(half), 0)
 
     def place(self, name: str) -> int | None:
         return self.tensors[name].data_ptr() if name in self.tensors else None
@@ -151,11 +151,11 @@ class Native:
         table, held = self.table(rows)
         logits = torch.empty(len(kept), self.model.head.panels * 2 * self.lanes)
         hidden = torch.empty(len(kept), self.hidden_size)
-        batch = library.Batch(
+        batch = compiled.Batch(
             len(ids), len(rows), len(kept), 0, pointer(ids), pointer(positions), pointer(slots), pointer(kept),
             ctypes.addressof(table), logits.data_ptr(), hidden.data_ptr(),
         )  # fmt: skip
-        if self.kernels.forward(library.pool(self.threads), self.model, batch):
+        if self.kernels.forward(compiled.pool(self.threads), self.model, batch):
             raise MemoryError(f"no memory for a forward of {len(ids)} tokens")
         del held
         return logits[:, : self.vocab_size], hidden
@@ -177,7 +177,7 @@ class Native:
 
     def table(self, rows: Sequence[Row]) -> tuple[Any, list[Any]]:
         """The rows as the kernels read them, and what must live as long."""
-        table, held, start = (library.Row * len(rows))(), [], 0
+        table, held, start = (compiled.Row * len(rows))(), [], 0
         for entry, row in zip(table, rows, strict=True):
             length, count = len(row.context), len(row.new)
             entry.context, entry.length, entry.count, entry.start = pointer(row.context), length, count, start

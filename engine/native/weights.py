@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.memory import zeros
-from engine.native import library
+from engine.native import compiled
 
 log = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes: a cache line, so that no vector of weights straddles two
@@ -32,7 +32,7 @@ def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path | None:
     """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
-    place = digest([str(folder.resolve()), str(dtype), library.lanes()])
+    place = digest([str(folder.resolve()), str(dtype), compiled.lanes()])
     file = cache / f"{folder.resolve().name}-{place}-{digest([stamps, LAYOUT])}.safetensors"
     return file if not file.exists() or whole(file) or discarded(file) else None
 

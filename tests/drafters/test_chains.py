@@ -11,14 +11,14 @@ import torch
 from drafters.mlp import MLPSpeculator
 from drafters.tree_draft import MLPDrafter
 from engine.drafter import Draft
-from engine.native import library
+from engine.native import compiled
 from engine.sampling import SamplingParams
 from engine.tree import Budget
 
 Make = Callable[..., MLPSpeculator]
 MakeDraft = Callable[..., Draft]
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="there is no C compiler")
 
 
 @pytest.mark.parametrize("tied", [False, True])

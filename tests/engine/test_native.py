@@ -12,14 +12,14 @@ from transformers import CONFIG_MAPPING
 from engine.attention import KVStore, Row
 from engine.engine import Engine
 from engine.loading import attach, load_base
-from engine.native import library, operations, weights
+from engine.native import compiled, operations, weights
 from engine.native.packing import gated, panels
 from engine.native.program import Native, pack_model, supported
 from engine.sampling import UNDRAWN, Sampler, SamplingParams, draw, perturb, plain_gumbel
 from engine.tree import Tree
 from tests.engine.toys import Oracle, mixed_requests, ragged, run, texts, toy_config, toy_model
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="there is no C compiler")
 
 SHAPES = {
     "llama": {},
@@ -129,7 +129,7 @@ def test_weights_exact_in_bfloat16_are_kept_so_and_give_the_same_bits():
     model = toy_model(config_of("llama"), "ragged").bfloat16().float()
     tensors = dict(pack_model(model))
     assert tensors["0.qkv"].dtype == torch.bfloat16
-    lanes = library.lanes()
+    lanes = compiled.lanes()
     wide = dict(tensors, **{name: unpacked(t, lanes) for name, t in tensors.items() if t.dtype == torch.bfloat16})
     rows, tokens = [Row(np.zeros(0, dtype=np.int64), list(range(1, 31)), list(range(-1, 29)), list(range(30)))], list(range(3, 33))
     results = [step(Native(model.config, weights.private(t), 1), KVStore(64), rows, tokens, range(30)) for t in (tensors, wide)]
@@ -159,15 +159,15 @@ def _louder(config):
 
 
 def test_without_a_compiler_models_run_on_plain_torch(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(library, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.setattr(library, "folders", lambda: [tmp_path])
-    library.library.cache_clear()
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path])
+    compiled.kernels.cache_clear()
     try:
         base = attach(toy_model(config_of("llama"), "ragged"))
         assert not isinstance(base.executor, Native) and "no C compiler" in caplog.text
         assert len(run(Engine(base, slots=256), mixed_requests(1))) == 1
     finally:
-        library.library.cache_clear()
+        compiled.kernels.cache_clear()
 
 
 def test_packed_weights_are_mapped_from_one_file(tmp_path):

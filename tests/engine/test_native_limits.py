@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from transformers import CONFIG_MAPPING
 from engine.attention import KVStore, Row
 from engine.executor import Eager
 from engine.loading import load_base
-from engine.native import library, operations, weights
+from engine.native import compiled, operations, weights
 from engine.native.program import Native, pack_model, possible
 from engine.sampling import plain_gumbel
 from tests.engine.toys import toy_config, toy_model
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="there is no C compiler")
 CPU = torch.device("cpu")
 
 
@@ -150,14 +151,14 @@ def variants():
     """Flags for lesser processors whose code runs on this one."""
     if platform.machine() != "x86_64":
         return {}
-    flags = library.processor().split()
+    flags = compiled.processor().split()
     return {8: ("-mavx2", "-mfma"), 4: ()} if "avx2" in flags and "fma" in flags else {4: ()}
 
 
 @pytest.fixture
 def forget():
     """Forget which kernels are loaded, before and after."""
-    cached = (library.library, library.lanes, library.pool)
+    cached = (compiled.kernels, compiled.lanes, compiled.pool)
     for function in cached:
         function.cache_clear()
     yield
@@ -167,9 +168,9 @@ def forget():
 
 @pytest.mark.parametrize("lanes", variants())
 def test_kernels_for_lesser_processors_keep_the_same_promises(lanes, tmp_path, monkeypatch, forget):
-    monkeypatch.setattr(library, "FLAGS", tuple(flag for flag in library.FLAGS if flag != "-march=native") + variants()[lanes])
-    monkeypatch.setattr(library, "folders", lambda: [tmp_path])
-    assert library.lanes() == lanes
+    monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-march=native") + variants()[lanes])
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path])
+    assert compiled.lanes() == lanes
     for seed in range(6):
         check_drawn(seed)
     seeds, positions = torch.tensor([0, 2**32, 2**63 - 1]), torch.tensor([0, 2**31, 5])
@@ -258,9 +259,9 @@ print("threads", sum(1 for _ in __import__("pathlib").Path("/proc/self/task").it
 def test_a_step_too_large_for_memory_fails_alone():
     layer, x = operations.NativeLinear(torch.randn(77, 48)), torch.randn(5, 48)
     want = layer(x)
-    huge = library.Linear(0, 0, 2**30, 1, 0, 0)
-    place = library.pool(torch.get_num_threads())
-    assert library.load().linear(place, ctypes.byref(huge), x.data_ptr(), 2**30, x.data_ptr()) == -1
+    huge = compiled.Linear(0, 0, 2**30, 1, 0, 0)
+    place = compiled.pool(torch.get_num_threads())
+    assert compiled.load().linear(place, ctypes.byref(huge), x.data_ptr(), 2**30, x.data_ptr()) == -1
     assert torch.equal(layer(x), want)
 
 
@@ -320,41 +321,41 @@ def test_operations_take_tensors_however_they_lie():
 
 
 def test_a_broken_compiled_file_is_made_again(tmp_path, monkeypatch, caplog, forget):
-    monkeypatch.setattr(library, "folders", lambda: [tmp_path])
-    monkeypatch.setattr(library, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS))
-    library.build().write_bytes(b"no program")
-    assert library.library() is not None and "broken" in caplog.text
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path])
+    monkeypatch.setattr(compiled, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in compiled.FLAGS))
+    compiled.build().write_bytes(b"no program")
+    assert compiled.kernels() is not None and "broken" in caplog.text
 
 
 def test_a_compiler_that_fails_is_told_of(tmp_path, monkeypatch, caplog, forget):
-    monkeypatch.setattr(library, "folders", lambda: [tmp_path])
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-no-such-flag"))
-    assert library.library() is None and "no-such-flag" in caplog.text
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path])
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-no-such-flag"))
+    assert compiled.kernels() is None and "no-such-flag" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
 def test_kernels_are_compiled_where_they_can_be_kept(tmp_path, monkeypatch, forget):
     (tmp_path / "file").write_text("no folder can be made here")
     places = [tmp_path / "file" / "build", tmp_path / "cache"]
-    assert library.writable(places) == places[1]
-    monkeypatch.setattr(library, "folders", lambda: places[:1])
-    assert library.library() is None
+    assert compiled.writable(places) == places[1]
+    monkeypatch.setattr(compiled, "folders", lambda: places[:1])
+    assert compiled.kernels() is None
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.undo()
     monkeypatch.setattr(Path, "home", homeless)
-    assert library.folders() == [library.SOURCE.parent / "build"]
+    assert compiled.folders() == [compiled.SOURCE.parent / "build"]
 
 
 def test_several_processes_compile_at_once(tmp_path):
     script = f"""
 from pathlib import Path
-from engine.native import library
-library.folders = lambda: [Path({str(tmp_path)!r})]
-library.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)
-assert library.library() is not None
+from engine.native import compiled
+compiled.folders = lambda: [Path({str(tmp_path)!r})]
+compiled.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in compiled.FLAGS)
+assert compiled.kernels() is not None
 """
     running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [process.wait(120) for process in running] == [0, 0, 0]
@@ -418,7 +419,7 @@ def test_older_packings_go_and_those_of_other_processors_stay(checkpoint, tmp_pa
     cache = tmp_path / "cache"
     load_base(checkpoint, cache=cache)
     mine = packed(cache)
-    monkeypatch.setattr(library, "lanes", lambda lanes=library.lanes(): 2 * lanes)
+    monkeypatch.setattr(compiled, "lanes", lambda lanes=compiled.lanes(): 2 * lanes)
     other = weights.file_for(checkpoint, cache, torch.float32)
     monkeypatch.undo()
     other.write_bytes(mine.read_bytes())

@@ -58,7 +58,7 @@ class Batch(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The kernels, or None where there is no C compiler; why is logged."""
     try:
         loaded = opened()
@@ -89,7 +89,7 @@ def opened() -> ctypes.CDLL:
 
 def load() -> ctypes.CDLL:
     """The kernels, where there must be some."""
-    found = library()
+    found = kernels()
     assert found is not None
     return found
 
