@@ -1,9 +1,11 @@
 """Pure decisions: load, acceptance and cost in, draft depths out. Knows no torch, no Ray, no clock, no I/O."""
 
+from policies.canary import Arm, CanaryRule, CanaryVerdict, in_canary, judge
 from policies.cost import CostModel, CostTable
 from policies.decision import OFF, Decision
 from policies.fixed import FixedPolicy
 from policies.forecast import Forecast
+from policies.gate import GateRule, Verdict
 from policies.goodput import GoodputPolicy
 from policies.kinds import Policy
 from policies.knowledge import Knowledge
@@ -17,12 +19,16 @@ from policies.threshold import ThresholdPolicy, ThresholdStep
 
 __all__ = [
     "OFF",
+    "Arm",
+    "CanaryRule",
+    "CanaryVerdict",
     "CostModel",
     "CostTable",
     "Decision",
     "DepthCounts",
     "FixedPolicy",
     "Forecast",
+    "GateRule",
     "GoodputPolicy",
     "Knowledge",
     "Limits",
@@ -38,5 +44,8 @@ __all__ = [
     "Telemetry",
     "ThresholdPolicy",
     "ThresholdStep",
+    "Verdict",
+    "in_canary",
+    "judge",
     "pooled",
 ]
