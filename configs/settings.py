@@ -47,16 +47,51 @@ class Section(BaseModel):
 
 
 class ReplicaRange(Section):
-    """How many replicas of a model may run."""
+    """How many replicas of a model may run, and what makes it more or fewer; see docs/autoscaling.md. With min and max alike, that many."""
 
-    min: int = Field(default=1, ge=1, le=1000, description="Replicas that always run.")
+    min: int = Field(default=1, ge=0, le=1000, description="Replicas that always run; 0 lets an idle model sleep until it is asked.")
     max: int = Field(default=1, ge=1, le=1000, description="Replicas that may run under load; at least min.")
+    target_tpot_s: float = Field(
+        default=0.1, ge=0.001, le=60, allow_inf_nan=False, description="Seconds per output token of a request that replicas are to keep to."
+    )
+    target_ttft_s: float = Field(
+        default=2.0, ge=0.01, le=600, allow_inf_nan=False, description="Seconds to the first token that nine requests in ten are to see."
+    )
+    target_backlog_s: float = Field(
+        default=4.0, ge=0.1, le=3600, allow_inf_nan=False, description="Seconds of queued work that a replica may have before it."
+    )
+    up_delay_s: float = Field(default=3.0, ge=0, le=3600, allow_inf_nan=False, description="Seconds of need before replicas are added.")
+    down_delay_s: float = Field(
+        default=120.0, ge=0, le=86400, allow_inf_nan=False, description="Seconds of ease before one replica is taken away."
+    )
+    idle_s: float = Field(
+        default=600.0, ge=1, le=864000, allow_inf_nan=False, description="Seconds without a request after which a model with min 0 sleeps."
+    )
+    stale_s: float = Field(
+        default=10.0, ge=3, le=600, allow_inf_nan=False, description="Seconds without news after which a replica's numbers do not count."
+    )
+    cold_start_s: float = Field(
+        default=120.0, ge=1, le=3600, allow_inf_nan=False, description="Seconds that a request waits for a sleeping model to come up."
+    )
+    weight: float = Field(
+        default=1.0, ge=0.01, le=1000, allow_inf_nan=False, description="How much this model's need counts where models share their GPUs."
+    )
 
     @model_validator(mode="after")
     def ordered(self) -> Self:
         if self.max < self.min:
             raise ValueError(f"max must be at least min ({self.min})")
         return self
+
+    @property
+    def fixed(self) -> bool:
+        """Whether their number never changes."""
+        return self.min == self.max
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there may be none, so that requests wait for the first."""
+        return self.min == 0
 
 
 class EngineSettings(Section):
