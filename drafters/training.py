@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 
 from drafters.config import MLPSpeculatorConfig
-from drafters.losses import head_losses
+from drafters.durable import replace_durably
 from drafters.measuring import Measured, measure
 from drafters.mlp import MLPSpeculator
+from drafters.objectives import head_losses
 from drafters.teacher import Teacher
 from drafters.tree_draft import MLPDrafter
 from engine.loading import load_base
@@ -323,10 +323,7 @@ def checkpoint(run: Run) -> None:
     """Write all that continuing needs, in place of the last checkpoint."""
     state = {name: getattr(run, name) for name in STATE}
     state |= {"speculator": run.speculator.state_dict(), "optimizer": run.optimizer.state_dict()}
-    file = checkpoint_file(run.job)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, file.with_suffix(".partial"))
-    os.replace(file.with_suffix(".partial"), file)
+    replace_durably(checkpoint_file(run.job), lambda opened: torch.save(state, opened))
 
 
 def restore(run: Run) -> None:

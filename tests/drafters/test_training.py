@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafters.losses import head_losses
+from drafters.objectives import head_losses
 from drafters.mlp import MLPSpeculator
 from drafters.teacher import Teacher
 from drafters.training import Advance, SpeculatorShape, Stage, TrainingError, TrainingJob, train

@@ -1,0 +1,455 @@
+"""The trainer's core: a copy of the serving speculator is fine-tuned on logged answers, and becomes a candidate if it is worth more.
+
+Rounds of small units of work (a step of the optimizer, or one held-out request replayed), so that whoever runs them can stop between any
+two. A round measures the serving speculator on held-out requests, trains a copy and measures it now and then, and ends with the best one
+of these as a candidate, or with a reason why there is none; then it waits for fresh traffic, longer each time there was nothing to gain.
+What a unit does is a function of the traces, the settings and the round alone: a run resumed from a checkpoint goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from drafters.bundle import DataWindow
+from drafters.checkpoint import shapes, torch_dtype
+from drafters.durable import replace_durably
+from drafters.mlp import MLPSpeculator
+from drafters.objectives import OBJECTIVES, ObjectiveName
+from drafters.places import Places, Positions, gather, place_losses, windows
+from drafters.replay import ReplayBuffer
+from drafters.traces import Trace
+from drafters.walk import HeldOut, Walk, walk
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["waiting", "measuring", "training", "candidate"]
+LONGEST_WAIT = 6  # fruitless rounds double the wait this often at most
+SMOOTH = 0.1  # share of the latest loss in the smoothed one
+
+
+class Refused(ValueError):
+    """A round that must not become a candidate, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshSettings:
+    """How one speculator is refreshed. Raises ValueError for what cannot be.
+
+    objective, positions: what heads are trained on, see `drafters.objectives` and `drafters.places`. rate: the learning rate after
+    `warmup` steps, falling to a tenth of it by a cosine. requests, window: a step trains on up to `window` places of so many requests.
+    recent: share of them among the latest traces. steps: of a round at most; every `interval` of them the copy is measured, and after
+    `patience` measurements without gain the round ends. least_gain: tokens per step that a candidate must gain on held-out requests.
+    margin: by which share the loss may rise above what it was before it counts as diverged. least_tokens: fresh answer tokens that a round
+    waits for, and least_held the held-out requests it needs.
+    """
+
+    objective: ObjectiveName = "forward_kl"
+    positions: Positions = "all"
+    rate: float = 1e-3
+    warmup: int = 10
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bfloat16: bool = False
+    requests: int = 16
+    window: int = 64
+    recent: float = 0.5
+    steps: int = 200
+    interval: int = 40
+    patience: int = 2
+    least_gain: float = 0.02
+    margin: float = 0.5
+    least_tokens: int = 8192
+    least_held: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("objective", get_args(ObjectiveName)), ("positions", get_args(Positions))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("rate", "clip", "requests", "window", "steps", "interval", "patience", "least_held"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected more than 0")
+        for name in ("warmup", "weight_decay", "least_gain", "margin", "least_tokens"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 0")
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent is {self.recent!r}, expected 0 to 1")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate at a step (0-based): linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        turn = math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.55 + 0.45 * math.cos(turn))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A speculator that gained on held-out requests, as it would be saved. parent: the version it began from.
+
+    before, after: what parent and candidate are worth on the same held-out requests. losses: of every head, before and at the end.
+    """
+
+    speculator: MLPSpeculator
+    parent: str
+    tag: str
+    objective: str
+    steps: int
+    data: DataWindow
+    before: HeldOut
+    after: HeldOut
+    first_losses: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers by name, as manifests keep them."""
+        held = {f"held_out_per_step_{name}": found.per_step for name, found in (("before", self.before), ("after", self.after))}
+        heads = {f"loss_head_{head}": loss for head, loss in enumerate(self.losses)}
+        return {**held, "held_out_requests": float(self.after.requests), "steps": float(self.steps), **heads}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a refresher is. waiting_for: fresh answer tokens before the next round may begin. outcome: how the last round ended."""
+
+    phase: Phase
+    round: int
+    step: int
+    losses: tuple[float, ...]
+    before: HeldOut | None
+    best: HeldOut | None
+    waiting_for: int
+    refused: int
+    outcome: str
+
+
+@dataclass(slots=True)
+class Measurement:
+    """One speculator being replayed on held-out requests, one after the other."""
+
+    speculator: MLPSpeculator
+    traces: Sequence[Trace]
+    walks: list[Walk] = field(default_factory=list)
+
+    def advance(self) -> HeldOut | None:
+        """Replay one request more; the result after the last."""
+        self.walks.append(walk(self.speculator, self.traces[len(self.walks)]))
+        return HeldOut.of(self.walks) if len(self.walks) == len(self.traces) else None
+
+
+@dataclass(slots=True)
+class Round:
+    """One attempt at a better speculator."""
+
+    speculator: MLPSpeculator  # in training
+    optimizer: torch.optim.Optimizer
+    held: tuple[Trace, ...]
+    measurement: Measurement | None
+    step: int = 0
+    first: tuple[float, ...] = ()  # losses of the first step, before it
+    losses: tuple[float, ...] = ()  # smoothed
+    before: HeldOut | None = None
+    best: HeldOut | None = None
+    weights: dict[str, Tensor] | None = None  # of the best
+    stale: int = 0  # measurements since
+    done: bool = False  # a candidate that waits to be taken
+
+
+class Refresher:
+    """Refreshes the speculator of one domain of one model. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        live: MLPSpeculator,
+        version: str,
+        buffer: ReplayBuffer,
+        settings: RefreshSettings | None = None,
+        tag: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """live, version: the serving speculator; it is copied, and the copy trains on its device."""
+        self.buffer, self.settings, self.tag, self.clock = buffer, settings or RefreshSettings(), tag, clock
+        self.live, self.version = float_copy(live), version
+        self.round: Round | None = None
+        self.candidate: Candidate | None = None
+        self.rounds = self.fruitless = self.refused = 0
+        self.used = 0  # answer tokens seen when the last round began
+        self.outcome = "no round yet"
+
+    # -- what is asked of it ------------------------------------------------------------------------------------------------
+
+    def advance(self, seconds: float = math.inf, units: int | None = None) -> Standing:
+        """Work for about so long, or so many units, whichever is less; return early when there is nothing to do.
+
+        At least one unit is done, and the last one is finished, so that a slice lasts `seconds` and at most a unit more.
+        """
+        until, left = self.clock() + seconds, units if units is not None else -1
+        while left and self.ready():
+            self.unit()
+            left -= 1
+            if self.clock() >= until:
+                break
+        return self.standing
+
+    @property
+    def standing(self) -> Standing:
+        r = self.round
+        shown = (r.step, r.losses, r.before, r.best) if r else (0, (), None, None)
+        return Standing(self.phase, self.rounds, *shown, self.missing(), self.refused, self.outcome)
+
+    @property
+    def phase(self) -> Phase:
+        if self.candidate is not None:
+            return "candidate"
+        if self.round is None:
+            return "waiting"
+        return "training" if self.round.measurement is None else "measuring"
+
+    def take(self) -> Candidate | None:
+        """The candidate of the last round, once. Until it is taken no other round begins, and checkpoints hold it."""
+        candidate, self.candidate = self.candidate, None
+        if candidate is not None:
+            self.round = None
+        return candidate
+
+    def reject(self, reason: str) -> None:
+        """The candidate that was taken is not wanted: the next round waits for twice as much traffic."""
+        self.outcome, self.fruitless = reason, self.fruitless + 1
+
+    def serve(self, live: MLPSpeculator, version: str) -> None:
+        """Another version serves now: a round that began from an older one is dropped. Waiting begins anew."""
+        self.live, self.version = float_copy(live), version
+        self.round, self.candidate, self.fruitless = None, None, 0
+
+    # -- rounds -------------------------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Whether there is work; begins a round when it may."""
+        if self.candidate is not None:
+            return False
+        if self.round is None and self.missing() == 0 and self.enough():
+            self.rounds, self.used = self.rounds + 1, self.buffer.counts(self.tag).tokens
+            self.round = self.begin()
+        return self.round is not None
+
+    def missing(self) -> int:
+        """Answer tokens that must still come before the next round."""
+        wait = self.settings.least_tokens << min(self.fruitless, LONGEST_WAIT)
+        return 0 if self.round else max(0, self.used + wait - self.buffer.counts(self.tag).tokens)
+
+    def enough(self) -> bool:
+        """Whether there are held-out requests to measure on, and any to train on."""
+        return len(self.held_out()) >= self.settings.least_held and any(len(trace) > 1 for trace in self.buffer.training(self.tag))
+
+    def held_out(self) -> tuple[Trace, ...]:
+        """Held-out requests on which speculators can differ."""
+        return tuple(trace for trace in self.buffer.held_out(self.tag) if len(trace) > 1)
+
+    def begin(self) -> Round:
+        """A round that first measures the serving speculator."""
+        trained = copy.deepcopy(self.live).requires_grad_(True).train()
+        held = self.held_out()
+        return Round(trained, self.optimizer_for(trained), held, Measurement(self.live, held))
+
+    def optimizer_for(self, speculator: MLPSpeculator) -> torch.optim.Optimizer:
+        s = self.settings
+        return torch.optim.AdamW(speculator.parameters(), lr=s.rate, betas=(0.9, 0.95), weight_decay=s.weight_decay)
+
+    def unit(self) -> None:
+        """One step, or one held-out request."""
+        r = self.round
+        assert r is not None, "there is a round when there is work"
+        try:
+            if r.measurement is None:
+                self.step(r)
+            elif (found := r.measurement.advance()) is not None:
+                self.measured(r, found)
+        except Refused as error:
+            self.refused += 1
+            self.give_up(f"refused: {error}")
+
+    def step(self, r: Round) -> None:
+        """One step of the optimizer, and the next measurement when it is due."""
+        places = self.places(r)
+        losses = self.losses(r, places)
+        descend(r, losses, self.settings)
+        self.note(r, tuple(losses.detach().tolist()))
+        if r.step % self.settings.interval == 0 or r.step >= self.settings.steps:
+            r.measurement = Measurement(as_saved(r.speculator), r.held)
+
+    def places(self, r: Round) -> Places:
+        """What a step trains on: a function of seed, round, step and the buffer."""
+        s, number = self.settings, self.rounds * 1_000_003 + r.step
+        config = r.speculator.config
+        chosen = windows(self.buffer.sample(self.tag, s.requests, s.recent, number), s.window, Random(f"{s.seed} {self.tag} {number}"))
+        return gather(chosen, config.n_predict, config.vocab_size, s.positions, next(r.speculator.parameters()).device)
+
+    def losses(self, r: Round, places: Places) -> Tensor:
+        """Every head's loss. [heads]"""
+        with torch.autocast(places.hidden.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+            return place_losses(r.speculator, places, OBJECTIVES[self.settings.objective])
+
+    def note(self, r: Round, losses: tuple[float, ...]) -> None:
+        """Count a step and smooth its losses. Raises Refused when they rise."""
+        r.step += 1
+        r.first = r.first or losses
+        r.losses = tuple(SMOOTH * new + (1 - SMOOTH) * old for new, old in zip(losses, r.losses or losses, strict=True))
+        bound = sum(r.first) * (1 + self.settings.margin)
+        if r.step > self.settings.warmup and sum(r.losses) > bound:
+            raise Refused(f"diverged at step {r.step}: the loss is {sum(r.losses):.3g}, at most {bound:.3g} is accepted")
+
+    def measured(self, r: Round, found: HeldOut) -> None:
+        """Take in what the serving speculator or the copy is worth, and go on, or end the round."""
+        assert r.measurement is not None, "what was measured is there"
+        subject, r.measurement = r.measurement.speculator, None
+        if r.before is None:
+            r.before = found
+            r.measurement = Measurement(as_saved(r.speculator), r.held) if r.step else None
+            return
+        if found.per_step > (r.best or r.before).per_step:
+            r.best, r.weights, r.stale = found, tensors(subject), 0
+        else:
+            r.stale += 1
+        if r.step >= self.settings.steps or r.stale >= self.settings.patience:
+            self.finish(r)
+
+    def finish(self, r: Round) -> None:
+        """End a round with a candidate if its best copy gained enough."""
+        assert r.before is not None, "the serving speculator is measured first"
+        gain = r.best.per_step - r.before.per_step if r.best else 0.0
+        if r.best is None or r.weights is None or gain < self.settings.least_gain:
+            self.give_up(f"nothing to gain: {gain:.3f} tokens per step on held-out requests, {self.settings.least_gain} are wanted")
+            return
+        data = window_of(self.buffer.training(self.tag))
+        parts = (self.version, self.tag, self.settings.objective, r.step, data, r.before, r.best, r.first, r.losses)
+        self.candidate, r.done, self.fruitless = Candidate(restored(self.live, r.weights), *parts), True, 0
+        self.outcome = f"candidate: {r.before.per_step:.3f} to {r.best.per_step:.3f} tokens per step on held-out requests"
+
+    def give_up(self, outcome: str) -> None:
+        """End a round without a candidate; the next one waits for twice as much traffic."""
+        log.info("%s %r: round %d: %s", self.buffer.model, self.tag, self.rounds, outcome)
+        self.round, self.outcome, self.fruitless = None, outcome, self.fruitless + 1
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, file: Path) -> None:
+        """Write all that going on needs but the traces, in place of the last checkpoint. Raises OSError, leaving the last one as it was."""
+        state = {name: getattr(self, name) for name in KEPT} | {"belongs": self.belongs(), "round": round_state(self.round)}
+        replace_durably(file, lambda opened: torch.save(state, opened))
+
+    def resume(self, file: Path) -> bool:
+        """Go on from a checkpoint; False if there is none, it cannot be read, or it is of another parent version, domain or settings.
+
+        Held-out requests that the buffer has no more are measured on no more, and what was measured is measured again.
+        """
+        state = read_state(file)
+        if state is None or state["belongs"] != self.belongs():
+            return False
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.round = self.resumed(state["round"]) if state["round"] else None
+        return True
+
+    def belongs(self) -> dict[str, Any]:
+        """What a checkpoint must have been written with to be gone on from."""
+        names = {"version": self.version, "tag": self.tag, "model": self.buffer.model}
+        return {**names, "config": self.live.config.to_json(), "settings": asdict(self.settings)}
+
+    def resumed(self, state: dict[str, Any]) -> Round | None:
+        """The round of a checkpoint; None when too few held-out requests are left to measure it."""
+        r = self.begin()
+        r.speculator.load_state_dict(state["speculator"])
+        r.optimizer.load_state_dict(state["optimizer"])
+        r.step, r.first, r.losses = state["step"], state["first"], state["losses"]
+        r.held = tuple(trace for trace in r.held if trace.request in state["held"])
+        if len(r.held) < self.settings.least_held:
+            return None
+        if len(r.held) < len(state["held"]):
+            r.measurement = Measurement(self.live, r.held)
+            return r
+        r.before, r.best = (HeldOut(**found) if found else None for found in (state["before"], state["best"]))
+        r.weights, r.stale = state["weights"], state["stale"]
+        subject = self.live if r.before is None else as_saved(r.speculator)
+        r.measurement = Measurement(subject, r.held) if state["measuring"] else None
+        if state["done"]:
+            self.finish(r)
+        return r
+
+
+KEPT = ("rounds", "fruitless", "refused", "used", "outcome")
+
+
+def round_state(r: Round | None) -> dict[str, Any] | None:
+    """A round as plain values and tensors."""
+    if r is None:
+        return None
+    found = {name: asdict(held) if held else None for name, held in (("before", r.before), ("best", r.best))}
+    state = {name: getattr(r, name) for name in ("step", "first", "losses", "stale", "weights", "done")}
+    held = [trace.request for trace in r.held]
+    own = {"speculator": r.speculator.state_dict(), "optimizer": r.optimizer.state_dict()}
+    return {**found, **state, **own, "held": held, "measuring": r.measurement is not None}
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """A checkpoint's contents; None, with a line in the log, for a file that is not one."""
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        log.error("%s cannot be read (%s); training begins anew", file, error)
+        return None
+
+
+def descend(r: Round, losses: Tensor, settings: RefreshSettings) -> None:
+    """One step down the summed losses. Raises Refused, before any weight moves, where they or their gradients are not numbers."""
+    for group in r.optimizer.param_groups:
+        group["lr"] = settings.rate_at(r.step)
+    r.optimizer.zero_grad(set_to_none=True)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(r.speculator.parameters(), settings.clip)
+    if not bool(losses.isfinite().all()) or not bool(norm.isfinite()):
+        raise Refused(f"step {r.step + 1}: losses {losses.tolist()} and a gradient of norm {float(norm):.3g} are not all finite")
+    r.optimizer.step()
+
+
+def float_copy(speculator: MLPSpeculator) -> MLPSpeculator:
+    """A copy in float32 that nobody trains, on the same device."""
+    return copy.deepcopy(speculator).float().requires_grad_(False).eval()
+
+
+def as_saved(speculator: MLPSpeculator) -> MLPSpeculator:
+    """A copy whose weights are rounded as a checkpoint keeps them."""
+    return float_copy(copy.deepcopy(speculator).to(torch_dtype(speculator.config.torch_dtype)))
+
+
+def tensors(speculator: MLPSpeculator) -> dict[str, Tensor]:
+    """Every weight under its first name, on the CPU."""
+    state = speculator.state_dict()
+    return {name: state[name].detach().cpu().clone() for name in shapes(speculator.config)}
+
+
+def restored(like: MLPSpeculator, weights: dict[str, Tensor]) -> MLPSpeculator:
+    """A speculator with these weights, on the CPU."""
+    speculator = copy.deepcopy(like).cpu()
+    speculator.load_state_dict(weights, strict=False)  # a tied speculator's other names share them
+    return speculator
+
+
+def window_of(traces: Sequence[Trace]) -> DataWindow:
+    """What was learned from."""
+    times, tokens = [trace.at for trace in traces], sum(len(trace) for trace in traces)
+    return DataWindow(first=min(times, default=None), last=max(times, default=None), requests=len(traces), tokens=tokens)

@@ -1,0 +1,253 @@
+"""What a model's trainer remembers: recent traces, a uniform sample of older ones, and those held out, within a budget of bytes.
+
+Domains (a request's tag) are kept apart. Every choice is a hash of seed and request, so there is no generator to save: who is held out,
+who stays, and what a step samples are the same after a crash, in whatever order traces come in again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import BinaryIO
+
+from drafters.durable import replace_durably
+from drafters.traces import InvalidTrace, Trace
+
+SIZE = struct.Struct("<Q")  # before every record of a saved buffer
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSettings:
+    """How much is remembered. Raises ValueError for shares that leave no room.
+
+    budget: bytes of tensors in all domains together, an equal part for each. held_out: share of requests, and of the budget, that no
+    training ever sees. recent: share of what is left that the latest traces get; older ones are sampled into the rest. domains: tags
+    told apart; those that come when there are as many are kept together under "".
+    """
+
+    budget: int = 256 * 2**20
+    held_out: float = 0.1
+    recent: float = 0.5
+    domains: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0 or self.domains <= 0:
+            raise ValueError(f"budget and domains must be positive, got {self.budget} and {self.domains}")
+        if not (0 < self.held_out < 1 and 0 <= self.recent <= 1):
+            raise ValueError(f"held_out must be between 0 and 1, and recent 0 to 1, got {self.held_out} and {self.recent}")
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came in and what became of it. seen, dropped: traces of a domain; tokens: answer tokens of all that were seen."""
+
+    seen: int = 0
+    tokens: int = 0
+    dropped: int = 0
+
+
+class Recent:
+    """The latest traces that fit, oldest first."""
+
+    def __init__(self) -> None:
+        self.traces: deque[Trace] = deque()
+        self.nbytes = 0
+
+    def add(self, trace: Trace) -> None:
+        self.traces.append(trace)
+        self.nbytes += trace.nbytes
+
+    def shrink(self, room: int) -> Iterator[Trace]:
+        """Give up the oldest until `room` bytes hold the rest."""
+        while self.nbytes > room:
+            trace = self.traces.popleft()
+            self.nbytes -= trace.nbytes
+            yield trace
+
+
+class Reservoir:
+    """A uniform sample of all traces ever offered, however many those are (as Vitter's algorithm R, 1985, keeps one).
+
+    Each has a random key; those above a threshold stay, and the threshold rises to make room. Whether one stays so depends on its key
+    and not on its length, which replacing as many records as fit would let it.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[float, str, Trace]] = []  # ascending by key
+        self.threshold = 0.0
+        self.nbytes = 0
+
+    def offer(self, key: float, trace: Trace) -> bool:
+        """Take a trace in, unless its key is too low."""
+        if key <= self.threshold:
+            return False
+        insort(self.entries, (key, trace.request, trace), key=lambda entry: entry[:2])
+        self.nbytes += trace.nbytes
+        return True
+
+    def shrink(self, room: int) -> Iterator[Trace]:
+        """Give up those with the lowest keys until `room` bytes hold the rest."""
+        while self.nbytes > room:
+            self.threshold, _, trace = self.entries.pop(0)
+            self.nbytes -= trace.nbytes
+            yield trace
+
+
+@dataclass(slots=True)
+class Domain:
+    """One domain's traces."""
+
+    recent: Recent = field(default_factory=Recent)
+    older: Reservoir = field(default_factory=Reservoir)
+    held: Recent = field(default_factory=Recent)
+    counts: Counts = field(default_factory=Counts)
+
+
+class ReplayBuffer:
+    """Traces of one model, checked as they come in."""
+
+    def __init__(self, model: str, vocab_size: int, emb_dim: int, settings: BufferSettings | None = None) -> None:
+        """vocab_size, emb_dim: the base's, which every trace must fit."""
+        self.model, self.vocab_size, self.emb_dim = model, vocab_size, emb_dim
+        self.settings = settings or BufferSettings()
+        self.domains: dict[str, Domain] = {}
+
+    def add(self, trace: Trace) -> None:
+        """Remember a trace, dropping older ones for it. Raises InvalidTrace for another model's, or one that cannot be learned from."""
+        if trace.model != self.model:
+            raise InvalidTrace(f"{trace.request}: model is {trace.model!r}, expected {self.model!r}")
+        trace.check(self.vocab_size, self.emb_dim)
+        domain = self.domains.get(self.domain_of(trace.tag))
+        if domain is None:
+            domain = self.domains[self.domain_of(trace.tag)] = Domain()
+        domain.counts.seen += 1
+        domain.counts.tokens += len(trace)
+        (domain.held if self.is_held_out(trace.request) else domain.recent).add(trace)
+        for other in self.domains.values():
+            self.trim(other)
+
+    def domain_of(self, tag: str) -> str:
+        """The domain that traces with a tag are kept in."""
+        return tag if tag in self.domains or len(self.domains) < self.settings.domains else ""
+
+    def trim(self, domain: Domain) -> None:
+        """Bring a domain down to its share of the budget. What is no longer recent may stay in the sample of older ones."""
+        share = self.settings.budget // len(self.domains)
+        held = int(share * self.settings.held_out)
+        recent = int((share - held) * self.settings.recent)
+        domain.counts.dropped += sum(1 for _ in domain.held.shrink(held))
+        for trace in domain.recent.shrink(recent):
+            domain.counts.dropped += not domain.older.offer(self.key(trace), trace)
+        domain.counts.dropped += sum(1 for _ in domain.older.shrink(share - held - recent))
+
+    def is_held_out(self, request: str) -> bool:
+        """Whether a request is kept from training: whole requests, by their id alone."""
+        return chance(f"held out {self.settings.seed}", request) < self.settings.held_out
+
+    def held_out(self, tag: str) -> tuple[Trace, ...]:
+        """A domain's traces that training never sees, oldest first."""
+        return tuple(self.domains[tag].held.traces) if tag in self.domains else ()
+
+    def training(self, tag: str) -> tuple[Trace, ...]:
+        """All of a domain's traces to learn from, the older ones first."""
+        domain = self.domains.get(tag, Domain())
+        return (*(trace for _, _, trace in domain.older.entries), *domain.recent.traces)
+
+    def sample(self, tag: str, count: int, recent: float, step: int) -> list[Trace]:
+        """`count` traces to learn from in a step, with replacement, longer ones more often. A function of seed, tag, step and contents.
+
+        recent: share of them from the recent part; whichever part is empty leaves all to the other. Raises ValueError if both are.
+        """
+        domain = self.domains.get(tag, Domain())
+        parts = (list(domain.recent.traces), [trace for _, _, trace in domain.older.entries])
+        if not any(parts):
+            raise ValueError(f"there is nothing to learn from in domain {tag!r} of {self.model}")
+        random = Random(f"{self.settings.seed} {tag} {step}")
+        latest = sum(random.random() < recent for _ in range(count)) if all(parts) else count * bool(parts[0])
+        return [trace for part, n in zip(parts, (latest, count - latest), strict=True) if n for trace in chosen(part, n, random)]
+
+    def counts(self, tag: str) -> Counts:
+        return self.domains.get(tag, Domain()).counts
+
+    def save(self, file: Path) -> None:
+        """Write everything in place of what the file held. Raises OSError, leaving the file as it was."""
+        replace_durably(file, lambda opened: opened.writelines(framed(record) for record in self.records()))
+
+    def records(self) -> Iterator[bytes]:
+        """A table of contents, then every trace."""
+        table = {
+            tag: asdict(d.counts) | {"threshold": d.older.threshold, "parts": [len(part) for part in parts(d)]}
+            for tag, d in self.domains.items()
+        }
+        yield json.dumps(table).encode()
+        for domain in self.domains.values():
+            yield from (trace.to_bytes() for part in parts(domain) for trace in part)
+
+    def load(self, file: Path) -> None:
+        """Remember what `save` wrote, in place of what is remembered. Raises OSError, or ValueError for a file that is not whole."""
+        self.domains = {}
+        with file.open("rb") as opened:
+            for tag, row in json.loads(take(opened)).items():
+                self.domains[tag] = domain = Domain(counts=Counts(row["seen"], row["tokens"], row["dropped"]))
+                recent, older, held = ([Trace.from_bytes(take(opened)) for _ in range(count)] for count in row["parts"])
+                self.fill(domain, recent, older, held)
+                domain.older.threshold = row["threshold"]
+        for domain in self.domains.values():
+            self.trim(domain)
+
+    def fill(self, domain: Domain, recent: Sequence[Trace], older: Sequence[Trace], held: Sequence[Trace]) -> None:
+        for trace in (*recent, *older, *held):
+            trace.check(self.vocab_size, self.emb_dim)
+        for trace in recent:
+            domain.recent.add(trace)
+        for trace in held:
+            domain.held.add(trace)
+        for trace in older:
+            domain.older.offer(self.key(trace), trace)
+
+    def key(self, trace: Trace) -> float:
+        """By which a trace stays in the sample of older ones."""
+        return chance(f"older {self.settings.seed}", trace.request)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors kept."""
+        return sum(part.nbytes for domain in self.domains.values() for part in (domain.recent, domain.older, domain.held))
+
+
+def parts(domain: Domain) -> tuple[list[Trace], list[Trace], list[Trace]]:
+    """A domain's traces: the recent, the older, those held out."""
+    return list(domain.recent.traces), [trace for _, _, trace in domain.older.entries], list(domain.held.traces)
+
+
+def framed(record: bytes) -> bytes:
+    """A record as it lies in a file: its size before it."""
+    return SIZE.pack(len(record)) + record
+
+
+def take(file: BinaryIO) -> bytes:
+    """The next record. Raises ValueError where the file ends before it."""
+    size = file.read(SIZE.size)
+    record = file.read(SIZE.unpack(size)[0]) if len(size) == SIZE.size else b""
+    if len(size) < SIZE.size or len(record) < SIZE.unpack(size)[0]:
+        raise ValueError(f"{file.name} ends in the middle of a record")
+    return record
+
+
+def chosen(traces: Sequence[Trace], count: int, random: Random) -> list[Trace]:
+    """Traces drawn with replacement, each as often as it is long."""
+    return random.choices(traces, [len(trace) for trace in traces], k=count)
+
+
+def chance(purpose: str, request: str) -> float:
+    """A number in [0, 1) that depends on the purpose and the request's id alone."""
+    digest = hashlib.blake2b(f"{purpose} {request}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,97 @@
+"""What a speculator would have been worth on a logged request: the steps that its drafts would have taken through the answer.
+
+A step at answer token t drafts a chain from the state that drew it, every head in the very noise in which the base drew the tokens after
+it, and goes on at the token after the last that agrees. Nothing is estimated: this is what the engine does at full depth and width 1,
+whatever the temperature, as far as the logged states are those it computed (they are rounded to bfloat16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafters.mlp import MLPSpeculator
+from drafters.traces import Trace
+from engine.sampling import Sampler, draw
+
+ROWS = 512  # places drafted from at once
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """One request, replayed. tokens: those after the first, which the prompt's step drew. steps: it would have taken for them."""
+
+    request: str
+    tokens: int
+    steps: int
+
+    @property
+    def per_step(self) -> float:
+        """Expected tokens per step; 1 for an answer of one token, which no speculator can help."""
+        return self.tokens / self.steps if self.steps else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a speculator is worth on held-out requests: the tokens and steps of all of them. per_step: tokens / steps."""
+
+    requests: int
+    tokens: int
+    steps: int
+    per_step: float
+
+    @classmethod
+    def of(cls, walks: Iterable[Walk]) -> HeldOut:
+        found = list(walks)
+        tokens, steps = sum(w.tokens for w in found), sum(w.steps for w in found)
+        return cls(len(found), tokens, steps, tokens / steps if steps else 1.0)
+
+
+def expected_tokens(speculator: MLPSpeculator, trace: Trace) -> float:
+    """Tokens per step that the speculator would have been worth on the request, 1 to n_predict + 1. See `walk`."""
+    return walk(speculator, trace).per_step
+
+
+def walk(speculator: MLPSpeculator, trace: Trace) -> Walk:
+    """The steps that the speculator's chains would have taken through the answer."""
+    survived = survivals(speculator, trace)
+    at = steps = 0
+    while at < len(survived):
+        at, steps = at + 1 + survived[at], steps + 1
+    return Walk(trace.request, len(survived), steps)
+
+
+@torch.inference_mode()
+def survivals(speculator: MLPSpeculator, trace: Trace) -> list[int]:
+    """How many tokens in a row a chain drafted at each answer token but the last agrees with the answer. [n - 1]"""
+    weight = next(speculator.parameters())
+    answer = trace.answer.long().to(weight.device)
+    sampler = Sampler(trace.params, trace.tokens[: trace.prompt_length].tolist(), speculator.config.vocab_size, weight.device)
+    found = [0] * (len(trace) - 1)
+    for start in range(0, len(found), ROWS):
+        places = torch.arange(start, min(start + ROWS, len(found)), device=weight.device)
+        state = speculator.start(trace.hidden[places.cpu()].to(weight))
+        for head in range(min(speculator.config.n_predict, len(found) - start)):
+            state = speculator.advance(head, state, answer[places + head])
+            agreed = agreement(speculator, head, state, trace, sampler, places)
+            places, state = places[agreed], state[agreed]
+            for place in places.tolist():
+                found[place] += 1
+            inside = places + head + 1 < len(found)  # a chain ends with the answer
+            places, state = places[inside], state[inside]
+            if not len(places):
+                break
+    return found
+
+
+def agreement(speculator: MLPSpeculator, head: int, state: Tensor, trace: Trace, sampler: Sampler, places: Tensor) -> Tensor:
+    """Which rows of a head's state [M, width] draw the answer's token. places: [M] where their chains began. [M] bool"""
+    targets = [place + head + 1 for place in places.tolist()]
+    answer = trace.answer.tolist()
+    before = [answer[:target] for target in targets] if trace.params.penalised else None
+    positions = [trace.position + target for target in targets]
+    picks = draw(speculator.head[head](state).float(), [sampler], [0] * len(targets), positions, before)
+    return torch.tensor([pick == answer[target] for pick, target in zip(picks, targets, strict=True)], device=state.device)
