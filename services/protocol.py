@@ -138,7 +138,7 @@ class ModelStatus:
     """
 
     model: str
-    state: Literal["loading", "ready", "failed"]
+    state: Literal["loading", "ready", "failed", "asleep"]
     detail: str = ""
     context: int = 0
     drafter: str = ""

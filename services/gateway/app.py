@@ -141,8 +141,8 @@ def add_health(app: FastAPI, door: Edge) -> None:
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> Response:
-        """200 once all configured models are up."""
-        waiting = [name for name, state in states(door).items() if state != "ready"]
+        """200 once all configured models are up; one that sleeps until it is asked is no less ready."""
+        waiting = [name for name, state in states(door).items() if state not in ("ready", "asleep")]
         if not waiting:
             return JSONResponse({"status": "ready", "models": states(door)})
         missing = refused(503, f"Not ready: {', '.join(waiting)}.", code="not_ready", retry_after=2.0)

@@ -27,5 +27,6 @@ def gateway_app(settings: Settings) -> FastAPI:
     """The gateway within its replica, over the handles of this application."""
     application_name = serve.get_replica_context().app_name
     handles = {model.name: serve.get_deployment_handle(model.name, application_name) for model in settings.models}
+    patience = {model.name: model.replicas.cold_start_s for model in settings.models if model.replicas.sleeps}
     desk = RayDesk(policy_actor(settings), log_actor(settings))
-    return create_app(settings, RayFleet(handles, settings.gateway.poll_s), desk)
+    return create_app(settings, RayFleet(handles, settings.gateway.poll_s, patience), desk)

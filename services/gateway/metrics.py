@@ -14,7 +14,7 @@ from services.protocol import Item, ModelStatus, Piece
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 OUTCOMES = ("written", "dropped", "lost")
-STATES = ("loading", "ready", "failed")
+STATES = ("loading", "ready", "failed", "asleep")
 
 
 class Metrics:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import count
+from time import monotonic
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -19,40 +21,49 @@ ACCEPT_S = 30.0  # seconds in which a replica must accept or refuse a job
 ANSWER_S = 5.0  # seconds in which replicas must say how they are
 MOST_ATTEMPTS = 4  # replicas asked for one job
 LOADING = "model_loading"
+GONE = ("replica_lost", "no_replica")
 UNAVAILABLE = "service_unavailable_error"
 
 
 class RayFleet:
-    """The fleet over Serve handles, by model. poll_s: seconds between questions about status."""
+    """The fleet over Serve handles, by model.
 
-    def __init__(self, handles: Mapping[str, Any], poll_s: float) -> None:
+    poll_s: seconds between questions about status. patience: for the models that may sleep, the seconds that a request waits for one to
+    come up. Such a model is asleep whenever it is not up; a question about its status neither wakes it nor keeps it awake.
+    """
+
+    def __init__(self, handles: Mapping[str, Any], poll_s: float, patience: Mapping[str, float] | None = None) -> None:
         self._handles = dict(handles)
         self._poll_s = poll_s
-        self._statuses = {name: starting(name) for name in handles}
+        self._patience = dict(patience or {})
+        self._statuses = {name: asleep(starting(name)) if name in self._patience else starting(name) for name in handles}
 
     def statuses(self) -> Mapping[str, ModelStatus]:
         return self._statuses
 
     async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
-        """A job's items; replicas that are still loading are passed over while another one is ready."""
-        for attempt in range(MOST_ATTEMPTS):
-            async with aclosing(self._attempt(job)) as items:
+        """A job's items; replicas that are still loading are passed over while another one is ready, and a sleeping model is waited for."""
+        deadline = monotonic() + self._patience.get(job.model, 0.0)
+        for attempt in count():
+            async with aclosing(self._attempt(job, deadline)) as items:
                 first = await anext(items)
-                if attempt < MOST_ATTEMPTS - 1 and self._elsewhere(job, first):
-                    continue
-                yield first
-                async for item in items:
-                    yield item
-                return
+                again = self._waking(job, first, deadline)
+                if not again and not (attempt < MOST_ATTEMPTS - 1 and self._elsewhere(job, first)):
+                    yield first
+                    async for item in items:
+                        yield item
+                    return
+            if again:
+                await asyncio.sleep(self._poll_s)
 
     async def watch(self) -> None:
         await asyncio.gather(*(self._follow(name) for name in self._handles))
 
-    async def _attempt(self, job: Job) -> AsyncGenerator[Item, None]:
+    async def _attempt(self, job: Job, deadline: float) -> AsyncGenerator[Item, None]:
         """The items of one replica. Always at least one."""
         answer = self._handles[job.model].options(stream=True).generate.remote(job)
         try:
-            yield await self._first(job, answer)
+            yield await self._first(job, answer, deadline)
             async for item in answer:
                 yield item
         except Exception as error:
@@ -60,14 +71,14 @@ class RayFleet:
         finally:
             answer.cancel()
 
-    async def _first(self, job: Job, answer: Any) -> Item:
-        """A replica's first item; a Failure if it takes too long, or if the model has meanwhile lost its replicas."""
+    async def _first(self, job: Job, answer: Any, deadline: float) -> Item:
+        """A replica's first item; a Failure if it takes too long, or if a model that never sleeps has meanwhile lost its replicas."""
         waiting = asyncio.ensure_future(anext(answer))
         try:
-            async with asyncio.timeout(ACCEPT_S):
+            async with asyncio.timeout(max(ACCEPT_S, deadline - monotonic())):
                 while not waiting.done():
                     await asyncio.wait({waiting}, timeout=self._poll_s)
-                    if not waiting.done() and self._statuses[job.model].state != "ready":
+                    if not waiting.done() and self._statuses[job.model].state in ("loading", "failed"):
                         return Failure(503, f"The model {job.model} has no replica now.", UNAVAILABLE, None, "no_replica", 2.0)
             item: Item = waiting.result()
             return item
@@ -78,9 +89,15 @@ class RayFleet:
         """Whether another replica may answer a job that this one could not take."""
         return isinstance(first, Failure) and first.code == LOADING and self._statuses[job.model].state == "ready"
 
+    def _waking(self, job: Job, first: Item, deadline: float) -> bool:
+        """Whether a job waits on for a model that sleeps: one that is loading, or whose replica left just when the job came to it."""
+        late = job.model not in self._patience or monotonic() >= deadline
+        return not late and isinstance(first, Failure) and first.code in (LOADING, *GONE)
+
     async def _follow(self, name: str) -> None:
         while True:
-            self._statuses[name] = await self._ask(name)
+            status = await self._ask(name)
+            self._statuses[name] = asleep(status, self._statuses[name]) if name in self._patience else status
             await asyncio.sleep(self._poll_s)
 
     async def _ask(self, name: str) -> ModelStatus:
@@ -95,6 +112,15 @@ class RayFleet:
 
 def starting(name: str, detail: str = "its replica is starting") -> ModelStatus:
     return ModelStatus(name, "loading", detail)
+
+
+def asleep(status: ModelStatus, before: ModelStatus | None = None) -> ModelStatus:
+    """How a model that may sleep is: up or broken as it says, asleep otherwise, with what was known of it when it was up."""
+    if status.state != "loading":
+        return status
+    known = before if before is not None and before.context else status
+    waking = f"waking: {status.detail}" if status.created else "the next request wakes it"
+    return replace(known, state="asleep", detail=waking, kv_bytes=0, kv_held=0, kv_cached=0)
 
 
 def together(name: str, answers: Sequence[ModelStatus]) -> ModelStatus:
