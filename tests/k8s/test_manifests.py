@@ -1,98 +1,130 @@
-"""The Kubernetes manifests parse, fit Serve's schema, and name only what exists."""
+"""Every overlay renders, and what it makes fits the schemas of Kubernetes, KubeRay and prometheus-operator, unknown fields included."""
 
 from __future__ import annotations
 
-import importlib
+import copy
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
+from packaging.version import Version
+from pydantic import ValidationError
 
-from configs.settings import load_settings
+from tests.k8s.conftest import K8S, OVERLAYS, ROOT, SECRET, Overlay, ray_container
+from tests.k8s.kustomize import identity, render
+from tests.k8s.schemas import COPY, complaints, monitor_spec, rayservice, read_crd
 
-ROOT = Path(__file__).resolve().parents[2]
-IMAGE = "/app"
-
-
-def manifest(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((ROOT / "k8s" / name).read_text()))
-
-
-@pytest.fixture
-def service() -> dict[str, Any]:
-    return dict(manifest("rayservice.yaml")["spec"])
+KUBERNETES = ["1.32", "1.37"]  # the oldest and the newest that the manifests are checked against
+OURS = {"RayService", "ServiceMonitor", "PodMonitor"}
+REFERENCE = ROOT.parent / "shared" / "reference" / "kuberay" / "ray.io_rayservices.yaml"
 
 
-@pytest.fixture
-def deployed(service: dict[str, Any]) -> ServeDeploySchema:
-    return ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+def test_overlays_are_the_two_that_are_documented() -> None:
+    assert OVERLAYS == ["cpu-demo", "gpu"]
 
 
-def containers(service: dict[str, Any]) -> list[dict[str, Any]]:
-    cluster = service["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="without kubectl only the tests' own renderer was run")
+def test_kubectl_renders_the_same(overlay: Overlay) -> None:
+    done = subprocess.run(["kubectl", "kustomize", str(overlay.folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {identity(resource): resource for resource in yaml.safe_load_all(done.stdout)} == overlay.resources
 
 
-def secrets(tree: Any) -> set[tuple[str, str, bool]]:
-    """(name, key, optional) of every secretKeyRef in a tree."""
-    if isinstance(tree, list):
-        return {found for part in tree for found in secrets(part)}
-    if not isinstance(tree, dict):
-        return set()
-    own = {(ref["name"], ref["key"], ref.get("optional", False)) for name, ref in tree.items() if name == "secretKeyRef"}
-    return own | {found for part in tree.values() for found in secrets(part)}
+def test_renderer_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: []\nnamePrefix: x-\n")
+    with pytest.raises(ValueError, match="namePrefix"):
+        render(tmp_path)
 
 
-def test_application_is_the_builder(deployed: ServeDeploySchema) -> None:
-    (application,) = deployed.applications
-    module, name = application.import_path.split(":")
-    assert callable(getattr(importlib.import_module(module), name))
-    config = Path(str(application.args["config"]))
-    assert (ROOT / config.relative_to(IMAGE)).is_file()
+def test_every_file_is_rendered_somewhere() -> None:
+    named = set()
+    for file in K8S.rglob("kustomization.yaml"):
+        kustomization = yaml.safe_load(file.read_text())
+        places = [*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", []))]
+        named |= {(file.parent / place).resolve() for place in places} | {file}
+    left = {path for path in K8S.rglob("*") if path.is_file()} - named
+    assert left == {K8S / "secret.example.yaml"}
 
 
-def test_http_outlasts_the_gateway(deployed: ServeDeploySchema, service: dict[str, Any]) -> None:
-    assert deployed.http_options.request_timeout_s > production(service).gateway.request_timeout_s
-    assert (deployed.http_options.host, deployed.http_options.port) == ("0.0.0.0", production(service).gateway.port)
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_resources_fit_kubernetes(overlay: Overlay, version: str) -> None:
+    for resource in [SECRET, *overlay.resources.values()]:
+        if resource["kind"] not in OURS:
+            assert kubernetes_validate.validate(resource, version, strict=True) == version
 
 
-def production(service: dict[str, Any]) -> Any:
-    """The production settings under the manifest's own environment."""
-    names = {entry["name"] for entry in containers(service)[0]["env"] if entry["name"].startswith("SPECFLEET_")}
-    values = {name: "redis://:secret@redis:6379/0" if name.endswith("URL") else "a-long-enough-key" for name in names}
-    return load_settings(ROOT / "configs" / "production.yaml", values)
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_pods_fit_kubernetes(overlay: Overlay, version: str) -> None:
+    """The CRD's schema of pods is loose in places; Kubernetes' own is not."""
+    for group in overlay.groups():
+        pod = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(group["template"])}
+        assert kubernetes_validate.validate(pod, version, strict=True) == version
 
 
-def test_environment_fills_the_settings(service: dict[str, Any]) -> None:
-    settings = production(service)
-    assert {key.name for key in settings.keys if key.key} == {"operator", "clients"}
-    assert settings.state.url == settings.request_log.url == "redis://:secret@redis:6379/0"
+def test_rayservice_fits_the_crd(overlay: Overlay) -> None:
+    assert complaints(overlay.resources["RayService", "specfleet"], rayservice()) == []
 
 
-def test_every_secret_is_in_the_example(service: dict[str, Any]) -> None:
-    example = manifest("secret.example.yaml")
-    assert {(name, key) for name, key, _ in secrets(service)} == {(example["metadata"]["name"], key) for key in example["stringData"]}
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda spec: spec.update(excludeHeadPodFromService=True), "excludeHeadPodFromService"),
+        (lambda spec: spec["rayClusterConfig"]["autoscalerOptions"].update(version="v3"), "'v3' is not one of"),
+        (lambda spec: spec["rayClusterConfig"]["workerGroupSpecs"][0].pop("groupName"), "'groupName' is a required property"),
+        (lambda spec: spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "0 is not of type 'string'"),
+        (lambda spec: spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0].update(cmd=[]), "'cmd' was unexpected"),
+    ],
+)
+def test_a_mistake_in_the_rayservice_is_found(demo: Overlay, change: Any, complaint: str) -> None:
+    wrong = copy.deepcopy(demo.resources["RayService", "specfleet"])
+    change(wrong["spec"])
+    (found,) = complaints(wrong, rayservice())
+    assert complaint in found
 
 
-def test_head_holds_no_model(service: dict[str, Any]) -> None:
-    head = service["rayClusterConfig"]["headGroupSpec"]
-    assert head["rayStartParams"]["num-cpus"] == "0"
-    assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the original of the committed schema is not beside this checkout")
+def test_committed_schema_is_the_original() -> None:
+    assert rayservice() == read_crd(REFERENCE), f"write read_crd({REFERENCE.name}) to {COPY.name} again"
 
 
-def test_workers_have_room_for_the_fleet(service: dict[str, Any]) -> None:
-    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
-    models = production(service).models
-    assert group["minReplicas"] >= sum(model.replicas.min * model.num_gpus for model in models)
-    assert group["maxReplicas"] >= sum(model.replicas.max * model.num_gpus for model in models)
-    cpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert all(cpus >= model.num_cpus + 0.5 for model in models)
+def test_monitors_fit_prometheus_operator(gpu: Overlay) -> None:
+    monitors = [resource for resource in gpu.resources.values() if resource["apiVersion"].startswith("monitoring.coreos.com/")]
+    assert len([monitor_spec(monitor) for monitor in monitors]) == 2
+    with pytest.raises(ValidationError, match="targetPorts"):
+        monitor_spec({**monitors[0], "spec": {**monitors[0]["spec"], "targetPorts": []}})
 
 
-def test_versions_agree(service: dict[str, Any]) -> None:
+def test_the_operator_accepts_the_cluster(overlay: Overlay) -> None:
+    """What KubeRay checks beyond the schema, read from its validation.go."""
+    cluster = overlay.cluster
+    assert overlay.service["upgradeStrategy"]["type"] in {"NewCluster", "NewClusterWithIncrementalUpgrade", "None"}
+    assert cluster["authOptions"]["mode"] == "token" and Version(cluster["rayVersion"]) >= Version("2.52.0")
+    assert "serve" in {port["name"] for port in ray_container(overlay.head)["ports"]}, "or there is no service"
+    assert len(overlay.workers) == len(cluster["workerGroupSpecs"])
+    for group in overlay.groups():
+        assert not {"labels", "resources", "redis-password"} & set(group["rayStartParams"])
+        assert group["template"]["spec"].get("restartPolicy", "Never") == "Never", "autoscaler v2"
+        names = {entry["name"] for entry in ray_container(group)["env"]}
+        assert not {"REDIS_PASSWORD", "RAY_REDIS_ADDRESS", "RAY_enable_autoscaler_v2", "RAY_AUTH_TOKEN"} & names
+    for group in overlay.workers.values():
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_versions_agree(overlay: Overlay) -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert service["rayClusterConfig"]["rayVersion"] == pins["ray"]
-    assert len({container["image"] for container in containers(service)}) == 1
+    assert overlay.cluster["rayVersion"] == pins["ray"]
+
+
+def test_pods_are_confined(overlay: Overlay) -> None:
+    templates = [group["template"] for group in overlay.groups()] + [overlay.resources["StatefulSet", "redis"]["spec"]["template"]]
+    for pod in [template["spec"] for template in templates]:
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert overlay.cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
