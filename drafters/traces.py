@@ -113,7 +113,8 @@ class Trace:
         labels = {name: getattr(self, name) for name in LABELS}
         shaping = {name: getattr(self.params, name) for name in SHAPING} | {"logit_bias": dict(self.params.logit_bias)}
         metadata = {"trace": json.dumps(labels), "params": json.dumps(shaping)}
-        return save({name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}, metadata)
+        packed: bytes = save({name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}, metadata)
+        return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Trace:
