@@ -52,8 +52,9 @@ class Law:
         heat = torch.where(warm, temperature, 1.0).clamp_min(COLDEST)
         logp = torch.cat([logprobs, rest(logprobs, vocab_size - ids.shape[1])], 1) / heat[:, None]
         logp[:, -1] += (1 - 1 / heat) * math.log(max(1, vocab_size - ids.shape[1]))
-        ids = ids.scatter(1, column(ids, token)[:, None], token[:, None]) if not bool(warm.all()) else ids
-        sure = torch.full_like(logp, -math.inf).scatter(1, column(ids, token)[:, None], 0.0)
+        place = column(ids, token)[:, None]
+        sure = torch.full_like(logp, -math.inf).scatter(1, place, 0.0)
+        ids = torch.where(warm[:, None], ids, ids.scatter(1, place, token[:, None]))
         logp = torch.where(warm[:, None], logp.log_softmax(-1), sure)
         return cls(token, ids, logp.clamp_min(LOWEST), heat)
 

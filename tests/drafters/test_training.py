@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafters.objectives import head_losses
 from drafters.mlp import MLPSpeculator
+from drafters.objectives import head_losses
 from drafters.teacher import Teacher
 from drafters.training import Advance, SpeculatorShape, Stage, TrainingError, TrainingJob, train
 
