@@ -1,0 +1,210 @@
+"""The replay buffer: its budget, its sample of older traces, its held-out split, and what of it survives."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafters.replay import BufferSettings, ReplayBuffer, Reservoir
+from drafters.traces import InvalidTrace
+from tests.drafters.traced import VOCAB, WIDTH, make_trace, many
+
+ONE = make_trace().nbytes
+
+
+def buffer(traces: int = 100, **changes: object) -> ReplayBuffer:
+    """A buffer with room for so many traces of twenty tokens."""
+    settings = BufferSettings(budget=traces * ONE)
+    return ReplayBuffer("toy", VOCAB, WIDTH, replace(settings, **changes))  # type: ignore[arg-type]
+
+
+def test_requests_are_held_out_whole_and_for_good() -> None:
+    one, other = buffer(10_000), buffer(50, recent=0.2)
+    for trace in many(600, 3):
+        one.add(trace)
+        other.add(trace)
+    held = {trace.request for trace in one.held_out("")}
+    assert 35 <= len(held) <= 85
+    assert held == {f"r-{i}" for i in range(600) if other.is_held_out(f"r-{i}")}
+    assert held.isdisjoint(trace.request for trace in one.training(""))
+    assert len(held) + len(one.training("")) == 600
+    assert {trace.request for trace in other.held_out("")} <= held
+    assert held != {f"r-{i}" for i in range(600) if buffer(seed=1).is_held_out(f"r-{i}")}
+
+
+def test_the_budget_is_kept_and_losses_are_counted() -> None:
+    small = buffer(30)
+    for index, trace in enumerate(many(300)):
+        small.add(trace)
+        assert small.nbytes <= small.settings.budget
+        kept = len(small.training("")) + len(small.held_out(""))
+        assert small.counts("").dropped == index + 1 - kept
+    counts = small.counts("")
+    assert (counts.seen, counts.tokens) == (300, 300 * 20)
+    assert small.nbytes > 0.8 * small.settings.budget
+
+
+def test_the_oldest_leave_the_recent_part_first() -> None:
+    small = buffer(40)
+    traces = [trace for trace in many(300) if not small.is_held_out(trace.request)]
+    for trace in traces:
+        small.add(trace)
+    recent = [trace.request for trace in small.domains[""].recent.traces]
+    assert recent == [trace.request for trace in traces[-len(recent) :]]
+    assert len(recent) == 18  # half of nine tenths of forty
+    older = {entry[1] for entry in small.domains[""].older.entries}
+    assert len(older) == 18 and older.isdisjoint(recent)
+    held = buffer(100, held_out=0.3)
+    for trace in many(300):
+        held.add(trace)
+    out = [trace.request for trace in held.held_out("")]
+    assert out == [f"r-{i}" for i in range(300) if held.is_held_out(f"r-{i}")][-len(out) :]
+
+
+def test_older_traces_are_a_uniform_sample_whatever_their_length() -> None:
+    """Over many seeds, every one of the older traces stays about as often, early or late, short or long."""
+    stays: Counter[str] = Counter()
+    traces = [make_trace(f"r-{i}", 30 if i % 2 else 10) for i in range(60)]
+    for seed in range(300):
+        small = buffer(20, held_out=0.001, recent=0.0, seed=seed)
+        for trace in traces:
+            small.add(trace)
+        stays.update(entry[1] for entry in small.domains[""].older.entries)
+    counts = [stays[trace.request] for trace in traces]
+    mean = sum(counts) / len(counts)
+    assert mean > 60
+    early, late = sum(counts[:30]) / 30, sum(counts[30:]) / 30
+    short, long = sum(counts[::2]) / 30, sum(counts[1::2]) / 30
+    assert abs(early - late) < 0.1 * mean and abs(short - long) < 0.1 * mean
+    assert max(counts) < 1.6 * mean and min(counts) > 0.5 * mean
+
+
+def test_room_that_a_long_trace_left_is_not_for_those_with_lower_keys() -> None:
+    reservoir, short, long = Reservoir(), make_trace("short", 4), make_trace("long", 30)
+    reservoir.offer(0.5, long)
+    assert [trace.request for trace in reservoir.shrink(long.nbytes - 1)] == ["long"]
+    assert not reservoir.offer(0.4, short)
+    assert reservoir.offer(0.6, short) and reservoir.nbytes == short.nbytes
+
+
+def test_domains_are_kept_apart_and_share_the_budget() -> None:
+    small = buffer(60)
+    for trace in (*many(200, tag="law"), *many(100, tag="code", first=200)):
+        small.add(trace)
+    for tag, numbers in (("law", range(200)), ("code", range(200, 300))):
+        kept = {trace.request for trace in (*small.training(tag), *small.held_out(tag))}
+        assert kept and kept <= {f"r-{i}" for i in numbers}
+        assert sum(trace.nbytes for trace in (*small.training(tag), *small.held_out(tag))) <= 30 * ONE
+        assert {trace.tag for trace in small.sample(tag, 20, 0.5, 0)} == {tag}
+    assert small.counts("law").seen == 200 and small.counts("code").seen == 100
+
+
+def test_there_are_no_more_domains_than_allowed() -> None:
+    small = buffer(100, domains=2)
+    for index in range(8):
+        small.add(make_trace(f"r-{index}", tag=f"tag-{index}"))
+    assert set(small.domains) == {"tag-0", "tag-1", ""}
+    assert small.counts("").seen == 6
+
+
+def test_samples_are_a_function_of_seed_step_and_contents() -> None:
+    one, same, other = buffer(40), buffer(40), buffer(40, seed=5)
+    for trace in many(200):
+        one.add(trace)
+        same.add(trace)
+        other.add(trace)
+    names = [trace.request for trace in one.sample("", 16, 0.5, 7)]
+    assert names == [trace.request for trace in same.sample("", 16, 0.5, 7)]
+    assert names != [trace.request for trace in one.sample("", 16, 0.5, 8)]
+    assert names != [trace.request for trace in other.sample("", 16, 0.5, 7)]
+    recent = {trace.request for trace in one.domains[""].recent.traces}
+    assert all(trace.request in recent for trace in one.sample("", 50, 1.0, 1))
+    assert not any(trace.request in recent for trace in one.sample("", 50, 0.0, 1))
+    mixed = sum(trace.request in recent for step in range(40) for trace in one.sample("", 50, 0.3, step))
+    assert 0.25 < mixed / 2000 < 0.35
+
+
+def test_tokens_count_alike_in_samples() -> None:
+    held = buffer(100)
+    held.add(make_trace("long", 40))
+    held.add(make_trace("short", 10))
+    found = Counter(trace.request for step in range(100) for trace in held.sample("", 20, 0.5, step))
+    assert found["long"] / found["short"] == pytest.approx(4, rel=0.25)
+    with pytest.raises(ValueError, match="nothing to learn from in domain 'law' of toy"):
+        held.sample("law", 1, 0.5, 0)
+
+
+def test_what_is_not_the_models_is_refused() -> None:
+    with pytest.raises(InvalidTrace, match="r-0: model is 'other', expected 'toy'"):
+        buffer().add(replace(make_trace(), model="other"))
+    with pytest.raises(InvalidTrace, match="the vocabulary has tokens 0 to 9"):
+        ReplayBuffer("toy", 10, WIDTH).add(make_trace())
+    broken = replace(make_trace(), hidden=make_trace().hidden * torch.inf)
+    with pytest.raises(InvalidTrace, match="hidden has NaN or infinite values"):
+        buffer().add(broken)
+    for changes, message in (({"budget": 0}, "must be positive"), ({"held_out": 1.0}, "between 0 and 1"), ({"recent": 1.5}, "0 to 1")):
+        with pytest.raises(ValueError, match=message):
+            replace(BufferSettings(), **changes)
+
+
+def test_a_saved_buffer_goes_on_as_one_that_was_never_saved(tmp_path: Path) -> None:
+    one = buffer(40)
+    for trace in many(150):
+        one.add(trace)
+    one.save(tmp_path / "traces")
+    back = buffer(40)
+    back.load(tmp_path / "traces")
+    assert back.nbytes == one.nbytes and back.counts("") == one.counts("")
+    for trace in many(100, first=150):
+        one.add(trace)
+        back.add(trace)
+    assert [t.request for t in back.training("")] == [t.request for t in one.training("")]
+    assert [t.request for t in back.held_out("")] == [t.request for t in one.held_out("")]
+    assert back.counts("") == one.counts("")
+    smaller = buffer(10)
+    smaller.load(tmp_path / "traces")
+    assert 0 < smaller.nbytes <= smaller.settings.budget
+
+
+def test_a_torn_file_of_traces_is_refused(tmp_path: Path) -> None:
+    one = buffer()
+    for trace in many(5):
+        one.add(trace)
+    one.save(tmp_path / "traces")
+    data = (tmp_path / "traces").read_bytes()
+    for length in (0, 4, 60, len(data) // 2, len(data) - 1):
+        (tmp_path / "traces").write_bytes(data[:length])
+        with pytest.raises(ValueError, match="ends in the middle of a record"):
+            buffer().load(tmp_path / "traces")
+
+
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """Files of this process may have so many bytes and no more: what a write to a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_file(tmp_path: Path) -> None:
+    one = buffer()
+    for trace in many(5):
+        one.add(trace)
+    one.save(tmp_path / "traces")
+    before = (tmp_path / "traces").read_bytes()
+    for trace in many(20, first=5):
+        one.add(trace)
+    with full_after(len(before) + 100), pytest.raises(OSError, match=r"cannot write .*traces: .*; what it held before is unchanged"):
+        one.save(tmp_path / "traces")
+    assert (tmp_path / "traces").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "traces"]
