@@ -10,17 +10,16 @@ import threading
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentStatusOverview
 
 from actors.policy import PolicyError, parse_policy
 from configs.problems import ConfigError
 from configs.settings import ModelSettings, Settings, load_settings
+from services.autoscaling import routing, scaling
 from services.cluster import QUIET, begin, end
 from services.gateway.deployment import ingress
 from services.named import log_actor, policy_actor
@@ -28,6 +27,7 @@ from services.replica import ModelReplica
 
 GATEWAY = "gateway"
 PATIENCE_S = 30.0  # seconds without an answer before it is said why
+FAREWELL_S = 10.0  # seconds that a replica may take to end; one that is not needed any more first answers what it has
 SPARE = 64  # calls beside generating ones: statuses, health checks
 
 
@@ -70,21 +70,13 @@ def model_application(model: ModelSettings, settings: Settings) -> serve.Applica
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=FAREWELL_S if model.replicas.fixed else settings.gateway.request_timeout_s,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         logging_config=QUIET,
-        **scale(model),
+        request_router_config=routing(),
+        **scaling(model),
     )
     return deployment.bind(model, policy_actor(settings), log_actor(settings))
-
-
-def scale(model: ModelSettings) -> dict[str, Any]:
-    """A fixed number of replicas, or a range that follows the requests."""
-    least, most = model.replicas.min, model.replicas.max
-    if least == most:
-        return {"num_replicas": least}
-    range_ = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=max(1, model.engine.max_running * 3 // 4))
-    return {"autoscaling_config": range_}
 
 
 def gateway_application(settings: Settings, models: Mapping[str, serve.Application]) -> serve.Application:
@@ -98,7 +90,7 @@ def gateway_application(settings: Settings, models: Mapping[str, serve.Applicati
         max_queued_requests=most,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=FAREWELL_S,
         ray_actor_options={"num_cpus": 0.5},
         logging_config=QUIET,
     )

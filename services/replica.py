@@ -25,6 +25,7 @@ from policies import Plan
 from services.host import ModelHost
 from services.pilot import Pilot
 from services.protocol import Item, Job, ModelStatus
+from services.vitals import VitalSigns
 
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
@@ -45,6 +46,7 @@ class ModelReplica:
         self.settings = settings
         first = Plan.of(0, settings.name, parse_policy(settings.policy))
         self.pilot = Pilot(replica_name(), first)
+        self.vitals = VitalSigns()
         self.outbox = Outbox(MOST_RECORDS)
         self.host = ModelHost(settings, self.pilot, self.outbox.put)
         self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write)]
@@ -54,9 +56,15 @@ class ModelReplica:
     async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
         """See ModelHost.generate."""
         answer = self.host.generate(job)
-        async with contextlib.aclosing(answer):
-            async for item in answer:
-                yield item
+        self.vitals.came(job.id)
+        try:
+            async with contextlib.aclosing(answer):
+                async for item in answer:
+                    if isinstance(item, tuple):
+                        self.vitals.began(job.id)
+                    yield item
+        finally:
+            self.vitals.left(job.id)
 
     async def status(self) -> ModelStatus:
         return self.host.status()
@@ -70,6 +78,16 @@ class ModelReplica:
         if self.host.runner is not None and not self.host.runner.alive:
             raise RuntimeError(f"the engine of {self.settings.name} stopped: {self.host.runner.death}")
 
+    # -- what Serve asks ----------------------------------------------------------------------------------------------------
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the scaling law reads."""
+        return self.vitals.read().numbers()
+
+    def record_routing_stats(self) -> dict[str, bool]:
+        """What the router reads."""
+        return {"ready": self.host.status().state == "ready"}
+
     # -- what goes on beside ------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
@@ -78,10 +96,12 @@ class ModelReplica:
         while True:
             try:
                 await self.host.start()
-                return
+                break
             except Exception:
                 log.exception("%s could not be loaded; next attempt in %s s", self.settings.name, RETRY_S)
                 await asyncio.sleep(RETRY_S)
+        assert self.host.runner is not None
+        self.vitals.attach(self.host.runner)
 
     async def first_plan(self) -> None:
         """The plan in force before the first request, unless the policy actor is not there in time."""
