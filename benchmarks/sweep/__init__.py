@@ -1,0 +1,1 @@
+"""The load sweep: every policy under every load, side by side in one service."""
