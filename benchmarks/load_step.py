@@ -51,7 +51,7 @@ class Watched(Pilot):
     def __init__(self, replica: str, plan: Plan) -> None:
         super().__init__(replica, plan)
         self.turns: list[Turn] = []
-        self.begun, self.depth = time.perf_counter(), 0.0
+        self.begun, self.wished = time.perf_counter(), 0.0
 
     def now(self) -> float:
         """Seconds of the run."""
@@ -59,13 +59,13 @@ class Watched(Pilot):
 
     def budgets(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
         found = super().budgets(load, candidates)
-        self.depth = mean(budget.depth for budget in found) if found else 0.0
+        self.wished = mean(budget.depth for budget in found) if found else 0.0
         return found
 
     def observe(self, report: StepReport) -> None:
         super().observe(report)
         if report.requests:
-            self.turns.append(Turn(self.now(), report.requests, self.depth, report.emitted))
+            self.turns.append(Turn(self.now(), report.requests, self.wished, report.emitted))
 
 
 def main(
