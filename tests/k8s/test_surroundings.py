@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from tests.conftest import wait_until
 from tests.e2e.service import free_port
 from tests.k8s.conftest import Overlay, environment, matches, ray_container
-
-PASSWORD = "a-password-for-tests"
-
-
-@contextmanager
-def redis_of(overlay: Overlay, folder: Path, port: int) -> Iterator[redis.Redis]:
-    """The StatefulSet's own command with other folders, on this machine."""
-    (container,) = overlay.resources["StatefulSet", "redis"]["spec"]["template"]["spec"]["containers"]
-    (folder / "data").mkdir(exist_ok=True)
-    shell, flag, script = container["command"]
-    script = script.replace("/run/redis", str(folder)).replace("/data", str(folder / "data")) + f" --port {port} --bind 127.0.0.1"
-    variables = {**os.environ, **environment(container), "REDIS_PASSWORD": PASSWORD}
-    server = subprocess.Popen([shell, flag, script], env=variables, stdout=subprocess.DEVNULL)
-    try:
-        client = redis.Redis(port=port, password=PASSWORD)
-        wait_until(lambda: answers(client), timeout=20)
-        yield client
-        client.close()
-    finally:
-        server.terminate()
-        assert server.wait(timeout=20) == 0, "the server itself takes the signal, not a shell before it"
-
-
-def answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
+from tests.k8s.local import PASSWORD, redis_of
 
 
 def test_redis_is_closed_and_remembers(overlay: Overlay, tmp_path: Path) -> None:

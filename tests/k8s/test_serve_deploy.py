@@ -1,0 +1,158 @@
+"""`serve deploy` of the demo overlay, on a Ray that is started as KubeRay starts it: a head without CPUs, a worker, a token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import yaml
+
+from actors.request_log import STREAM
+from tests.conftest import wait_until
+from tests.e2e.service import free_port
+from tests.k8s.conftest import IMAGE, ROOT, SECRET, Overlay, environment, ray_container
+from tests.k8s.local import BIN, PASSWORD, RayNode, redis_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The nodes, their environment, and where the dashboard, the service and Redis are."""
+
+    overlay: Overlay
+    head: RayNode
+    worker: RayNode
+    variables: dict[str, str]
+    dashboard: str
+    port: int
+    redis_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask_dashboard(self, path: str) -> Any:
+        token = {"Authorization": f"Bearer {self.variables['RAY_AUTH_TOKEN']}"}
+        return httpx.get(self.dashboard + path, headers=token, timeout=30).raise_for_status().json()
+
+    def application(self) -> dict[str, Any]:
+        return dict(self.ask_dashboard("/api/serve/applications/")["applications"].get("specfleet", {}))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Redis, a head and a worker, each as the manifests describe it, on ports and in a folder of their own."""
+    overlay, folder, redis_port = Overlay("cpu-demo"), tmp_path_factory.mktemp("k8s"), free_port()
+    ray_folder = Path(tempfile.mkdtemp(prefix="k8s-", dir="/tmp"))  # short: sockets lie in it
+    variables = settings(overlay, redis_port) | token()
+    gcs, dashboard, port = free_port(), free_port(), free_port()
+    ports = {"port": str(gcs), "dashboard-port": str(dashboard), "ray-client-server-port": str(free_port())}
+    with redis_of(overlay, folder, redis_port):
+        nodes = []
+        try:
+            start = {**overlay.head["rayStartParams"], **ports, "temp-dir": str(ray_folder), "object-store-memory": str(100 * 2**20)}
+            nodes.append(RayNode(folder / "head.log", variables, **start))
+            wait_until(lambda: nodes[0].alive() and listens(dashboard), timeout=60, every=0.2)
+            cpus = ray_container(overlay.workers["demo"])["resources"]["limits"]["cpu"]
+            address = {"address": f"127.0.0.1:{gcs}", "num-cpus": cpus, "object-store-memory": str(100 * 2**20)}
+            nodes.append(RayNode(folder / "worker.log", variables, **address))
+            yield Place(overlay, *nodes, variables, f"http://127.0.0.1:{dashboard}", port, redis_port)
+        finally:
+            for node in reversed(nodes):
+                node.end()
+            shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def settings(overlay: Overlay, redis_port: int) -> dict[str, str]:
+    """The container's environment, with the Redis of this machine in place of the cluster's."""
+    given = environment(ray_container(overlay.head))
+    password = SECRET["stringData"]["redis-password"]
+    local = {name: value.replace(f":{password}@redis:6379", f":{PASSWORD}@127.0.0.1:{redis_port}") for name, value in given.items()}
+    return {**os.environ, **local, "PYTHONPATH": str(ROOT)}
+
+
+def token() -> dict[str, str]:
+    """What KubeRay puts into every container for `authOptions.mode: token`."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def listens(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/api/version", timeout=5).status_code in (200, 401)
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def deployed(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Deployed by the real command, from serveConfigV2 with this machine's port and folder."""
+    config = yaml.safe_load(place.overlay.service["serveConfigV2"])
+    config["http_options"] |= {"host": "127.0.0.1", "port": place.port}
+    arguments = config["applications"][0]["args"]
+    arguments["config"] = arguments["config"].replace(str(IMAGE), str(ROOT))
+    file = tmp_path_factory.mktemp("serve") / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [str(BIN / "serve"), "deploy", "--address", place.dashboard, str(file)]
+    done = subprocess.run(command, env=place.variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_until(lambda: running(place), timeout=60, every=0.3)
+    wait_until(lambda: httpx.get(place.url + "/readyz").status_code == 200, timeout=60, every=0.3)
+    return place
+
+
+def running(place: Place) -> bool:
+    found = place.application()
+    if found.get("status") == "DEPLOY_FAILED":
+        pytest.fail(found["message"])
+    return found.get("status") == "RUNNING"
+
+
+def test_dashboard_wants_the_token(place: Place) -> None:
+    assert httpx.get(place.dashboard + "/api/serve/applications/").status_code == 401
+
+
+def test_it_answers(deployed: Place) -> None:
+    body = {"model": "demo-code", "prompt": "def read_lines(path):", "max_tokens": 8, "temperature": 0}
+    assert httpx.post(deployed.url + "/v1/completions", json=body).status_code == 401
+    key = {"Authorization": f"Bearer {SECRET['stringData']['clients-key']}"}
+    answer = httpx.post(deployed.url + "/v1/completions", json=body, headers=key, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 8
+    operator = {"Authorization": f"Bearer {SECRET['stringData']['operator-key']}"}
+    assert httpx.get(deployed.url + "/admin/load", headers=key).status_code == 403
+    assert httpx.get(deployed.url + "/admin/load", headers=operator).status_code == 200
+    with redis.Redis(port=deployed.redis_port, password=PASSWORD, db=2) as log:
+        wait_until(lambda: log.xlen(STREAM) == 1, timeout=20)
+
+
+def test_head_holds_no_replica(deployed: Place) -> None:
+    replicas = [replica for deployment in deployed.application()["deployments"].values() for replica in deployment["replicas"]]
+    assert len(replicas) == 1 + len(deployed.overlay.settings.models)
+    nodes = [node["raylet"] for node in deployed.ask_dashboard("/nodes?view=summary")["data"]["summary"]]
+    (head,) = (node["nodeId"] for node in nodes if node["isHeadNode"])
+    assert len(nodes) == 2 and head not in {replica["node_id"] for replica in replicas}
+
+
+@pytest.mark.parametrize("probe", ["livenessProbe", "readinessProbe"])
+def test_probes_are_answered(deployed: Place, probe: str) -> None:
+    for group, node in ((deployed.overlay.head, deployed.head), (deployed.overlay.workers["demo"], deployed.worker)):
+        question = ray_container(group)[probe]["httpGet"]
+        port = {52365: node.agent_port, "serve": deployed.port}[question["port"]]
+        assert httpx.get(f"http://127.0.0.1:{port}{question['path']}", timeout=5).status_code == 200, question
+
+
+def test_metrics_are_given_to_whoever_may_reach_them(deployed: Place) -> None:
+    assert "specfleet_requests_total" in httpx.get(deployed.url + "/metrics").text
+    for node in (deployed.head, deployed.worker):
+        assert "ray_node_cpu_count" in httpx.get(f"http://127.0.0.1:{node.metrics_port}/metrics").text
