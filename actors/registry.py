@@ -241,11 +241,11 @@ class RegistryKeeper:
     def _settle(self, entry: Entry) -> None:
         """Look again, now and then, for what became of a change that the store may or may not have taken."""
         if entry.doubtful and not 0 <= self._clock() - entry.tried < self._settings.retry:
-            entry.tried = self._clock()
             try:
                 self._sync(entry)
+                entry.tried = -math.inf
             except StoreError:
-                return
+                entry.tried = self._clock()
 
     def _change(
         self, model: str, plan: Callable[[Releases], Change], who: str, why: str, expected: int | None, version: str | None = None

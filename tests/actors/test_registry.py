@@ -1,0 +1,449 @@
+"""The registry keeper without Ray: submissions, canaries decided by themselves, conflicts, stores that go away, writers that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from actors.artefacts import ArtefactError, Artefacts
+from actors.policy import UnknownModel
+from actors.registry import RegistryKeeper, RegistrySettings
+from actors.releases import Assignment, Base, RegistryConflict, Releases, ReplicaReport, UnknownVersion
+from actors.store import StoreError, open_state
+from policies import Arm, CanaryRule, GateRule, Verdict, in_canary
+from policies.gate import gate
+from tests.actors.bundles import VOCAB, WIDTH, make_bundle
+from tests.actors.stand import Clock, Flaky, MemoryState
+from tests.conftest import wait_until
+
+BASE = Base("base", VOCAB, WIDTH, "r1")
+BETTER = Verdict(True, 150, 2.0, 2.1, 0.1, 0.05, 0.15, "better on held-out requests")
+SETTINGS = RegistrySettings(rule=CanaryRule(share=0.2, least=20, most=500))
+
+
+class World:
+    """A keeper with its store and its bundles: v[0] is configured, v[1] and v[2] are candidates."""
+
+    def __init__(self, folder: Path, store, clock: Clock) -> None:
+        self.folder, self.store, self.clock = folder, store, clock
+        self.artefacts = Artefacts(str(folder / "shared"), folder / "cache")
+        self.bundles = [make_bundle(folder / "made", seed) for seed in range(4)]
+        self.v = [b.manifest.version for b in self.bundles]
+        self.urls = [self.artefacts.publish(b) for b in self.bundles]
+        self.keeper = self.again()
+        self.keeper.register("demo", BASE, self.urls[0], self.bundles[0].manifest)
+        for i in (1, 2):
+            assert self.submit(i)["state"] == "candidate"
+
+    def again(self) -> RegistryKeeper:
+        """Another keeper of the same store, as after a restart."""
+        return RegistryKeeper(self.store, self.artefacts, self.clock, SETTINGS)
+
+    def submit(self, i: int, verdict: Verdict = BETTER) -> dict:
+        return self.keeper.submit("demo", self.urls[i], self.bundles[i].manifest, verdict, "trainer")
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {v["version"]: v["state"] for v in self.keeper.state("demo")["versions"]}
+
+    def consistent(self) -> bool:
+        """The keeper, one that starts now, and the history tell the same story."""
+        history = self.again().history("demo")
+        Releases(history).check()
+        told = all(a["to"] == b["from"] and a["revision"] + 1 == b["revision"] for a, b in pairwise(history))
+        said = all(change["who"] and change["why"] and change["at"] for change in history)
+        return told and said and self.again().assignment("demo") == self.keeper.assignment("demo")
+
+
+@pytest.fixture
+def world(tmp_path, url, clock) -> World:
+    return World(tmp_path, open_state(url), clock)
+
+
+@pytest.fixture
+def flaky(tmp_path, clock) -> World:
+    return World(tmp_path, Flaky(MemoryState()), clock)
+
+
+def report(assignment: Assignment, name: str = "r1", requests: int = 0, live: int = 50, canary: int = 50, **more) -> ReplicaReport:
+    """What a replica that follows the assignment says after so many requests of ten drafts, of which that many tokens were kept."""
+    arms, loaded, salt = {}, {}, ""
+    if assignment.live:
+        loaded[assignment.live.version] = assignment.live.checksum
+    if assignment.canary:
+        salt = assignment.canary.salt
+        loaded[assignment.canary.placement.version] = assignment.canary.placement.checksum
+        arms = {assignment.live.version: arm(requests, live), assignment.canary.placement.version: arm(requests, canary)}
+    fields = {"revision": assignment.revision, "serving": assignment.live.version if assignment.live else "", "loaded": loaded}
+    return ReplicaReport(name, assignment.model, **(fields | {"salt": salt, "arms": arms} | more))
+
+
+def arm(requests: int, kept: int) -> Arm:
+    return sum((Arm.of(10, max(0, kept // 10 + i % 3 - 1)) for i in range(requests)), Arm())
+
+
+# -- the straight way -------------------------------------------------------------------------------------------------------
+
+
+def test_what_replicas_are_told(world):
+    assignment = world.keeper.assignment("demo")
+    assert assignment.live.version == world.v[0] and assignment.live.url == world.urls[0] and assignment.canary is None
+    assert assignment.live.checksum == world.bundles[0].manifest.checksum and assignment.revision == 3
+    found = world.artefacts.fetch(assignment.live.url, assignment.live.checksum)
+    assert found.manifest == world.bundles[0].manifest
+
+
+def test_a_better_canary_is_promoted_by_itself_and_the_history_says_why(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed the gate")
+    assignment = world.keeper.assignment("demo")
+    assert assignment.canary.placement.version == world.v[1] and assignment.canary.share == 0.2
+    assert world.keeper.report(report(assignment, requests=10, canary=80)) is None
+    answer = world.keeper.report(report(assignment, requests=200, canary=80))
+    assert answer.live.version == world.v[1] and answer.canary is None
+    last = world.keeper.history("demo")[-1]
+    assert (last["who"], last["action"], last["from"], last["to"]) == ("canary", "promote", world.v[0], world.v[1])
+    assert "better than the live version" in last["why"] and "200 requests" in last["why"]
+    assert world.states == dict(zip(world.v[:3], ("retired", "live", "candidate"), strict=True)) and world.consistent()
+
+
+def test_a_worse_canary_is_rolled_back_by_itself(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed the gate")
+    answer = world.keeper.report(report(world.keeper.assignment("demo"), requests=30, live=200, canary=10))
+    assert answer.live.version == world.v[0] and answer.canary is None
+    assert world.states[world.v[1]] == "rolled_back" and "worse than the live version" in world.keeper.history("demo")[-1]["why"]
+    assert world.consistent()
+
+
+def test_counts_of_all_replicas_make_one_decision_and_repeated_reports_count_once(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    assignment = world.keeper.assignment("demo")
+    for _ in range(50):
+        world.keeper.report(report(assignment, "r1", requests=12, live=200, canary=10))
+    assert world.keeper.state("demo")["canary"]["candidate_requests"] == 12
+    world.keeper.report(report(assignment, "r2", requests=12, live=200, canary=10))
+    assert world.keeper.assignment("demo").canary is None and "24 requests" in world.keeper.history("demo")[-1]["why"]
+
+
+def test_counts_of_another_canary_or_made_up_ones_do_not_count(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    assignment = world.keeper.assignment("demo")
+    world.keeper.report(report(assignment, requests=400, live=200, canary=10, salt="another"))
+    world.keeper.report(report(assignment, "r2", arms={world.v[0]: Arm(9999, 1), world.v[1]: Arm(-5)}))
+    world.keeper.report(report(assignment, "", requests=400))
+    world.keeper.report(report(assignment, "r3", errors=None))
+    state = world.keeper.state("demo")
+    assert state["canary"]["candidate_requests"] == 0 and state["refused_reports"] == 2
+    json.dumps(state, allow_nan=False)
+
+
+def test_the_state_shows_every_version_and_every_replica(world):
+    world.keeper.start_canary("demo", world.v[1], "ann", "try", share=0.5)
+    assignment = world.keeper.assignment("demo")
+    world.keeper.report(report(assignment, "good", requests=3))
+    world.keeper.report(report(assignment, "odd", loaded={world.v[0]: "0" * 64}))
+    world.keeper.report(report(assignment, "old", serving=world.v[2], errors={world.v[0]: "no space left on device"}))
+    world.clock.now += 2
+    state = world.keeper.state("demo")
+    assert (state["live"], state["canary"]["version"], state["canary"]["share"]) == (world.v[0], world.v[1], 0.5)
+    assert {name: r["agrees"] for name, r in state["replicas"].items()} == {"good": True, "odd": False, "old": False}
+    assert state["replicas"]["old"]["errors"] == {world.v[0]: "no space left on device"} and state["replicas"]["good"]["age"] == 2
+    first = state["versions"][0]
+    assert (first["version"], first["url"], first["base"], first["initial"]) == (world.v[0], world.urls[0], "base", True)
+    json.dumps(state, allow_nan=False)
+
+
+def test_replicas_long_gone_are_forgotten_but_not_what_they_counted(world):
+    world.keeper.start_canary("demo", world.v[1], "ann", "try")
+    world.keeper.report(report(world.keeper.assignment("demo"), "r1", requests=15))
+    world.clock.now += 100
+    world.keeper.report(report(world.keeper.assignment("demo"), "r2", requests=2))
+    state = world.keeper.state("demo")
+    assert list(state["replicas"]) == ["r2"] and state["canary"]["candidate_requests"] == 17
+
+
+def test_unknown_models_and_versions(world):
+    for call in (world.keeper.assignment, world.keeper.state, world.keeper.history):
+        with pytest.raises(UnknownModel, match="'other'"):
+            call("other")
+    with pytest.raises(UnknownVersion, match="'v9'"):
+        world.keeper.promote("demo", "v9", "ann", "")
+    assert world.consistent()
+
+
+def test_operators_pin_unpin_promote_roll_back_and_withdraw(world):
+    keeper, v = world.keeper, world.v
+    assert keeper.pin("demo", v[1], "ann", "calm")["pinned"]
+    with pytest.raises(RegistryConflict, match="pinned"):
+        keeper.start_canary("demo", v[2], "trainer", "passed")
+    assert not keeper.unpin("demo", "ann", "go on")["pinned"]
+    assert keeper.rollback("demo", "bob", "slow")["live"] == v[0]
+    assert keeper.promote("demo", v[2], "bob", "try")["state"] == "live"
+    keeper.submit("demo", world.urls[3], world.bundles[3].manifest, BETTER, "trainer", "late")
+    assert keeper.retire("demo", v[3], "bob", "too late")["state"] == "retired"
+    assert [c["who"] for c in keeper.history("demo")[3:]] == ["ann", "ann", "bob", "bob", "trainer", "bob"] and world.consistent()
+
+
+# -- what must not be served ------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_candidate_does_not_pass_the_gate(world):
+    """Random weights of the right shapes: nothing to see in the bundle, everything in what it drafts."""
+    verdict = gate([(2.0 + 0.01 * (i % 7), 1.0 + 0.001 * (i % 5)) for i in range(150)], GateRule())
+    answer = world.submit(3, verdict)
+    assert answer["state"] == "rejected"
+    with pytest.raises(RegistryConflict, match=r"was rejected .*the candidate drafts -1"):
+        world.keeper.promote("demo", world.v[3], "ann", "")
+    assert world.states[world.v[3]] == "rejected" and world.consistent()
+
+
+def test_a_truncated_bundle_is_rejected_with_the_reason_in_the_history(world):
+    fs, path = fsspec.core.url_to_fs(world.urls[3])
+    fs.pipe_file(f"{path}/model.safetensors", fs.cat_file(f"{path}/model.safetensors")[:99])
+    assert world.submit(3)["state"] == "rejected"
+    why = world.keeper.history("demo")[-1]["why"]
+    assert "model.safetensors has 99 bytes of SHA-256" in why and "instead of" in why and "Traceback" not in why
+    assert world.keeper.assignment("demo").live.version == world.v[0] and world.consistent()
+
+
+def test_wrong_vocabulary_model_and_base_are_rejected(world, tmp_path):
+    for change, said in (({"vocab_size": 99}, "wrong vocabulary: .* 99 tokens, the base has 37"), ({"model": "other"}, "wrong model")):
+        bundle = make_bundle(tmp_path / "odd", 9, **change)
+        answer = world.keeper.submit("demo", world.artefacts.publish(bundle), bundle.manifest, BETTER, "trainer")
+        assert answer["state"] == "rejected"
+        with pytest.raises(RegistryConflict, match=said):
+            world.keeper.start_canary("demo", bundle.manifest.version, "ann", "")
+    world.keeper.register("demo", Base("base", VOCAB, WIDTH, "r2"), world.urls[0], world.bundles[0].manifest)
+    assert "wrong base: it drafts for base r1, the model's base is base r2" in world.keeper.inspect(
+        "demo", world.urls[3], world.bundles[3].manifest
+    )
+
+
+def test_a_manifest_that_is_not_the_bundles_own_is_rejected(world):
+    told = world.bundles[3].manifest.model_copy(update={"metrics": {"tokens_per_step": 99.0}})
+    answer = world.keeper.submit("demo", world.urls[3], told, BETTER, "trainer")
+    assert answer["state"] == "rejected" and "not the one that was submitted" in world.keeper.history("demo")[-1]["why"]
+
+
+def test_bundles_that_cannot_be_reached_are_neither_taken_nor_rejected(world):
+    with pytest.raises(ArtefactError):
+        world.keeper.submit("demo", "ftp://127.0.0.1:1/x", world.bundles[3].manifest, BETTER, "trainer")
+    assert world.v[3] not in world.states
+
+
+def test_a_submission_that_is_repeated_is_made_once(world):
+    assert [world.submit(3)["state"], world.submit(3)["state"]] == ["candidate", "candidate"]
+    assert len(world.keeper.history("demo")) == 4
+
+
+def test_a_canary_that_no_replica_can_load_is_rolled_back_and_one_that_some_can_goes_on(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    assignment = world.keeper.assignment("demo")
+    world.keeper.report(report(assignment, "good"))
+    world.keeper.report(report(assignment, "bad", errors={world.v[1]: "no space left"}))
+    assert world.keeper.assignment("demo").canary and world.keeper.state("demo")["replicas"]["bad"]["errors"]
+    world.clock.now += 10
+    answer = world.keeper.report(report(assignment, "bad", errors={world.v[1]: "no space left"}))
+    assert answer.canary is None and answer.live == assignment.live
+    assert world.keeper.history("demo")[-1]["why"] == "no replica can load it: no space left" and world.consistent()
+
+
+# -- two at once ------------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_promotions_at_once_the_second_hears_what_holds(world):
+    seen = world.keeper.state("demo")["revision"]
+    world.keeper.promote("demo", world.v[1], "ann", "mine", expected=seen)
+    with pytest.raises(RegistryConflict, match=f"not at revision 3 any more: at revision 4 {world.v[1]} is live"):
+        world.keeper.promote("demo", world.v[2], "bob", "no, mine", expected=seen)
+    assert world.keeper.assignment("demo").live.version == world.v[1] and world.consistent()
+
+
+def test_two_keepers_of_one_store_never_both_win(world, url):
+    """Two registries at once, as when a network parts: of those that change the same revision one is told that it came too late."""
+    wins: list[int] = []
+    unexpected: list[Exception] = []
+
+    def push(keeper: RegistryKeeper, mine: str) -> None:
+        for _ in range(25):
+            seen = keeper.assignment("demo").revision
+            try:
+                wins.append(keeper.promote("demo", mine, mine, "mine", expected=seen)["revision"])
+            except RegistryConflict:
+                keeper.state("demo")
+            except Exception as error:
+                unexpected.append(error)
+
+    keepers = [RegistryKeeper(open_state(url), world.artefacts, world.clock, SETTINGS) for _ in range(2)]
+    threads = [threading.Thread(target=push, args=pair) for pair in zip(keepers, world.v[1:3], strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not unexpected and len(wins) == len(set(wins)) > 2
+    final = Releases(world.again().history("demo"))
+    final.check()
+    assert final.revision == max(wins)
+
+
+# -- deaths and absences ----------------------------------------------------------------------------------------------------
+
+
+def test_without_its_store_nothing_changes_and_everybody_is_answered(flaky):
+    before = flaky.keeper.assignment("demo")
+    flaky.store.broken = True
+    for change in (
+        lambda: flaky.keeper.promote("demo", flaky.v[1], "ann", "now"),
+        lambda: flaky.keeper.rollback("demo", "ann", "now"),
+        lambda: flaky.keeper.pin("demo", flaky.v[1], "ann", "now"),
+        lambda: flaky.submit(3),
+    ):
+        with pytest.raises(StoreError):
+            change()
+    assert flaky.keeper.assignment("demo") == before and flaky.keeper.report(report(before)) is None
+    assert flaky.keeper.register("demo", BASE, flaky.urls[0], flaky.bundles[0].manifest) == before
+    flaky.store.broken = False
+    flaky.keeper.promote("demo", flaky.v[1], "ann", "now")
+    assert flaky.keeper.assignment("demo").live.version == flaky.v[1] and flaky.consistent()
+
+
+def test_a_canary_is_decided_once_the_store_is_back(flaky):
+    flaky.keeper.start_canary("demo", flaky.v[1], "trainer", "passed")
+    assignment = flaky.keeper.assignment("demo")
+    flaky.store.broken = True
+    for _ in range(20):
+        flaky.clock.now += 0.25
+        assert flaky.keeper.report(report(assignment, requests=100, live=200, canary=10)) is None
+    assert flaky.keeper.state("demo")["undone_decisions"] == 1
+    flaky.store.broken = False
+    flaky.clock.now += 6
+    assert flaky.keeper.report(report(assignment, requests=100, live=200, canary=10)).canary is None
+    assert flaky.states[flaky.v[1]] == "rolled_back" and flaky.consistent()
+
+
+class Forgetful(MemoryState):
+    """A store that takes an entry and then cannot say so."""
+
+    lost = False
+
+    def append(self, stream, entry) -> None:
+        super().append(stream, entry)
+        if self.lost:
+            raise StoreError("the connection broke")
+
+
+def test_a_change_that_was_stored_without_an_answer_is_found_in_the_history(tmp_path, clock):
+    world = World(tmp_path, Forgetful(), clock)
+    world.store.lost = True
+    with pytest.raises(StoreError):
+        world.keeper.promote("demo", world.v[1], "ann", "now")
+    assert world.keeper.assignment("demo").live.version == world.v[1] == world.again().assignment("demo").live.version
+    world.store.lost = False
+    with pytest.raises(RegistryConflict, match="is live already"):
+        world.keeper.promote("demo", world.v[1], "ann", "again")
+    assert world.consistent()
+
+
+def test_a_keeper_that_starts_without_its_store_asks_it_now_and_then(flaky):
+    again = flaky.again()
+    flaky.store.broken = True
+    asked = 0
+    for _ in range(40):
+        flaky.clock.now += 0.25
+        with pytest.raises(StoreError) as error:
+            again.assignment("demo")
+        asked += "down" in str(error.value)
+    assert asked == 2
+    flaky.store.broken = False
+    flaky.clock.now += 5
+    assert again.assignment("demo") == flaky.keeper.assignment("demo")
+
+
+def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    assignment = world.keeper.assignment("demo")
+    world.keeper.report(report(assignment, requests=15, live=200, canary=10))
+    again = world.again()
+    assert again.assignment("demo") == assignment
+    assert again.report(report(assignment, requests=30, live=200, canary=10)).canary is None
+    assert again.history("demo")[-1]["action"] == "roll_back"
+
+
+def test_a_replica_that_is_restarted_while_a_canary_runs_goes_on_with_the_same_requests(world):
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    old = world.keeper.assignment("demo")
+    world.keeper.report(report(old, "r1", requests=12))
+    new = world.keeper.report(ReplicaReport("r1-again", "demo"))
+    assert new == old and [in_canary(f"x{i}", new.canary.salt, 0.2) for i in range(99)] == [
+        in_canary(f"x{i}", old.canary.salt, 0.2) for i in range(99)
+    ]
+    world.keeper.report(report(new, "r1-again", requests=3))
+    assert world.keeper.state("demo")["canary"]["candidate_requests"] == 15
+
+
+def test_redis_is_gone_and_comes_back(redis_server, redis_url, tmp_path, clock):
+    world = World(tmp_path, open_state(redis_url), clock)
+    world.keeper.start_canary("demo", world.v[1], "trainer", "passed")
+    assignment = world.keeper.assignment("demo")
+    redis_server.stop()
+    try:
+        with pytest.raises(StoreError):
+            world.keeper.promote("demo", world.v[2], "ann", "now")
+        for _ in range(120):
+            clock.now += 0.25
+            assert world.keeper.report(report(assignment, requests=100, live=200, canary=10)) is None
+        assert world.keeper.assignment("demo") == assignment
+    finally:
+        redis_server.start()
+    clock.now += 6
+    assert world.keeper.report(report(assignment, requests=100, live=200, canary=10)).canary is None
+    assert [c["action"] for c in world.keeper.history("demo")][-2:] == ["canary", "roll_back"] and world.consistent()
+
+
+KILLED = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from actors.artefacts import Artefacts
+from actors.registry import RegistryKeeper
+from actors.store import open_state
+keeper = RegistryKeeper(open_state(sys.argv[2]), Artefacts(sys.argv[3], Path(sys.argv[4])))
+one, two = sys.argv[5:]
+while True:
+    other = two if keeper.assignment("demo").live.version == one else one
+    print(keeper.promote("demo", other, "loop", "again")["revision"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_registry_killed_in_the_middle_of_promotions_leaves_one_state(world, url, tmp_path):
+    """Whatever it had said was done is in the history, at most one change more, and one version is live."""
+    places = [str(Path(__file__).parents[2]), url, str(tmp_path / "shared"), str(tmp_path / "cache")]
+    for _ in range(3):
+        said: list[int] = []
+        loop = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *places, *world.v[1:3]],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        reader = threading.Thread(target=lambda out=loop.stdout, said=said: said.extend(int(line) for line in out if line.strip()))
+        reader.start()
+        wait_until(lambda said=said: len(said) > 20, 60)
+        loop.send_signal(signal.SIGKILL)
+        loop.wait()
+        reader.join()
+        after = Releases(world.again().history("demo"))
+        after.check()
+        assert after.revision - said[-1] in (0, 1) and after.live in world.v[1:3]
+    world.keeper = world.again()
+    other = world.v[1] if world.keeper.assignment("demo").live.version == world.v[2] else world.v[2]
+    world.keeper.promote("demo", other, "ann", "on we go")
+    assert world.consistent()
