@@ -16,7 +16,7 @@ from drafters.traces import Trace
 from drafters.tree_draft import MLPDrafter
 from drafters.walk import HeldOut, Walk, expected_tokens, survivals, walk
 from engine.engine import Engine
-from engine.loading import load_base
+from engine.loading import Base, load_base
 from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.tree import Budget
@@ -27,17 +27,21 @@ MODEL = Path(__file__).parents[2] / "models" / "demo-code"
 PROMPTS = ("def read_lines(path, encoding='utf-8'):\n    ", "class Queue:\n    def __init__(self, maxsize=0):\n        ")
 
 
-def served(params: SamplingParams, rounding: torch.dtype) -> list[tuple[Trace, int]]:
-    """Requests that the engine answered with chains, as traces, and the steps it took after the prompt's."""
+@pytest.fixture(scope="module")
+def pair() -> tuple[Base, MLPSpeculator]:
     torch.set_num_threads(1)
-    base, speculator = load_base(MODEL), MLPSpeculator.from_pretrained(MODEL / "speculator")
+    return load_base(MODEL), MLPSpeculator.from_pretrained(MODEL / "speculator")
+
+
+def served(base: Base, speculator: MLPSpeculator, params: SamplingParams, rounding: torch.dtype) -> list[tuple[Trace, int]]:
+    """Requests that the engine answered with chains, as traces, and the steps it took after the prompt's."""
     recorder = Recorder(MLPDrafter(speculator))
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     found = []
     for index, text in enumerate(PROMPTS):
         engine = Engine(base, recorder, lambda load, able: [Budget.of(4, 1)] * len(able))
         prompt = tokenizer.encode(text).ids
-        engine.submit(Request(f"r-{index}", prompt, replace(params, seed=index, max_tokens=64)))
+        engine.submit(Request(f"r-{index}", prompt, replace(params, seed=index, max_tokens=40)))
         ((_, stats),) = run(engine)
         kept = recorder.kept[f"r-{index}"]
         tokens = torch.tensor([*prompt, *(token for one in kept for token in one.tokens)], dtype=torch.int32)
@@ -71,9 +75,9 @@ def served(params: SamplingParams, rounding: torch.dtype) -> list[tuple[Trace, i
     ],
     ids=["greedy", "warm", "truncated", "penalised"],
 )
-def test_a_walk_takes_the_steps_that_the_engine_took(params: SamplingParams) -> None:
-    speculator = MLPSpeculator.from_pretrained(MODEL / "speculator")
-    for trace, steps in served(params, torch.float32):
+def test_a_walk_takes_the_steps_that_the_engine_took(pair: tuple[Base, MLPSpeculator], params: SamplingParams) -> None:
+    base, speculator = pair
+    for trace, steps in served(base, speculator, params, torch.float32):
         found = walk(speculator, trace)
         assert (found.tokens, found.steps) == (len(trace) - 1, steps)
         assert expected_tokens(speculator, trace) == found.tokens / steps > 1.2
@@ -90,9 +94,9 @@ def kept_by(survived: list[int]) -> list[bool]:
     return found[: len(survived) + 1]
 
 
-def test_rounded_states_say_nearly_the_same() -> None:
-    speculator = MLPSpeculator.from_pretrained(MODEL / "speculator")
-    pairs = served(SamplingParams(temperature=1.0), torch.bfloat16)
+def test_rounded_states_say_nearly_the_same(pair: tuple[Base, MLPSpeculator]) -> None:
+    base, speculator = pair
+    pairs = served(base, speculator, SamplingParams(temperature=1.0), torch.bfloat16)
     assert sum(walk(speculator, trace).steps for trace, _ in pairs) == pytest.approx(sum(steps for _, steps in pairs), abs=2)
 
 
