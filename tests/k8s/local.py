@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 import redis
@@ -22,7 +23,7 @@ PASSWORD = "a-password-for-tests"
 BIN = Path(sys.executable).parent
 
 
-@contextmanager
+@contextlib.contextmanager
 def redis_of(overlay: Overlay, folder: Path, port: int) -> Iterator[redis.Redis]:
     """The StatefulSet's own command with other folders and another port."""
     if shutil.which("redis-server") is None:
@@ -68,15 +69,14 @@ class RayNode:
             pytest.fail(f"ray start ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
         return True
 
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=30)
-        finally:
-            self.kill()
+    def __enter__(self) -> Self:
+        return self
 
-    def kill(self) -> None:
-        """Whatever of its session is left, at once."""
-        if self.process.poll() is None:
+    def __exit__(self, *trouble: object) -> None:
+        """Tell it to end, and whatever is left of its session after that."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(timeout=30)
+        self.process.wait(timeout=20)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,28 +59,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     variables = settings(overlay, redis_port) | token()
     gcs, dashboard, port = free_port(), free_port(), free_port()
     ports = {"port": str(gcs), "dashboard-port": str(dashboard), "ray-client-server-port": str(free_port())}
-    with redis_of(overlay, folder, redis_port):
-        nodes = []
-        try:
-            start = {**overlay.head["rayStartParams"], **ports, "temp-dir": str(ray_folder), "object-store-memory": str(100 * 2**20)}
-            nodes.append(RayNode(folder / "head.log", variables, **start))
-            wait_until(lambda: nodes[0].alive() and listens(dashboard), timeout=60, every=0.2)
-            cpus = ray_container(overlay.workers["demo"])["resources"]["limits"]["cpu"]
-            address = {"address": f"127.0.0.1:{gcs}", "num-cpus": cpus, "object-store-memory": str(100 * 2**20)}
-            nodes.append(RayNode(folder / "worker.log", variables, **address))
-            yield Place(overlay, *nodes, variables, f"http://127.0.0.1:{dashboard}", port, redis_port)
-        finally:
-            for node in reversed(nodes):
-                node.end()
-            shutil.rmtree(ray_folder, ignore_errors=True)
+    store = str(100 * 2**20)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, ray_folder, ignore_errors=True)
+        stack.enter_context(redis_of(overlay, folder, redis_port))
+        start = {**overlay.head["rayStartParams"], **ports, "temp-dir": str(ray_folder), "object-store-memory": store}
+        head = stack.enter_context(RayNode(folder / "head.log", variables, **start))
+        wait_until(lambda: head.alive() and listens(dashboard), timeout=60, every=0.2)
+        cpus = ray_container(overlay.workers["demo"])["resources"]["limits"]["cpu"]
+        joined = {"address": f"127.0.0.1:{gcs}", "num-cpus": cpus, "object-store-memory": store}
+        worker = stack.enter_context(RayNode(folder / "worker.log", variables, **joined))
+        yield Place(overlay, head, worker, variables, f"http://127.0.0.1:{dashboard}", port, redis_port)
 
 
 def settings(overlay: Overlay, redis_port: int) -> dict[str, str]:
-    """The container's environment, with the Redis of this machine in place of the cluster's."""
+    """The container's environment, with the Redis of this machine in place of the cluster's. Nodes end at once."""
     given = environment(ray_container(overlay.head))
     password = SECRET["stringData"]["redis-password"]
     local = {name: value.replace(f":{password}@redis:6379", f":{PASSWORD}@127.0.0.1:{redis_port}") for name, value in given.items()}
-    return {**os.environ, **local, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **local, "PYTHONPATH": str(ROOT), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
 
 
 def token() -> dict[str, str]:
