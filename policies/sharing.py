@@ -1,11 +1,14 @@
-"""How models share a fixed number of GPUs: by weight and need, one replica at a time, to the largest quotient (D'Hondt's method).
+"""How models share a fixed number of GPUs: by weight and need, one replica at a time.
 
+Everybody who needs any gets one before anybody gets two, and the next goes to the largest need / sqrt(n (n + 1)), where n is what they have
+(the method of equal proportions: E. V. Huntington, "The apportionment of representatives in Congress", 1928).
 Whoever holds a replica keeps it against a need that is only slightly larger, and whoever grows waits until those that shrink have let go,
 so that the targets never add up to more than there is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +27,10 @@ class Claim:
     gpus: float
     weight: float = 1.0
 
-    def quotient(self, granted: int) -> float:
-        """What the next replica after `granted` ones is worth."""
-        return self.weight * max(self.wanted, self.least) / (granted + 1) * (STAY if granted < self.held else 1.0)
+    def rank(self, granted: int) -> tuple[bool, float]:
+        """How much the next replica after `granted` ones is needed."""
+        need = self.weight * max(self.wanted, self.least) * (STAY if granted < self.held else 1.0)
+        return granted == 0, need / math.sqrt(max(granted * (granted + 1), 1))
 
 
 def shared(claims: Sequence[Claim], gpus: float) -> dict[str, int]:
@@ -48,11 +52,11 @@ def apportioned(claims: Sequence[Claim], gpus: float) -> dict[str, int]:
 
 
 def hand_out(claims: Sequence[Claim], granted: dict[str, int], most: Mapping[str, int], gpus: float) -> float:
-    """Grant replica after replica to the largest quotient, up to `most` of each model, while GPUs last. Returns what is left of them."""
+    """Grant replica after replica to the highest rank, up to `most` of each model, while GPUs last. Returns what is left of them."""
     while True:
         able = [c for c in claims if granted[c.model] < most[c.model] and c.gpus <= gpus + 1e-9]
         if not able:
             return gpus
-        best = min(able, key=lambda c: (-c.quotient(granted[c.model]), c.model))
+        best = max(sorted(able, key=lambda c: c.model), key=lambda c: c.rank(granted[c.model]))
         granted[best.model] += 1
         gpus -= best.gpus

@@ -53,7 +53,8 @@ class ModelScaling:
         """Log a target that has changed, with the reason of the decision before."""
         now = context.target_num_replicas
         if self.target is not None and now != self.target:
-            LOG.warning("scaling %s from %d to %d replicas: %s", context.deployment_name, self.target, now, self.last.reason)
+            reason = self.last.reason if self.target else "a request is queued"  # Serve itself wakes a sleeping model
+            LOG.warning("scaling %s from %d to %d replicas: %s", context.deployment_name, self.target, now, reason)
         self.target = now
 
     def claim(self, context: AutoscalingContext) -> Claim:

@@ -100,7 +100,7 @@ def test_load_adds_a_replica_and_ease_takes_it_away_without_breaking_a_request(s
         flood = [pool.submit(ask, settings, long_request("busy", 300, seed)) for seed in range(20)]
         wait_until(lambda: replicas(settings, "busy") == 2, timeout=60, every=0.1)
         assert [f.result() for f in flood] == [(200, 300)] * 20
-        calm: list[Future[tuple[int, int]]] = [pool.submit(ask, settings, long_request("busy", 2500, seed)) for seed in range(2)]
+        calm: list[Future[tuple[int, int]]] = [pool.submit(ask, settings, long_request("busy", 1500, seed)) for seed in range(2)]
         wait_until(lambda: replicas(settings, "busy") == 1, timeout=60, every=0.1)
         assert not all(f.done() for f in calm)
-        assert [f.result() for f in calm] == [(200, 2500)] * 2
+        assert [f.result() for f in calm] == [(200, 1500)] * 2
