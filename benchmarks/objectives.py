@@ -32,6 +32,7 @@ from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.teacher import Teacher
 from drafters.traces import Trace
 from drafters.tree_draft import MLPDrafter
+from drafters.walk import HeldOut, walk
 from engine.drafter import Draft, Drafter, Kept
 from engine.loading import Base, load_base
 from engine.sampling import SamplingParams
@@ -51,21 +52,47 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One objective's speculator. chain_before, chain_after: expected tokens per step on held-out requests at width 1."""
+class Worth:
+    """What a speculator is worth on the prompts to measure on: with whole trees in the engine, and as chains on the logged answers."""
 
-    objective: str
-    positions: str
     greedy: Measured
     sampled: Measured
-    chain_before: float
-    chain_after: float
-    losses: tuple[float, ...]
-    seconds: float
+    chain_greedy: HeldOut
+    chain_sampled: HeldOut
 
     @property
     def per_step(self) -> float:
+        """Tokens per step with trees, the mean of both temperatures."""
         return (self.greedy.per_step + self.sampled.per_step) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One objective's speculator. losses: of its heads at the end. seconds: of processor time for its round."""
+
+    objective: str
+    positions: str
+    worth: Worth
+    losses: tuple[float, ...]
+    seconds: float
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every objective starts from, and is measured with. answers: to the prompts to measure on, by temperature."""
+
+    base: Base
+    live: MLPSpeculator
+    buffer: ReplayBuffer
+    traffic: Traffic
+    answers: dict[float, list[Trace]]
+
+    def worth(self, speculator: MLPSpeculator) -> Worth:
+        drafter, traffic = MLPDrafter(speculator), self.traffic
+        trees = [measure(self.base, drafter, traffic.measured, temperature, traffic.new_tokens) for temperature in TEMPERATURES]
+        chains = [HeldOut.of(walk(speculator, trace) for trace in self.answers[temperature]) for temperature in TEMPERATURES]
+        return Worth(trees[0], trees[1], chains[0], chains[1])
 
 
 class Recorder:
@@ -99,19 +126,31 @@ def main(
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON here; otherwise to standard output.")] = None,
 ) -> None:
     """Log answers, train with every objective, measure, and compare."""
-    base, speculator = load_base(model), MLPSpeculator.from_pretrained(model / "speculator")
-    traffic = traffic_of(Tokenizer.from_file(str(model / "tokenizer.json")), requests, prompts, new_tokens)
-    buffer = logged(model, base, speculator, traffic)
-    start = measured(base, speculator, traffic)
+    bench = prepared(model, requests, prompts, new_tokens)
+    start = bench.worth(bench.live)
     settings = RefreshSettings(steps=steps, rate=rate, interval=-(-steps // 3), patience=steps, least_gain=0.0, least_tokens=0)
     plans = [(name, "all") for name in OBJECTIVES] + [(name, "rejected") for name in ("cross_entropy", "forward_kl")]
     results = []
     for name, positions in plans:
         if not only or name in only:
             chosen = replace(settings, objective=name, positions=positions)  # type: ignore[arg-type]
-            results.append(refreshed(base, speculator, buffer, chosen, traffic))
-            print(f"{name} ({positions}): {results[-1].per_step:.3f}", file=sys.stderr)
-    report(model, settings, buffer, start, results, out)
+            results.append(refreshed(bench, chosen))
+            print(f"{name} ({positions}): {results[-1].worth.per_step:.3f}", file=sys.stderr, flush=True)
+    report(model, settings, bench, start, results, out)
+
+
+def prepared(model: Path, requests: int, prompts: int, new_tokens: int) -> Bench:
+    """The base with its speculator, and the answers to all prompts as the service would log them."""
+    base, live = load_base(model), MLPSpeculator.from_pretrained(model / "speculator")
+    head = Teacher.load(model, dtype=torch.float32).model.get_output_embeddings().weight
+    traffic = traffic_of(Tokenizer.from_file(str(model / "tokenizer.json")), requests, prompts, new_tokens)
+    buffer = ReplayBuffer(model.name, base.vocab_size, base.hidden_size, BufferSettings(recent=1.0))
+    answers = {}
+    for temperature in TEMPERATURES:
+        for trace in traces(base, MLPDrafter(live), head, traffic.learned, temperature, new_tokens, model.name):
+            buffer.add(trace)
+        answers[temperature] = traces(base, MLPDrafter(live), head, traffic.measured, temperature, new_tokens, model.name)
+    return Bench(base, live, buffer, traffic, answers)
 
 
 def traffic_of(tokenizer: Tokenizer, requests: int, prompts: int, new_tokens: int) -> Traffic:
@@ -131,16 +170,6 @@ def spread(texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """`count` stretches of PROMPT tokens, evenly over all texts."""
     tokens = [token for text in texts for token in text]
     return [tokens[start : start + PROMPT] for start in (index * (len(tokens) - PROMPT) // count for index in range(count))]
-
-
-def logged(model: Path, base: Base, speculator: MLPSpeculator, traffic: Traffic) -> ReplayBuffer:
-    """The answers to all prompts to learn from, as the service would log them."""
-    head = Teacher.load(model, dtype=torch.float32).model.get_output_embeddings().weight
-    buffer = ReplayBuffer(model.name, base.vocab_size, base.hidden_size, BufferSettings(recent=1.0))
-    for temperature in TEMPERATURES:
-        for trace in traces(base, MLPDrafter(speculator), head, traffic.learned, temperature, traffic.new_tokens, model.name):
-            buffer.add(trace)
-    return buffer
 
 
 def traces(
@@ -181,25 +210,18 @@ def traces(
     return found
 
 
-def measured(base: Base, speculator: MLPSpeculator, traffic: Traffic) -> dict[float, Measured]:
-    drafter = MLPDrafter(speculator)
-    return {temperature: measure(base, drafter, traffic.measured, temperature, traffic.new_tokens) for temperature in TEMPERATURES}
-
-
-def refreshed(base: Base, live: MLPSpeculator, buffer: ReplayBuffer, settings: RefreshSettings, traffic: Traffic) -> Result:
+def refreshed(bench: Bench, settings: RefreshSettings) -> Result:
     """Train with one objective, and measure what comes of it; the serving speculator if nothing was gained."""
-    refresher, began = Refresher(live, "0", buffer, settings), time.process_time()
+    refresher, began = Refresher(bench.live, "0", bench.buffer, settings), time.process_time()
     standing = refresher.advance()
     seconds, candidate = time.process_time() - began, refresher.take()
-    found = measured(base, candidate.speculator if candidate else live, traffic)
-    before, after = (candidate.before.per_step, candidate.after.per_step) if candidate else (0.0, 0.0)
-    return Result(settings.objective, settings.positions, found[0.0], found[1.0], before, after, standing.losses, round(seconds, 1))
+    worth = bench.worth(candidate.speculator if candidate else bench.live)
+    losses = candidate.losses if candidate else ()
+    return Result(settings.objective, settings.positions, worth, losses, round(seconds, 1), standing.outcome)
 
 
-def report(
-    model: Path, settings: RefreshSettings, buffer: ReplayBuffer, start: dict[float, Measured], results: list[Result], out: Path | None
-) -> None:
-    best = max(results, key=lambda result: result.per_step)
+def report(model: Path, settings: RefreshSettings, bench: Bench, start: Worth, results: list[Result], out: Path | None) -> None:
+    best, buffer = max(results, key=lambda result: result.worth.per_step), bench.buffer
     found: dict[str, Any] = {
         "command": ["python", *sys.argv],
         "machine": machine(),
@@ -207,8 +229,8 @@ def report(
         "model": model.name,
         "settings": asdict(settings),
         "traces": {"training": len(buffer.training("")), "held_out": len(buffer.held_out("")), "tokens": buffer.counts("").tokens},
-        "start": {"greedy": asdict(start[0.0]), "sampled": asdict(start[1.0])},
-        "results": [asdict(result) | {"per_step": result.per_step} for result in results],
+        "start": asdict(start) | {"per_step": start.per_step},
+        "results": [asdict(result) | {"per_step": result.worth.per_step} for result in results],
         "best": {"objective": best.objective, "positions": best.positions},
     }
     text = json.dumps(found, indent=2) + "\n"
@@ -217,16 +239,17 @@ def report(
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-    Console(stderr=True).print(table(start, results))
+    Console(stderr=True, width=120).print(table(start, results))
 
 
-def table(start: dict[float, Measured], results: Sequence[Result]) -> Table:
+def table(start: Worth, results: Sequence[Result]) -> Table:
     """Tokens per step, best first."""
-    shown = Table("objective", "positions", "greedy", "temperature 1", "mean", "chain, held out", "s")
-    shown.add_row("(before)", "", *(f"{value:.3f}" for value in (start[0.0].per_step, start[1.0].per_step)))
-    for r in sorted(results, key=lambda result: -result.per_step):
-        numbers = (f"{value:.3f}" for value in (r.greedy.per_step, r.sampled.per_step, r.per_step, r.chain_after))
-        shown.add_row(r.objective, r.positions, *numbers, f"{r.seconds:.0f}")
+    shown = Table("objective", "positions", "mean", "greedy", "temperature 1", "chains, greedy", "chains, temperature 1", "s")
+    rows = [("before", "", start, "")]
+    rows += [(r.objective, r.positions, r.worth, f"{r.seconds:.0f}") for r in sorted(results, key=lambda r: -r.worth.per_step)]
+    for name, positions, worth, seconds in rows:
+        numbers = (worth.per_step, *(one.per_step for one in (worth.greedy, worth.sampled, worth.chain_greedy, worth.chain_sampled)))
+        shown.add_row(name, positions, *(f"{number:.3f}" for number in numbers), seconds)
     return shown
 
 

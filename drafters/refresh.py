@@ -255,8 +255,8 @@ class Refresher:
         return len(self.held_out()) >= self.settings.least_held and any(len(trace) > 1 for trace in self.buffer.training(self.tag))
 
     def held_out(self) -> tuple[Trace, ...]:
-        """Held-out requests on which speculators can differ."""
-        return tuple(trace for trace in self.buffer.held_out(self.tag) if len(trace) > 1)
+        """Held-out requests to choose by, on which speculators can differ."""
+        return tuple(trace for trace in self.buffer.choosing(self.tag) if len(trace) > 1)
 
     def begin(self) -> Round:
         """A round that first measures the serving speculator."""

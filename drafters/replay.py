@@ -33,7 +33,7 @@ class BufferSettings:
     """
 
     budget: int = 256 * 2**20
-    held_out: float = 0.1
+    held_out: float = 0.2
     recent: float = 0.5
     domains: int = 16
     seed: int = 0
@@ -155,6 +155,17 @@ class ReplayBuffer:
     def held_out(self, tag: str) -> tuple[Trace, ...]:
         """A domain's traces that training never sees, oldest first."""
         return tuple(self.domains[tag].held.traces) if tag in self.domains else ()
+
+    def choosing(self, tag: str) -> tuple[Trace, ...]:
+        """The half of the held-out traces by which a trainer chooses among its own copies."""
+        return tuple(trace for trace in self.held_out(tag) if not self.is_judged(trace.request))
+
+    def judging(self, tag: str) -> tuple[Trace, ...]:
+        """The other half, on which what was chosen is compared: nothing that led to it was measured here."""
+        return tuple(trace for trace in self.held_out(tag) if self.is_judged(trace.request))
+
+    def is_judged(self, request: str) -> bool:
+        return chance(f"judged {self.settings.seed}", request) < 0.5
 
     def training(self, tag: str) -> tuple[Trace, ...]:
         """All of a domain's traces to learn from, the older ones first."""

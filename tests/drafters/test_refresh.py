@@ -37,7 +37,7 @@ def speculator(seed: int = 0) -> MLPSpeculator:
 
 
 def filled(traces: list[Trace] | None = None) -> ReplayBuffer:
-    buffer = ReplayBuffer("toy", VOCAB, WIDTH, BufferSettings(held_out=0.2))
+    buffer = ReplayBuffer("toy", VOCAB, WIDTH, BufferSettings(held_out=0.3))
     for trace in traces if traces is not None else many(60):
         buffer.add(trace)
     return buffer
@@ -63,7 +63,7 @@ def test_a_round_ends_in_a_better_speculator(objective: str, temperature: float)
     candidate = refresher.take()
     assert candidate is not None and refresher.take() is None
     assert candidate.after.per_step > candidate.before.per_step + SETTINGS.least_gain
-    held = buffer.held_out("")
+    held = buffer.choosing("")
     assert candidate.before == HeldOut.of(walk(live, trace) for trace in held)
     assert candidate.after == HeldOut.of(walk(candidate.speculator, trace) for trace in held)
     assert sum(candidate.losses) < 0.9 * sum(candidate.first_losses)
@@ -87,7 +87,7 @@ def test_a_candidate_is_worth_the_same_when_it_was_saved(tmp_path: Path) -> None
 
 def test_work_comes_in_units_so_that_it_can_yield_between_them() -> None:
     buffer = filled()
-    held, ticks = len(buffer.held_out("")), iter(range(10**6))
+    held, ticks = len(buffer.choosing("")), iter(range(10**6))
     refresher = Refresher(speculator(), "v1", buffer, SETTINGS, clock=lambda: float(next(ticks)))
     assert refresher.advance(units=1).phase == "measuring"
     assert refresher.advance(units=held - 1).phase == "training"
@@ -234,7 +234,7 @@ def test_without_its_traces_a_resumed_round_is_measured_again(tmp_path: Path) ->
     resumed.advance()
     candidate = resumed.take()
     assert candidate is not None and candidate.steps == 40
-    assert candidate.after.requests == len(resumed.buffer.held_out(""))
+    assert candidate.after.requests == len(resumed.buffer.choosing(""))
     empty = Refresher(speculator(), "v1", filled([]), SETTINGS)
     assert empty.resume(tmp_path / "checkpoint.pt")
     assert empty.advance().phase == "waiting"

@@ -21,7 +21,7 @@ ONE = make_trace().nbytes
 
 def buffer(traces: int = 100, **changes: object) -> ReplayBuffer:
     """A buffer with room for so many traces of twenty tokens."""
-    settings = BufferSettings(budget=traces * ONE)
+    settings = BufferSettings(budget=traces * ONE, held_out=0.1)
     return ReplayBuffer("toy", VOCAB, WIDTH, replace(settings, **changes))  # type: ignore[arg-type]
 
 
@@ -37,6 +37,15 @@ def test_requests_are_held_out_whole_and_for_good() -> None:
     assert len(held) + len(one.training("")) == 600
     assert {trace.request for trace in other.held_out("")} <= held
     assert held != {f"r-{i}" for i in range(600) if buffer(seed=1).is_held_out(f"r-{i}")}
+
+
+def test_half_of_the_held_out_requests_judge_what_the_other_half_chose() -> None:
+    one = buffer(10_000, held_out=0.5)
+    for trace in many(400, 3):
+        one.add(trace)
+    choosing, judging = ({trace.request for trace in part("")} for part in (one.choosing, one.judging))
+    assert choosing.isdisjoint(judging) and choosing | judging == {trace.request for trace in one.held_out("")}
+    assert 70 <= len(choosing) <= 130 and 70 <= len(judging) <= 130
 
 
 def test_the_budget_is_kept_and_losses_are_counted() -> None:
