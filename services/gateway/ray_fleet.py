@@ -63,9 +63,11 @@ class RayFleet:
         """The items of one replica. Always at least one."""
         answer = self._handles[job.model].options(stream=True).generate.remote(job)
         try:
-            yield await self._first(job, answer, deadline)
-            async for item in answer:
-                yield item
+            first = await self._first(job, answer, deadline)
+            yield first
+            if not isinstance(first, Failure):
+                async for item in answer:
+                    yield item
         except Exception as error:
             yield broken(job, error)
         finally:
