@@ -87,9 +87,8 @@ class SharedScaling:
 
     def scaling(self, identity: Any, context: AutoscalingContext) -> ModelScaling:
         """The scaling of one model by the rule that its deployment was given."""
-        known = self.models.get(identity)
-        rule = dict(context.config.policy.policy_kwargs)
-        return known if known is not None and known.rule == ModelScaling(**rule).rule else ModelScaling(**rule)
+        known, told = self.models.get(identity), ModelScaling(**context.config.policy.policy_kwargs)
+        return known if known is not None and known.rule == told.rule else told
 
 
 class ReadyFirst(FIFOMixin, RequestRouter):

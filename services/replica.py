@@ -80,11 +80,11 @@ class ModelReplica:
 
     # -- what Serve asks ----------------------------------------------------------------------------------------------------
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """What the scaling law reads."""
         return self.vitals.read().numbers()
 
-    def record_routing_stats(self) -> dict[str, bool]:
+    async def record_routing_stats(self) -> dict[str, bool]:
         """What the router reads."""
         return {"ready": self.host.status().state == "ready"}
 
