@@ -236,14 +236,18 @@ class Refresher:
 
     # -- rounds -------------------------------------------------------------------------------------------------------------
 
-    def ready(self) -> bool:
-        """Whether there is work; begins a round when it may."""
+    def able(self) -> bool:
+        """Whether there is work: a round under way, or all that one needs to begin."""
         if self.candidate is not None:
             return False
-        if self.round is None and self.missing() == 0 and self.enough():
+        return self.round is not None or (self.missing() == 0 and self.enough())
+
+    def ready(self) -> bool:
+        """Whether there is work; begins a round when it may."""
+        if self.able() and self.round is None:
             self.rounds, self.used = self.rounds + 1, self.buffer.counts(self.tag).tokens
             self.round = self.begin()
-        return self.round is not None
+        return self.able()
 
     def missing(self) -> int:
         """Answer tokens that must still come before the next round."""

@@ -1,0 +1,223 @@
+"""The trainer: from traces to a submission, resting while serving needs the device, and the same on a real Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.artefacts import Artefacts
+from actors.registry import start_registry
+from actors.releases import Base
+from actors.trainer import Submission, TrainerKeeper, TrainerSettings, Worker, start_trainer
+from drafters.bundle import Origin, adopt_folder, read_bundle
+from drafters.mlp import MLPSpeculator
+from drafters.replay import BufferSettings
+from drafters.walk import expected_tokens
+from policies.gate import GateRule
+from tests.conftest import wait_until
+from tests.drafters.test_refresh import SETTINGS, same, speculator
+from tests.drafters.traced import VOCAB, WIDTH, many
+
+BASE = Base("toy-base", VOCAB, WIDTH, "r1")
+RULE = GateRule(least=10)
+TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.01, quiet=0.05, checkpoint=0.0, poll=0.05)
+
+
+def keeper(tmp_path: Path, settings: TrainerSettings = TRAINER, live: MLPSpeculator | None = None) -> TrainerKeeper:
+    artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
+    return TrainerKeeper("toy", BASE, live or speculator(), "", artefacts, tmp_path / "work", settings, now=lambda: 7.0)
+
+
+def fed(found: TrainerKeeper, count: int = 80) -> TrainerKeeper:
+    for trace in many(count):
+        found.add(trace.to_bytes())
+    return found
+
+
+def worked(found: TrainerKeeper) -> Submission | None:
+    """Run until there is a submission, or nothing more to do."""
+    while not found.idle():
+        if (submission := found.run(0.05)) is not None:
+            return submission
+    return None
+
+
+def test_traces_become_a_submission(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path))
+    submission = worked(found)
+    assert submission is not None and submission.verdict.passed
+    assert submission.verdict.requests == len(found.buffer.judging("")) >= RULE.least
+    manifest = submission.manifest
+    assert (manifest.model, manifest.base, manifest.base_revision, manifest.parent, manifest.created) == (
+        "toy",
+        "toy-base",
+        "r1",
+        None,
+        7.0,
+    )
+    assert manifest.gate is not None and manifest.gate["difference"] == submission.verdict.difference > 0
+    assert manifest.data.requests == len(found.buffer.training("")) and manifest.objective == "forward_kl"
+    published = Artefacts(str(tmp_path / "artefacts"), tmp_path / "other").fetch(submission.url, manifest.checksum, VOCAB, WIDTH)
+    candidate = MLPSpeculator.from_pretrained(published.folder)
+    judged = found.buffer.judging("")
+    assert submission.verdict.mean_candidate == pytest.approx(sum(expected_tokens(candidate, trace) for trace in judged) / len(judged))
+    assert found.status()["phase"] == "waiting" and found.status()["gate"]["passed"]
+
+
+def test_nothing_is_begun_that_could_not_be_judged(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path, replace(TRAINER, rule=GateRule(least=1000))))
+    assert found.idle() and found.run(1.0) is None and found.status()["round"] == 0
+
+
+def test_a_candidate_that_the_gate_refuses_is_not_published(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path, replace(TRAINER, rule=replace(RULE, margin=3.0))))
+    assert worked(found) is None
+    status = found.status()
+    assert status["gate"]["passed"] is False and "not surely more than +3" in status["outcome"]
+    assert status["waiting_for"] == 2 * SETTINGS.least_tokens
+    assert not (tmp_path / "artefacts").exists()
+
+
+def test_what_cannot_be_published_is_tried_again(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "bundles").write_text("in the way")
+    with pytest.raises(OSError, match="bundles"):
+        worked(found)
+    (tmp_path / "work" / "bundles").unlink()
+    submission = worked(found)
+    assert submission is not None and read_bundle(tmp_path / "work" / "bundles" / submission.manifest.version)
+
+
+def test_traces_of_another_base_are_counted_and_left_out(tmp_path: Path) -> None:
+    found = keeper(tmp_path)
+    found.add(b"nothing")
+    found.add(replace(many(1)[0], model="other").to_bytes())
+    assert found.status()["traces"]["invalid"] == 2 and found.status()["traces"]["seen"] == 0
+
+
+def test_a_restarted_trainer_ends_in_the_same_candidate(tmp_path: Path) -> None:
+    whole = worked(fed(keeper(tmp_path / "whole")))
+    cut = fed(keeper(tmp_path / "cut"))
+    while cut.refresher.standing.step < 13:
+        cut.run(0.0)
+    cut.save()
+    again = keeper(tmp_path / "cut")
+    assert again.refresher.standing.step == 13 and again.status()["traces"] == cut.status()["traces"]
+    resumed = worked(again)
+    assert whole is not None and resumed is not None
+    assert whole.manifest.version == resumed.manifest.version
+    (tmp_path / "cut" / "work" / "traces").write_bytes(b"\x10")
+    assert keeper(tmp_path / "cut").status()["traces"]["seen"] == 0
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Worker]]:
+    """Workers that are stopped at the end."""
+    started: list[Worker] = []
+
+    def make(found: TrainerKeeper, submit: Callable[[Submission], None], **settings: object) -> Worker:
+        worker = Worker(found, submit, lambda: None, **settings)  # type: ignore[arg-type]
+        started.append(worker)
+        worker.start()
+        return worker
+
+    yield make
+    for worker in started:
+        worker.close()
+
+
+def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    endless = replace(SETTINGS, rate=1e-9, steps=10**9, patience=10**9)
+    worker = start(keeper(tmp_path, replace(TRAINER, refresh=endless)), lambda found: None)
+    worker.offer([trace.to_bytes() for trace in many(80)])
+    wait_until(lambda: worker.status()["step"] > 3, 30)
+    worker.load("replica", 2)
+    wait_until(lambda: not worker.status()["working"], 30)
+    status = worker.status()
+    assert status["yields"] == 1 and 0 < status["slowest_yield"] < 5.0
+    kept = []
+    for _ in range(5):
+        worker.load("replica", 1)
+        time.sleep(0.03)  # longer than a slice
+        kept.append(worker.status()["step"])
+    assert set(kept) == {status["step"]}
+    worker.load("replica", 0)
+    wait_until(lambda: worker.status()["step"] > status["step"], 30)
+    worker.pause(True)
+    wait_until(lambda: not worker.status()["working"], 30)
+    worker.pause(False)
+    wait_until(lambda: worker.status()["working"], 30)
+
+
+def test_a_worker_with_a_device_of_its_own_does_not_care(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    sent: list[Submission] = []
+    worker = start(keeper(tmp_path, replace(TRAINER, running=None)), sent.append)
+    worker.load("replica", 50)
+    worker.offer([trace.to_bytes() for trace in many(80)])
+    wait_until(lambda: sent, 60)
+    assert worker.status()["yields"] == 0 and (tmp_path / "work" / "checkpoint.pt").is_file()
+
+
+def test_a_registry_that_is_away_is_asked_again(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    sent: list[Submission] = []
+    failures = iter(range(3))
+
+    def submit(found: Submission) -> None:
+        if next(failures, None) is not None:
+            raise ConnectionError("the registry is away")
+        sent.append(found)
+
+    worker = start(keeper(tmp_path), submit)
+    worker.offer([trace.to_bytes() for trace in many(80)])
+    wait_until(lambda: worker.status()["problem"] == "ConnectionError: the registry is away", 60)
+    wait_until(lambda: sent, 60)
+    wait_until(lambda: worker.status()["problem"] == "", 60)
+
+
+def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
+    data = [trace.to_bytes() for trace in many(10)]
+    worker = Worker(keeper(tmp_path, replace(TRAINER, inbox=sum(map(len, data[6:])))), lambda found: None, lambda: None)
+    worker.offer(data)
+    assert list(worker.inbox) == data[6:] and worker.status()["dropped_before_reading"] == 6
+
+
+def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
+    other = speculator(5)
+    answers = iter([(other, "0123456789ab")])
+    worker = Worker(fed(keeper(tmp_path)), lambda found: None, lambda: next(answers, None))
+    worker.start()
+    wait_until(lambda: worker.status()["version"] == "0123456789ab", 30)
+    worker.close()
+    assert same(worker.keeper.refresher.live, other)
+
+
+@pytest.mark.cluster
+def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None, tmp_path: Path) -> None:
+    artefacts, folder = str(tmp_path / "artefacts"), tmp_path / "published"
+    speculator().save_pretrained(folder)
+    bundle = adopt_folder(tmp_path / "bundles", folder, Origin(model="toy", base=BASE.name, base_revision=BASE.revision, created=1.0))
+    url = Artefacts(artefacts, tmp_path / "cache").publish(bundle)
+    registry = start_registry(f"sqlite:///{tmp_path}/state.db", artefacts, str(tmp_path / "registry"), name="registry-t")
+    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest))
+    version = bundle.manifest.version
+    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", TRAINER)
+    try:
+        ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80)]))
+        found = wait_until(lambda: versions(registry) - {version}, 90)
+        status = ray.get(trainer.status.remote())
+        assert len(found) == 1 and status["gate"]["passed"] and status["version"] == version
+        ray.get(trainer.close.remote())
+    finally:
+        ray.kill(trainer)
+        ray.kill(registry)
+
+
+def versions(registry: object) -> set[str]:
+    state = ray.get(registry.state.remote("toy"))  # type: ignore[attr-defined]
+    return {release["version"] for release in state["versions"]}
