@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,10 @@ from tests.e2e.service import USER, url, write_config
 MODEL = "busy"
 KEY = {"Authorization": f"Bearer {USER}"}
 STORE = 80 * 2**20  # bytes of each node's object store
-CLIENTS = 16
-SHORT, LONG = 100, 2000  # tokens
+SEATS = 8
+CLIENTS = 3 * SEATS
+LASTING = SEATS // 2  # requests that one replica would carry with a margin
+SHORT, LONG = 100, 1500  # tokens
 
 
 class FakeCluster(AutoscalingCluster):
@@ -81,7 +83,7 @@ def configured(folder: Path) -> Settings:
     """One model of one to two replicas that fill a CPU each."""
     delays = {"up_delay_s": 0.5, "down_delay_s": 3.0, "stale_s": 5.0}
     replicas = {"min": 1, "max": 2, "target_tpot_s": 60.0, "target_ttft_s": 1.0, "target_backlog_s": 1.0, **delays}
-    engine = {"kv_bytes": "64MiB", "max_running": 4}
+    engine = {"kv_bytes": "64MiB", "max_running": SEATS}
     base = write_slow_model(folder / "slow")
     model = {"name": MODEL, "base": str(base), "drafter": "none", "num_cpus": 1, "replicas": replicas, "engine": engine}
     return load_settings(write_config(folder, [model], ray={"address": "auto", "auth": "inherit"}))
@@ -162,10 +164,19 @@ def setting(event: threading.Event) -> Iterator[None]:
         event.set()
 
 
+def one_more(pool: ThreadPoolExecutor, settings: Settings, lasting: list[Future[dict[str, Any]]]) -> bool:
+    """Whether both replicas hold a request; if not, one more is sent."""
+    if [bool(b) for b in held(settings)] == [True, True]:
+        return True
+    if len(lasting) < LASTING:
+        lasting.append(pool.submit(ask, settings, LONG, len(lasting)))
+    return False
+
+
 def live(settings: Settings, diary: Diary) -> dict[str, Any]:
-    """Load, growth, ease and shrinking, with two requests that last through the latter."""
+    """Load, growth, ease and shrinking, with requests on both replicas that last through the latter."""
     enough = threading.Event()
-    with ThreadPoolExecutor(CLIENTS + 2) as pool, setting(enough):
+    with ThreadPoolExecutor(CLIENTS + LASTING) as pool, setting(enough):
         diary.note("load")
         clients = [pool.submit(client, settings, enough, seed) for seed in range(CLIENTS)]
         wait_until(lambda: diary.now(nodes=1, running=1, starting=1), timeout=60)
@@ -177,8 +188,9 @@ def live(settings: Settings, diary: Diary) -> dict[str, Any]:
         enough.set()
         flood = [answer for f in clients for answer in f.result()]
         diary.note("load over")
-        lasting = [pool.submit(ask, settings, LONG, seed) for seed in range(2)]
-        wait_until(lambda: [bool(b) for b in held(settings)] == [True, True], timeout=30, every=0.1)
+        wait_until(lambda: not any(held(settings)), timeout=30)
+        lasting: list[Future[dict[str, Any]]] = []
+        wait_until(lambda: one_more(pool, settings, lasting), timeout=30, every=0.4)
         wait_until(lambda: diary.now(running=1, stopping=1), timeout=60)
         diary.note("replica told to go")
         in_flight = sum(not f.done() for f in lasting)
@@ -186,7 +198,7 @@ def live(settings: Settings, diary: Diary) -> dict[str, Any]:
         diary.note("requests in flight answered")
         wait_until(lambda: diary.now(nodes=1), timeout=120)
         diary.note("node removed")
-    return {"flood": flood, "in_flight": in_flight, "lasting": lasted}
+    return {"flood": flood, "sent": len(lasting), "in_flight": in_flight, "lasting": lasted}
 
 
 def main(folder: Path) -> None:

@@ -50,4 +50,5 @@ def test_a_node_comes_for_load_and_goes_at_ease_while_requests_go_on(tmp_path: P
     times = [found["seen"][event] for event in [*order, "requests in flight answered", "node removed"]]
     assert times == sorted(times)
     assert len(found["flood"]) >= 16 and all(answer == {"status": 200, "finish": "length", "tokens": 100} for answer in found["flood"])
-    assert found["in_flight"] == 2 and found["lasting"] == [{"status": 200, "finish": "length", "tokens": 2000}] * 2
+    assert found["in_flight"] == found["sent"] >= 2
+    assert found["lasting"] == [{"status": 200, "finish": "length", "tokens": 1500}] * found["sent"]
