@@ -52,13 +52,14 @@ class Replica:
 
 @dataclass(slots=True)
 class Entry:
-    """One model. arms: what each replica, by name, counted for the canary with this salt. doubtful: the history may hold more than
-    `releases`. tried: when that was last looked into, or a decision last failed."""
+    """One model. arms: what each replica, by name, counted for the canary with this salt; totals: the same of all replicas. doubtful: the
+    history may hold more than `releases`. tried: when that was last looked into, or a decision last failed."""
 
     name: str
     releases: Releases
     replicas: dict[str, Replica] = field(default_factory=dict)
     arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
+    totals: dict[str, Arm] = field(default_factory=dict)
     salt: str = ""
     doubtful: bool = False
     tried: float = -math.inf
@@ -68,8 +69,21 @@ class Entry:
         canary, live = self.releases.canary, self.releases.live
         if canary is None or live is None:
             return None
-        live_arm, candidate = (sum((a.get(v, Arm()) for a in self.arms.values()), Arm()) for v in (live, canary.placement.version))
-        return judge(live_arm, candidate, rule)
+        return judge(self.totals.get(live, Arm()), self.totals.get(canary.placement.version, Arm()), rule)
+
+    def count(self, report: ReplicaReport) -> None:
+        """Take in what a replica counted for the canary that runs, in the place of what it had counted before."""
+        canary, live = self.releases.canary, self.releases.live
+        if self.salt != (canary.salt if canary else ""):
+            self.salt, self.arms, self.totals = canary.salt if canary else "", {}, {}
+        if canary is None or report.salt != self.salt:
+            return
+        before = self.arms.get(report.replica, {})
+        told = {v: arm for v, arm in report.arms.items() if v in (live, canary.placement.version)}
+        if all(told.get(v, Arm()).requests >= arm.requests for v, arm in before.items()):
+            self.arms[report.replica] = told
+            for version, arm in told.items():
+                self.totals[version] = self.totals.get(version, Arm()) + arm - before.get(version, Arm())
 
 
 class RegistryKeeper:
@@ -189,7 +203,7 @@ class RegistryKeeper:
             self._refused_reports += 1
             return assignment
         if self._take(entry, clean):
-            self._decide(entry)
+            self._decide(entry, clean)
         now = entry.releases.assignment(entry.name)
         return now if now.revision != clean.revision else None
 
@@ -279,24 +293,22 @@ class RegistryKeeper:
 
     def _take(self, entry: Entry, report: ReplicaReport) -> bool:
         """Remember a report; False if there are too many replicas for that."""
-        now, canary = self._clock(), entry.releases.canary
+        now = self._clock()
         for name in [n for n, r in entry.replicas.items() if r.seen < now - self._settings.gone]:
             del entry.replicas[name]
         if report.replica not in entry.replicas and len(entry.replicas) >= MOST:
             return False
         entry.replicas[report.replica] = Replica(report, now)
-        if entry.salt != (canary.salt if canary else ""):
-            entry.salt, entry.arms = canary.salt if canary else "", {}
-        if canary and report.salt == canary.salt and counted(report.arms) >= counted(entry.arms.get(report.replica, {})):
-            entry.arms[report.replica] = dict(report.arms)
+        entry.count(report)
         return True
 
-    def _decide(self, entry: Entry) -> None:
-        """Promote or roll back the canary if that can be said now; what cannot be stored is tried again later."""
+    def _decide(self, entry: Entry, report: ReplicaReport) -> None:
+        """Promote or roll back the canary if that can be said after this report; what cannot be stored is tried again later."""
         canary = entry.releases.canary
         if canary is None or 0 <= self._clock() - entry.tried < self._settings.retry:
             return
-        version, verdict, problem = canary.placement.version, entry.canary(self._settings.rule), self._unloadable(entry)
+        version, verdict = canary.placement.version, entry.canary(self._settings.rule)
+        problem = self._unloadable(entry, version) if version in report.errors else ""
         try:
             if problem:
                 self.rollback(entry.name, ITSELF, problem, version)
@@ -308,10 +320,8 @@ class RegistryKeeper:
             entry.tried = self._clock()
             self._undone += 1
 
-    def _unloadable(self, entry: Entry) -> str:
-        """Why no replica can load the canary, "" if one can, or may yet."""
-        assert entry.releases.canary is not None
-        version = entry.releases.canary.placement.version
+    def _unloadable(self, entry: Entry, version: str) -> str:
+        """Why no replica can load the version, "" if one can, or may yet."""
         fresh = [r.last for r in entry.replicas.values() if r.seen >= self._clock() - self._settings.stale]
         errors = [report.errors[version] for report in fresh if version in report.errors]
         return f"no replica can load it: {errors[0]}" if errors and len(errors) == len(fresh) else ""
@@ -348,11 +358,6 @@ class RegistryKeeper:
 def stream(model: str) -> str:
     """The stream of a model's history."""
     return f"registry/{model}"
-
-
-def counted(arms: dict[str, Arm] | Any) -> int:
-    """Requests in a replica's counts."""
-    return sum(arm.requests for arm in arms.values())
 
 
 def shown(release: Release) -> Value:

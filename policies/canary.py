@@ -43,14 +43,16 @@ class Arm:
         return cls(1, drafts, kept, drafts * drafts, kept * kept, drafts * kept) if drafts else cls()
 
     def __add__(self, other: Arm) -> Arm:
-        return Arm(
-            self.requests + other.requests,
-            self.drafts + other.drafts,
-            self.kept + other.kept,
-            self.drafts_squared + other.drafts_squared,
-            self.kept_squared + other.kept_squared,
-            self.crossed + other.crossed,
-        )
+        return Arm(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
+
+    def __sub__(self, other: Arm) -> Arm:
+        """Without the requests of `other`, which are among these."""
+        return Arm(*(a - b for a, b in zip(self.sums, other.sums, strict=True)))
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """All of them, in order."""
+        return self.requests, self.drafts, self.kept, self.drafts_squared, self.kept_squared, self.crossed
 
     @property
     def rate(self) -> float:
@@ -71,10 +73,9 @@ class Arm:
 
     def sane(self) -> bool:
         """True if these can be sums of real requests."""
-        values = (self.requests, self.drafts, self.kept, self.drafts_squared, self.kept_squared, self.crossed)
-        if not all(isinstance(v, int) and 0 <= v <= 1 << 100 for v in values):
+        if not all(isinstance(v, int) and 0 <= v <= 1 << 100 for v in self.sums):
             return False
-        possible = self.drafts >= self.requests and (self.requests > 0 or not any(values))
+        possible = self.drafts >= self.requests and (self.requests > 0 or not any(self.sums))
         spread = self.requests * self.drafts_squared >= self.drafts**2 and self.requests * self.kept_squared >= self.kept**2
         return possible and spread and self.crossed**2 <= self.drafts_squared * self.kept_squared
 

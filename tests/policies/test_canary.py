@@ -47,7 +47,7 @@ def test_a_larger_share_keeps_its_members_and_another_salt_draws_others():
 
 def test_arms_add_up():
     assert Arm.of(4, 6) + Arm.of(2, 0) == Arm(2, 6, 6, 20, 36, 24)
-    assert (Arm.of(4, 6) + Arm.of(2, 0)).rate == 1.0
+    assert (Arm.of(4, 6) + Arm.of(2, 0)).rate == 1.0 and Arm.of(4, 6) + Arm.of(2, 0) - Arm.of(4, 6) == Arm.of(2, 0)
     assert Arm.of(0, 0) == Arm() and Arm().rate == 0 and Arm().variance == math.inf
     for wrong in ((-1, 0), (0, 1), (2, -1)):
         with pytest.raises(ValueError):
