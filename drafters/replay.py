@@ -28,19 +28,19 @@ class BufferSettings:
     """How much is remembered. Raises ValueError for shares that leave no room.
 
     budget: bytes of tensors in all domains together, an equal part for each. held_out: share of requests, and of the budget, that no
-    training ever sees. recent: share of what is left that the latest traces get; older ones are sampled into the rest. domains: tags
-    told apart; those that come when there are as many are kept together under "".
+    training ever sees. recent: share of what is left that the latest traces get; older ones are sampled into the rest. tags: those
+    that are domains of their own; traces of all others, and of none, are the domain "".
     """
 
     budget: int = 256 * 2**20
     held_out: float = 0.2
     recent: float = 0.5
-    domains: int = 16
+    tags: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget <= 0 or self.domains <= 0:
-            raise ValueError(f"budget and domains must be positive, got {self.budget} and {self.domains}")
+        if self.budget <= 0:
+            raise ValueError(f"budget must be positive, got {self.budget}")
         if not (0 < self.held_out < 1 and 0 <= self.recent <= 1):
             raise ValueError(f"held_out must be between 0 and 1, and recent 0 to 1, got {self.held_out} and {self.recent}")
 
@@ -125,9 +125,7 @@ class ReplayBuffer:
         if trace.model != self.model:
             raise InvalidTrace(f"{trace.request}: model is {trace.model!r}, expected {self.model!r}")
         trace.check(self.vocab_size, self.emb_dim)
-        domain = self.domains.get(self.domain_of(trace.tag))
-        if domain is None:
-            domain = self.domains[self.domain_of(trace.tag)] = Domain()
+        domain = self.domains.setdefault(self.domain_of(trace.tag), Domain())
         domain.counts.seen += 1
         domain.counts.tokens += len(trace)
         (domain.held if self.is_held_out(trace.request) else domain.recent).add(trace)
@@ -136,7 +134,7 @@ class ReplayBuffer:
 
     def domain_of(self, tag: str) -> str:
         """The domain that traces with a tag are kept in."""
-        return tag if tag in self.domains or len(self.domains) < self.settings.domains else ""
+        return tag if tag in self.settings.tags else ""
 
     def trim(self, domain: Domain) -> None:
         """Bring a domain down to its share of the budget. What is no longer recent may stay in the sample of older ones."""

@@ -104,7 +104,7 @@ def test_room_that_a_long_trace_left_is_not_for_those_with_lower_keys() -> None:
 
 
 def test_domains_are_kept_apart_and_share_the_budget() -> None:
-    small = buffer(60)
+    small = buffer(60, tags=("law", "code"))
     for trace in (*many(200, tag="law"), *many(100, tag="code", first=200)):
         small.add(trace)
     for tag, numbers in (("law", range(200)), ("code", range(200, 300))):
@@ -115,12 +115,11 @@ def test_domains_are_kept_apart_and_share_the_budget() -> None:
     assert small.counts("law").seen == 200 and small.counts("code").seen == 100
 
 
-def test_there_are_no_more_domains_than_allowed() -> None:
-    small = buffer(100, domains=2)
+def test_tags_that_are_not_named_share_one_domain() -> None:
+    small = buffer(100, tags=("law",))
     for index in range(8):
-        small.add(make_trace(f"r-{index}", tag=f"tag-{index}"))
-    assert set(small.domains) == {"tag-0", "tag-1", ""}
-    assert small.counts("").seen == 6
+        small.add(make_trace(f"r-{index}", tag=("law", "", "anything", f"tag-{index}")[index % 4]))
+    assert {tag: domain.counts.seen for tag, domain in small.domains.items()} == {"law": 2, "": 6}
 
 
 def test_samples_are_a_function_of_seed_step_and_contents() -> None:
@@ -158,7 +157,11 @@ def test_what_is_not_the_models_is_refused() -> None:
     broken = replace(make_trace(), hidden=make_trace().hidden * torch.inf)
     with pytest.raises(InvalidTrace, match="hidden has NaN or infinite values"):
         buffer().add(broken)
-    for changes, message in (({"budget": 0}, "must be positive"), ({"held_out": 1.0}, "between 0 and 1"), ({"recent": 1.5}, "0 to 1")):
+    for changes, message in (
+        ({"budget": 0}, "budget must be positive"),
+        ({"held_out": 1.0}, "between 0 and 1"),
+        ({"recent": 1.5}, "0 to 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             replace(BufferSettings(), **changes)
 
