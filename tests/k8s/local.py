@@ -77,6 +77,10 @@ class RayNode:
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=20)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all of its session at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=20)

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ class Place:
     """The nodes, their environment, and where the dashboard, the service and Redis are."""
 
     overlay: Overlay
+    start_head: Callable[[], RayNode]
     head: RayNode
     worker: RayNode
     variables: dict[str, str]
@@ -55,21 +56,26 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Redis, a head and a worker, each as the manifests describe it, on ports and in a folder of their own."""
     overlay, folder, redis_port = Overlay("cpu-demo"), tmp_path_factory.mktemp("k8s"), free_port()
-    ray_folder = Path(tempfile.mkdtemp(prefix="k8s-", dir="/tmp"))  # short: sockets lie in it
     variables = settings(overlay, redis_port) | token()
     gcs, dashboard, port = free_port(), free_port(), free_port()
     ports = {"port": str(gcs), "dashboard-port": str(dashboard), "ray-client-server-port": str(free_port())}
-    store = str(100 * 2**20)
+    store = {"object-store-memory": str(100 * 2**20)}
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, ray_folder, ignore_errors=True)
         stack.enter_context(redis_of(overlay, folder, redis_port))
-        start = {**overlay.head["rayStartParams"], **ports, "temp-dir": str(ray_folder), "object-store-memory": store}
-        head = stack.enter_context(RayNode(folder / "head.log", variables, **start))
-        wait_until(lambda: head.alive() and listens(dashboard), timeout=60, every=0.2)
+
+        def start_head() -> RayNode:
+            short = tempfile.mkdtemp(prefix="k8s-", dir="/tmp")  # sockets lie in it, and a second head finds nothing of the first
+            stack.callback(shutil.rmtree, short, ignore_errors=True)
+            start = {**overlay.head["rayStartParams"], **ports, **store, "temp-dir": short, "redis-password": PASSWORD}
+            head = stack.enter_context(RayNode(folder / f"{Path(short).name}.log", variables | remembering(redis_port), **start))
+            wait_until(lambda: head.alive() and listens(dashboard), timeout=60, every=0.2)
+            return head
+
+        head = start_head()
         cpus = ray_container(overlay.workers["demo"])["resources"]["limits"]["cpu"]
-        joined = {"address": f"127.0.0.1:{gcs}", "num-cpus": cpus, "object-store-memory": store}
+        joined = {"address": f"127.0.0.1:{gcs}", "num-cpus": cpus, **store}
         worker = stack.enter_context(RayNode(folder / "worker.log", variables, **joined))
-        yield Place(overlay, head, worker, variables, f"http://127.0.0.1:{dashboard}", port, redis_port)
+        yield Place(overlay, start_head, head, worker, variables, f"http://127.0.0.1:{dashboard}", port, redis_port)
 
 
 def settings(overlay: Overlay, redis_port: int) -> dict[str, str]:
@@ -83,6 +89,11 @@ def settings(overlay: Overlay, redis_port: int) -> dict[str, str]:
 def token() -> dict[str, str]:
     """What KubeRay puts into every container for `authOptions.mode: token`."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def remembering(redis_port: int) -> dict[str, str]:
+    """What KubeRay puts into the head's container for `gcsFaultToleranceOptions`."""
+    return {"RAY_REDIS_ADDRESS": f"127.0.0.1:{redis_port}", "REDIS_PASSWORD": PASSWORD, "RAY_external_storage_namespace": "demo"}
 
 
 def listens(port: int) -> bool:
@@ -110,7 +121,10 @@ def deployed(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def running(place: Place) -> bool:
-    found = place.application()
+    try:
+        found = place.application()
+    except httpx.HTTPStatusError:  # the dashboard is there before Serve is
+        return False
     if found.get("status") == "DEPLOY_FAILED":
         pytest.fail(found["message"])
     return found.get("status") == "RUNNING"
@@ -121,17 +135,20 @@ def test_dashboard_wants_the_token(place: Place) -> None:
 
 
 def test_it_answers(deployed: Place) -> None:
-    body = {"model": "demo-code", "prompt": "def read_lines(path):", "max_tokens": 8, "temperature": 0}
-    assert httpx.post(deployed.url + "/v1/completions", json=body).status_code == 401
-    key = {"Authorization": f"Bearer {SECRET['stringData']['clients-key']}"}
-    answer = httpx.post(deployed.url + "/v1/completions", json=body, headers=key, timeout=60)
+    clients, operator = ({"Authorization": f"Bearer {SECRET['stringData'][name]}"} for name in ("clients-key", "operator-key"))
+    assert complete(deployed, {}).status_code == 401
+    answer = complete(deployed, clients)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 8
-    operator = {"Authorization": f"Bearer {SECRET['stringData']['operator-key']}"}
-    assert httpx.get(deployed.url + "/admin/load", headers=key).status_code == 403
+    assert httpx.get(deployed.url + "/admin/load", headers=clients).status_code == 403
     assert httpx.get(deployed.url + "/admin/load", headers=operator).status_code == 200
     with redis.Redis(port=deployed.redis_port, password=PASSWORD, db=2) as log:
         wait_until(lambda: log.xlen(STREAM) == 1, timeout=20)
+
+
+def complete(place: Place, headers: dict[str, str]) -> httpx.Response:
+    body = {"model": "demo-code", "prompt": "def read_lines(path):", "max_tokens": 8, "temperature": 0}
+    return httpx.post(place.url + "/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def test_head_holds_no_replica(deployed: Place) -> None:
@@ -154,3 +171,20 @@ def test_metrics_are_given_to_whoever_may_reach_them(deployed: Place) -> None:
     assert "specfleet_requests_total" in httpx.get(deployed.url + "/metrics").text
     for node in (deployed.head, deployed.worker):
         assert "ray_node_cpu_count" in httpx.get(f"http://127.0.0.1:{node.metrics_port}/metrics").text
+
+
+def test_workers_answer_without_the_head_and_it_comes_back(deployed: Place) -> None:
+    """The last test of this module: afterwards `place.head` is gone. Replicas are those from before, found again in Redis."""
+    clients = {"Authorization": f"Bearer {SECRET['stringData']['clients-key']}"}
+    before = processes(deployed)
+    deployed.head.kill()
+    assert [complete(deployed, clients).status_code for _ in range(3)] == [200] * 3
+    deployed.start_head()
+    wait_until(lambda: running(deployed), timeout=60, every=0.3)
+    assert complete(deployed, clients).status_code == 200
+    assert processes(deployed) == before
+
+
+def processes(place: Place) -> set[int]:
+    deployments = place.application()["deployments"].values()
+    return {replica["pid"] for deployment in deployments for replica in deployment["replicas"]}
