@@ -1,0 +1,1 @@
+"""Hundreds of replicas of large models, simulated around the real policy code."""
