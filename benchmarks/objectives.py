@@ -1,9 +1,9 @@
 """Which objective refreshes a speculator best: `python benchmarks/objectives.py --out benchmarks/results/objectives.json`.
 
 A base answers prompts of a kind that its speculator was not trained on (descriptions of installed packages, for a speculator of Python
-code), greedily and at temperature 1, and its answers are logged. Each objective then fine-tunes a copy of the speculator for the same
-steps on the same places, and the engine itself measures tokens per step on prompts from other documents, with whole trees. The best mean
-over both temperatures should be the default of `drafters.refresh.RefreshSettings`.
+code), greedily and at temperature 1, and its answers are logged. The speculator's weights get noise, so that there is something to gain;
+each objective then fine-tunes a copy for the same steps on the same places, and the engine itself measures tokens per step on prompts
+from other documents, with whole trees. The best mean over both temperatures should be the default of `drafters.refresh.RefreshSettings`.
 """
 
 from __future__ import annotations
@@ -117,17 +117,19 @@ class Recorder:
 
 def main(
     model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = Path("models/demo-code"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each objective.")] = 50,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each objective.")] = 40,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate after warm-up.")] = 3e-3,
-    requests: Annotated[int, typer.Option("--requests", min=20, help="Prompts to learn from, each at both temperatures.")] = 128,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts to measure on.")] = 40,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=8, help="Tokens of each answer.")] = 96,
+    requests: Annotated[int, typer.Option("--requests", min=20, help="Prompts to learn from, each at both temperatures.")] = 96,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts to measure on.")] = 24,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=8, help="Tokens of each answer.")] = 64,
+    noise: Annotated[float, typer.Option("--noise", min=0.0, help="Noise on every weight, in standard deviations of its matrix.")] = 0.75,
     only: Annotated[list[str] | None, typer.Option("--only", help="These objectives alone.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON here; otherwise to standard output.")] = None,
 ) -> None:
     """Log answers, train with every objective, measure, and compare."""
-    bench = prepared(model, requests, prompts, new_tokens)
+    bench = prepared(model, requests, prompts, new_tokens, noise)
     start = bench.worth(bench.live)
+    print(f"before: {start.per_step:.3f}", file=sys.stderr, flush=True)
     settings = RefreshSettings(steps=steps, rate=rate, interval=-(-steps // 3), patience=steps, least_gain=0.0, least_tokens=0)
     plans = [(name, "all") for name in OBJECTIVES] + [("forward_kl", "rejected")]
     results = []
@@ -136,12 +138,12 @@ def main(
             chosen = replace(settings, objective=name, positions=positions)  # type: ignore[arg-type]
             results.append(refreshed(bench, chosen))
             print(f"{name} ({positions}): {results[-1].worth.per_step:.3f}", file=sys.stderr, flush=True)
-    report(model, settings, bench, start, results, out)
+    report(model, settings, noise, bench, start, results, out)
 
 
-def prepared(model: Path, requests: int, prompts: int, new_tokens: int) -> Bench:
+def prepared(model: Path, requests: int, prompts: int, new_tokens: int, noise: float) -> Bench:
     """The base with its speculator, and the answers to all prompts as the service would log them."""
-    base, live = load_base(model), MLPSpeculator.from_pretrained(model / "speculator")
+    base, live = load_base(model), noisy(MLPSpeculator.from_pretrained(model / "speculator"), noise)
     head = Teacher.load(model, dtype=torch.float32).model.get_output_embeddings().weight
     traffic = traffic_of(Tokenizer.from_file(str(model / "tokenizer.json")), requests, prompts, new_tokens)
     buffer = ReplayBuffer(model.name, base.vocab_size, base.hidden_size, BufferSettings(recent=1.0))
@@ -151,6 +153,15 @@ def prepared(model: Path, requests: int, prompts: int, new_tokens: int) -> Bench
             buffer.add(trace)
         answers[temperature] = traces(base, MLPDrafter(live), head, traffic.measured, temperature, new_tokens, model.name)
     return Bench(base, live, buffer, traffic, answers)
+
+
+@torch.no_grad()
+def noisy(speculator: MLPSpeculator, scale: float) -> MLPSpeculator:
+    """The speculator with noise on its matrices, so many standard deviations of each."""
+    generator = torch.Generator().manual_seed(0)
+    for matrix in (parameter for parameter in speculator.parameters() if parameter.dim() > 1):
+        matrix.add_(scale * float(matrix.std()) * torch.randn(matrix.shape, generator=generator))
+    return speculator
 
 
 def traffic_of(tokenizer: Tokenizer, requests: int, prompts: int, new_tokens: int) -> Traffic:
@@ -220,14 +231,16 @@ def refreshed(bench: Bench, settings: RefreshSettings) -> Result:
     return Result(settings.objective, settings.positions, worth, losses, round(seconds, 1), standing.outcome)
 
 
-def report(model: Path, settings: RefreshSettings, bench: Bench, start: Worth, results: list[Result], out: Path | None) -> None:
+def report(
+    model: Path, settings: RefreshSettings, noise: float, bench: Bench, start: Worth, results: list[Result], out: Path | None
+) -> None:
     best, buffer = max(results, key=lambda result: result.worth.per_step), bench.buffer
     found: dict[str, Any] = {
         "command": ["python", *sys.argv],
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "model": model.name,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"noise": noise},
         "traces": {"training": len(buffer.training("")), "held_out": len(buffer.held_out("")), "tokens": buffer.counts("").tokens},
         "start": asdict(start) | {"per_step": start.per_step},
         "results": [asdict(result) | {"per_step": result.worth.per_step} for result in results],

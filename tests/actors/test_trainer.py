@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -208,12 +209,18 @@ def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None,
     try:
         ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80)]))
         found = wait_until(lambda: versions(registry) - {version}, 90)
-        status = ray.get(trainer.status.remote())
+        status = wait_until(lambda: judged(trainer), 30)
         assert len(found) == 1 and status["gate"]["passed"] and status["version"] == version
         ray.get(trainer.close.remote())
     finally:
         ray.kill(trainer)
         ray.kill(registry)
+
+
+def judged(trainer: object) -> dict[str, Any]:
+    """The trainer's status once the gate has decided, nothing before."""
+    status = ray.get(trainer.status.remote())  # type: ignore[attr-defined]
+    return status if status["gate"] else {}
 
 
 def versions(registry: object) -> set[str]:
