@@ -1,16 +1,16 @@
 """How many replicas a model needs: the slow reflex to load, after the depth of drafts, which is the fast one.
 
 Replicas are added by need when drafting is off, or cannot help, and latency misses its target or too many seconds of work are queued; they
-are taken away one by one when the others would carry the load with a margin; all are when nobody asks and there may be none. Numbers that
-are old, missing or impossible never take a replica away, and one replica alone cannot talk the others up: each counts as far as the median
-of all and the number of requests that were really sent allow.
+are taken away one by one when the others would carry the load with a margin, by what a replica did when it had too much; all are when
+nobody asks and there may be none. Numbers that are old, missing or impossible never take a replica away, and one replica alone cannot talk
+the others up: each counts as far as the median of all and the number of requests that were really sent allow.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from statistics import median_low
 
 MOST = 1e12  # no number of a replica is larger
@@ -19,6 +19,7 @@ DRAFTING = 0.2  # mean depth above which speculation counts as on
 PAYS = 1.05  # tokens per request and step from which drafts pay
 STRAINED = 1.5  # times its target from which the time per token is beyond what depth can mend
 STEEPEST = 2  # times as many replicas at most, in one decision
+REMEMBERED_S = 3600.0  # seconds after which what a replica can do has to be learned anew
 OUTLIER = 8.0  # a replica's backlog counts within this factor of the median
 CHOICES = 4  # times the longest text that one request may queue, for it may ask for several
 
@@ -52,9 +53,9 @@ class Vitals:
     """What one replica says of itself; 0 where there was nothing to measure.
 
     beat: seconds by its own clock when it measured; ready: 0 while it loads; running, waiting: requests; backlog: tokens of prompts not yet
-    computed and of answers not yet begun; goodput: tokens computed per second of work; depth: mean draft depth of a request's step;
-    per_step: tokens that such a step emitted; tpot, ttft: seconds per output token and to the first one; idle: seconds since it last had
-    work; stalled: seconds that the present step has taken, if that is long.
+    computed and of answers not yet begun; goodput: tokens computed per second of work; rate: per second, idle or not; depth: mean draft
+    depth of a request's step; per_step: tokens that such a step emitted; tpot, ttft: seconds per output token and to the first one; idle:
+    seconds since it last had work; stalled: seconds since its last step, if it has work.
     """
 
     beat: float
@@ -63,6 +64,7 @@ class Vitals:
     waiting: float
     backlog: float
     goodput: float
+    rate: float
     depth: float
     per_step: float
     tpot: float
@@ -108,6 +110,16 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What is known between two decisions. heard: of each running replica; capacity: tokens per second that one did when it had too much, 0
+    while that is not known; learned: when it was seen."""
+
+    heard: Mapping[str, Heard] = field(default_factory=dict)
+    capacity: float = 0.0
+    learned: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ScalingDecision:
     """How many replicas, and why."""
 
@@ -118,12 +130,14 @@ class ScalingDecision:
 @dataclass(frozen=True, slots=True)
 class Strain:
     """The replicas that serve, as one. count: how many; requests: that run or wait, as they or their senders say, whichever is more;
-    queue: requests that wait or tokens not yet computed; seconds: queued work of each; depth, per_step, tpot, ttft: medians."""
+    waiting: those that wait; tokens: queued; rate: tokens per second of all; goodput, depth, per_step, tpot, ttft: medians."""
 
     count: int
     requests: float
-    queue: float
-    seconds: float
+    waiting: float
+    tokens: float
+    rate: float
+    goodput: float
     depth: float
     per_step: float
     tpot: float
@@ -139,6 +153,19 @@ class Strain:
         """Whether requests share a replica; one that has it for itself cannot be made faster by another replica."""
         return self.requests > self.count
 
+    @property
+    def seconds(self) -> float:
+        """Queued work of each replica."""
+        return self.tokens / (self.goodput * self.count) if self.goodput else 0.0
+
+    def late_first(self, rule: ScalingRule) -> bool:
+        """Whether first tokens are late and still will be."""
+        return self.ttft > rule.ttft and self.crowded and self.waiting + self.tokens > 0
+
+    def late_next(self, rule: ScalingRule) -> bool:
+        """Whether other tokens are late."""
+        return self.tpot > rule.tpot and self.crowded
+
 
 def listen(heard: Mapping[str, Heard], seen: Observation) -> dict[str, Heard]:
     """What is known of the running replicas after this observation. What cannot be true, or has an unmoved `beat`, is no news."""
@@ -152,25 +179,42 @@ def listen(heard: Mapping[str, Heard], seen: Observation) -> dict[str, Heard]:
     return news
 
 
-def decide(rule: ScalingRule, seen: Observation, heard: Mapping[str, Heard]) -> ScalingDecision:
-    """How many replicas the model is to have, given what `listen` returned for this observation."""
+def decide(rule: ScalingRule, seen: Observation, memory: Memory) -> tuple[ScalingDecision, Memory]:
+    """How many replicas the model is to have, and what to remember for the next time."""
+    heard = listen(memory.heard, seen)
+    known = [heard[name] for name in seen.replicas if name in heard]
+    fresh = [h.vitals for h in known if seen.now - h.at <= rule.stale and h.vitals.stalled <= rule.stale]
+    strain = strained(rule, seen, [v for v in fresh if v.ready])
+    memory = learn(rule, strain, replace(memory, heard=heard), seen.now)
+    return judged(rule, seen, fresh, strain, memory), memory
+
+
+def learn(rule: ScalingRule, strain: Strain, memory: Memory, now: float) -> Memory:
+    """What a replica can do shows when it has too much, and whenever it does more."""
+    if now - memory.learned > REMEMBERED_S:
+        memory = replace(memory, capacity=0.0, learned=now)
+    full = strain.count > 0 and (strain.waiting > strain.count or strain.late_first(rule) or strain.late_next(rule))
+    if strain.goodput and (full or strain.goodput > memory.capacity > 0):
+        return replace(memory, capacity=strain.goodput, learned=now)
+    return memory
+
+
+def judged(rule: ScalingRule, seen: Observation, fresh: Sequence[Vitals], strain: Strain, memory: Memory) -> ScalingDecision:
+    """The decision on what the replicas say that are believed."""
     target = rule.within(seen.target)
     if not seen.replicas:
         return resting(rule, seen, target)
-    known = [heard[name] for name in seen.replicas if name in heard]
-    fresh = [h.vitals for h in known if seen.now - h.at <= rule.stale and h.vitals.stalled <= rule.stale]
     if not fresh:
         return ScalingDecision(target, f"none of {len(seen.replicas)} replicas has sent believable news for {rule.stale:g} s")
-    serving = [v for v in fresh if v.ready]
-    if not serving:
+    if not strain.count:
         return ScalingDecision(target, "its replicas are loading")
-    strain = strained(rule, seen, serving)
     more = growth(rule, strain, target)
     if more.replicas > target:
         return more
-    if len(serving) < len(seen.replicas):
-        return ScalingDecision(target, f"{len(serving)} of {len(seen.replicas)} replicas serve and send news, so none is taken away")
-    return shrinkage(rule, seen, strain, serving, target) or more
+    if strain.count < len(seen.replicas):
+        return ScalingDecision(target, f"{strain.count} of {len(seen.replicas)} replicas serve and send news, so none is taken away")
+    asleep = all(v.idle >= rule.idle for v in fresh)
+    return shrinkage(rule, strain, memory.capacity, asleep, target) or more
 
 
 def resting(rule: ScalingRule, seen: Observation, target: int) -> ScalingDecision:
@@ -191,8 +235,10 @@ def strained(rule: ScalingRule, seen: Observation, serving: Sequence[Vitals]) ->
     return Strain(
         count=count,
         requests=max(running + waiting, sent),
-        queue=waiting + tokens,
-        seconds=tokens / (goodput * count) if goodput else 0.0,
+        waiting=waiting,
+        tokens=tokens,
+        rate=sum(agreed([v.rate for v in serving], goodput)),
+        goodput=goodput,
         depth=middle([v.depth for v in serving]),
         per_step=middle([v.per_step for v in serving]),
         tpot=middle([v.tpot for v in serving]),
@@ -202,8 +248,7 @@ def strained(rule: ScalingRule, seen: Observation, serving: Sequence[Vitals]) ->
 
 def growth(rule: ScalingRule, strain: Strain, target: int) -> ScalingDecision:
     """As many more replicas as missed targets and queued work ask for, at most twice as many; the target if none."""
-    late_first = strain.ttft > rule.ttft and strain.crowded and strain.queue > 0
-    late_next = strain.tpot > rule.tpot and strain.crowded
+    late_first, late_next = strain.late_first(rule), strain.late_next(rule)
     if strain.drafting and not late_first and not (late_next and strain.tpot > STRAINED * rule.tpot):
         held = "is left to it" if late_next else "holds"
         return ScalingDecision(target, f"drafting to depth {strain.depth:.1f} still pays, and latency {held}")
@@ -220,19 +265,19 @@ def growth(rule: ScalingRule, strain: Strain, target: int) -> ScalingDecision:
     return ScalingDecision(max(target, rule.within(wanted)), f"{reason}; {how}")
 
 
-def shrinkage(rule: ScalingRule, seen: Observation, strain: Strain, serving: Sequence[Vitals], target: int) -> ScalingDecision | None:
-    """One replica less if the others would do, none if nobody has asked for long; None if all are needed."""
-    idle = strain.requests < 0.5 and strain.queue == 0
+def shrinkage(rule: ScalingRule, strain: Strain, capacity: float, asleep: bool, target: int) -> ScalingDecision | None:
+    """One replica less if the others would do, none if nobody has asked for long (`asleep`); None if all are needed."""
+    idle = strain.requests < 0.5 and strain.waiting + strain.tokens == 0
     if target == 1 and rule.least == 0:
-        asleep = idle and real(seen.queued) == 0 and all(v.idle >= rule.idle for v in serving)
-        return ScalingDecision(0, f"nobody asked for {rule.idle:g} s") if asleep else None
+        return ScalingDecision(0, f"nobody asked for {rule.idle:g} s") if idle and asleep else None
     left = target - 1
     if left < max(rule.least, 1):
         return None
     share = strain.count / left
     roomy = strain.requests <= MARGIN * rule.seats * left and strain.seconds * share <= MARGIN * rule.backlog
     quick = strain.requests <= left or strain.tpot * share <= MARGIN * rule.tpot
-    return ScalingDecision(left, "idle" if idle else f"{left} would carry the load") if roomy and quick else None
+    strong = capacity == 0 or strain.rate <= MARGIN * capacity * left
+    return ScalingDecision(left, "idle" if idle else f"{left} would carry the load") if roomy and quick and strong else None
 
 
 def agreed(values: Sequence[float], floor: float) -> list[float]:

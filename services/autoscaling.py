@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, RequestRoute
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from configs.settings import ModelSettings
-from policies.autoscaling import Heard, Observation, ScalingDecision, ScalingRule, decide, listen
+from policies.autoscaling import Memory, Observation, ScalingDecision, ScalingRule, decide
 from policies.sharing import Claim, shared
 
 LOG = logging.getLogger("ray.serve")  # the controller's own log
@@ -30,7 +30,7 @@ class ModelScaling:
 
     def __init__(self, gpus: float = 0.0, weight: float = 1.0, **rule: Any) -> None:
         self.rule, self.gpus, self.weight = ScalingRule(**rule), gpus, weight
-        self.heard: dict[str, Heard] = {}
+        self.memory = Memory()
         self.target: int | None = None
         self.last = ScalingDecision(0, "first decision")
 
@@ -41,9 +41,7 @@ class ModelScaling:
         """The law's decision; the present target if anything goes wrong."""
         self.tell(context)
         try:
-            seen = observed(context)
-            self.heard = listen(self.heard, seen)
-            self.last = decide(self.rule, seen, self.heard)
+            self.last, self.memory = decide(self.rule, observed(context), self.memory)
         except Exception:
             LOG.exception("no scaling decision for %s; it keeps its replicas", context.deployment_name)
             self.last = ScalingDecision(context.target_num_replicas, "no decision")

@@ -101,14 +101,15 @@ class VitalSigns:
             self.stepped = self.stepped if busy else now
             idle, stalled = now - self.worked, now - self.stepped
         seconds, emitted = sum(t.seconds for t in turns), sum(t.emitted for t in turns)
-        drafters = sum(t.drafters for t in turns)
+        tokens, drafters = sum(t.tokens for t in turns), sum(t.drafters for t in turns)
         return Vitals(
             beat=now,
             ready=float(self.engine is not None),
             running=queue.running,
             waiting=queue.waiting,
             backlog=queue.backlog,
-            goodput=sum(t.tokens for t in turns) / seconds if seconds else 0.0,
+            goodput=tokens / seconds if seconds else 0.0,
+            rate=tokens / WINDOW_S,
             depth=sum(t.depth for t in turns) / drafters if drafters else 0.0,
             per_step=emitted / drafters if drafters else 0.0,
             tpot=sum(t.seconds * t.drafters for t in turns) / emitted if emitted else 0.0,

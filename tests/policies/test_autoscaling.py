@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.autoscaling import Heard, Observation, ScalingDecision, ScalingRule, Vitals, decide, listen
+from policies.autoscaling import Heard, Memory, Observation, ScalingDecision, ScalingRule, Vitals, decide, listen
 from policies.sharing import Claim, shared
 
 RULE = ScalingRule(least=1, most=8, tpot=0.05, ttft=1.0, backlog=2.0, idle=60.0, stale=10.0, seats=16)
-IDLE = dict(beat=1.0, ready=1, running=0, waiting=0, backlog=0, goodput=0, depth=0, per_step=0, tpot=0, ttft=0, idle=100.0, stalled=0)
-CALM = IDLE | dict(running=8, goodput=1000.0, depth=3.0, per_step=2.0, tpot=0.02, ttft=0.2, idle=0)
+IDLE = dict(
+    beat=1.0, ready=1, running=0, waiting=0, backlog=0, goodput=0, rate=0, depth=0, per_step=0, tpot=0, ttft=0, idle=100.0, stalled=0
+)
+CALM = IDLE | dict(running=8, goodput=1000.0, rate=600.0, depth=3.0, per_step=2.0, tpot=0.02, ttft=0.2, idle=0)
 BUSY = CALM | dict(running=16, depth=0.0, per_step=1.0, tpot=0.04)
 LATE = BUSY | dict(tpot=0.08)
 FLOODED = BUSY | dict(waiting=20, backlog=5000)
@@ -35,7 +37,7 @@ def seen(*said: dict[str, Any], target: int | None = None, requests: float | Non
 
 
 def decided(observation: Observation, rule: ScalingRule = RULE) -> ScalingDecision:
-    return decide(rule, observation, listen({}, observation))
+    return decide(rule, observation, Memory())[0]
 
 
 # -- up ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +116,18 @@ def test_up_and_down_do_not_meet() -> None:
                 assert decided(seen(*[then] * grown.replicas)).replicas >= grown.replicas
 
 
+def test_what_a_replica_did_when_it_had_too_much_is_remembered_for_an_hour() -> None:
+    _, memory = decide(RULE, seen(FLOODED), Memory())
+    assert memory.capacity == 1000.0
+    light = CALM | dict(beat=2.0, running=4, goodput=600.0, tpot=0.015, rate=500.0)
+    two = seen(light, light)
+    assert decide(RULE, two, memory)[0].replicas == 2 and decide(RULE, two, Memory())[0].replicas == 1
+    assert decide(RULE, seen(light | dict(rate=300.0), light | dict(rate=300.0)), memory)[0].replicas == 1
+    assert decide(RULE, replace(two, now=3800.0), memory)[0].replicas == 1
+    _, faster = decide(RULE, seen(light | dict(goodput=2000.0)), memory)
+    assert faster.capacity == 2000.0 and decide(RULE, two, faster)[0].replicas == 1
+
+
 def test_none_goes_below_the_least() -> None:
     assert decided(seen(IDLE, IDLE), replace(RULE, least=2)).replicas == 2
     assert decided(seen(IDLE), RULE).replicas == 1
@@ -154,16 +168,12 @@ def test_it_wakes_when_somebody_asks() -> None:
 
 def test_numbers_that_stand_still_grow_stale() -> None:
     observation = seen(IDLE, IDLE)
-    heard = listen({}, observation)
-    later = replace(observation, now=109.0)
-    heard = listen(heard, later)
-    assert decide(RULE, later, heard).replicas == 1
-    later = replace(observation, now=111.0)
-    heard = listen(heard, later)
-    assert decide(RULE, later, heard).replicas == 2
-    moved = replace(later, said=fleet(IDLE | dict(beat=2.0), IDLE | dict(beat=0.5)))  # clocks differ, and may start anew
-    heard = listen(heard, moved)
-    assert decide(RULE, moved, heard).replicas == 1
+    moved = replace(observation, now=111.0, said=fleet(IDLE | dict(beat=2.0), IDLE | dict(beat=0.5)))  # clocks may start anew
+    memory, counts = Memory(), []
+    for now in (observation, replace(observation, now=109.0), replace(observation, now=111.0), moved):
+        decision, memory = decide(RULE, now, memory)
+        counts.append(decision.replicas)
+    assert counts == [1, 1, 2, 1]
 
 
 def test_one_silent_replica_keeps_all_but_does_not_keep_others_from_growing() -> None:
