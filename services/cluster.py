@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any
@@ -58,7 +59,8 @@ def end(settings: Settings) -> None:
     if settings.ray.address is None:
         serve.shutdown()
     else:
-        serve.delete(settings.ray.application)
+        with contextlib.suppress(TimeoutError):  # a replica may still owe an answer; Serve goes on without us
+            serve.delete(settings.ray.application)
     for actor, last_call in ((policy_actor(settings), "save"), (log_actor(settings), "close")):
         dismiss(actor, last_call)
     ray.shutdown()
