@@ -32,7 +32,7 @@ class Place:
     """The nodes, their environment, and where the dashboard, the service and Redis are."""
 
     overlay: Overlay
-    start_head: Callable[[], RayNode]
+    start_head: Callable[[], RayNode]  # on the ports of the first one
     head: RayNode
     worker: RayNode
     variables: dict[str, str]
@@ -115,8 +115,8 @@ def deployed(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     command = [str(BIN / "serve"), "deploy", "--address", place.dashboard, str(file)]
     done = subprocess.run(command, env=place.variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    wait_until(lambda: running(place), timeout=60, every=0.3)
-    wait_until(lambda: httpx.get(place.url + "/readyz").status_code == 200, timeout=60, every=0.3)
+    wait_until(lambda: running(place), timeout=120, every=0.3)
+    wait_until(lambda: httpx.get(place.url + "/readyz").status_code == 200, timeout=120, every=0.3)
     return place
 
 
@@ -180,7 +180,7 @@ def test_workers_answer_without_the_head_and_it_comes_back(deployed: Place) -> N
     deployed.head.kill()
     assert [complete(deployed, clients).status_code for _ in range(3)] == [200] * 3
     deployed.start_head()
-    wait_until(lambda: running(deployed), timeout=60, every=0.3)
+    wait_until(lambda: running(deployed), timeout=120, every=0.3)
     assert complete(deployed, clients).status_code == 200
     assert processes(deployed) == before
 
