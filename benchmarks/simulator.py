@@ -123,6 +123,7 @@ def standing(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "costs": result["costs"],
         "mean_regret": mean_regret(known),
+        "mean_regret_beside_prompts": mean_regret(result["alternatives_beside_prompts"]),
         "mean_regret_while_new": mean_regret(result["alternatives_while_new"]),
         "mean_regret_against_oracle": mean_regret(known, "regret_against_oracle"),
         "keeper_share_of_a_core": result["keeper_share_of_a_core"],

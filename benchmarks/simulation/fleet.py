@@ -181,6 +181,7 @@ def told(replicas: Sequence[Replica]) -> dict[str, Any]:
         "by_load": [at_load(loads, gaps, low, high) for low, high in pairwise(LOADS)],
         "by_running": by_running(found.own),
         "alternatives": by_running(found.alternatives),
+        "alternatives_beside_prompts": by_running(found.prompted),
         "alternatives_while_new": by_running(found.early),
     }
 

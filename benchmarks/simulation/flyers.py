@@ -20,9 +20,9 @@ from services.pilot import Pilot
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step before anything is drafted. decoding: requests that may draft; read: prompt tokens in it; ready: requests that finish their
+    """A step before anything is drafted.
 
-    prompt with it and so emit a token.
+    decoding: requests that may draft; read: prompt tokens in it; ready: requests that finish their prompt with it, and so emit a token.
     """
 
     load: Load
@@ -83,20 +83,19 @@ class Piloted:
         self.sampler = Sampler(SamplingParams(), (0,), 2)
 
     def drafts(self, step: Step) -> Drafts:
-        budgets = self.pilot.budgets(step.load, [Candidate(t.request, t.remaining, self.stats) for t in step.decoding])
-        drafts = [self.drawn(t, b) for t, b in zip(step.decoding, budgets, strict=True) if b.depth]
-        if not drafts:
+        able = [t for t in step.decoding if t.remaining > 1]  # as the engine asks, which also clips what it is told
+        budgets = self.pilot.budgets(step.load, [Candidate(t.request, t.remaining, self.stats) for t in able])
+        drawn = {t: self.drawn(t, min(b.depth, t.remaining - 1)) for t, b in zip(able, budgets, strict=True) if b.depth}
+        if not drawn:
             return Drafts([0] * len(step.decoding))
-        self.pilot.prune(step.load, drafts)
-        left = iter([draft.tree.drafted for draft in drafts])
-        nodes = [next(left) if b.depth else 0 for b in budgets]
-        return Drafts(nodes, len(drafts), max(b.depth for b in budgets))
+        self.pilot.prune(step.load, list(drawn.values()))
+        nodes = [drawn[t].tree.drafted if t in drawn else 0 for t in step.decoding]
+        return Drafts(nodes, len(drawn), max(draft.budget.depth for draft in drawn.values()))
 
-    def drawn(self, text: Text, budget: Budget) -> Draft:
+    def drawn(self, text: Text, depth: int) -> Draft:
         """A chain with the drafter's confidence in it; which tokens they are does not matter."""
-        depth = budget.depth
         tree = Tree([0] * (depth + 1), list(range(-1, depth)), 1, list(range(depth + 1)), text.sure[text.at][:depth])
-        return Draft(text.request.id, (), tree, budget, self.sampler)
+        return Draft(text.request.id, (), tree, Budget.of(depth), self.sampler)
 
     def observe(self, report: StepReport) -> None:
         self.pilot.observe(report)

@@ -35,7 +35,7 @@ def draw(results: Sequence[Result], file: Path) -> None:
     for row, text in enumerate(
         ("tokens/s over those of off, same steps", "loss of the default policy, same steps", "ms a token, median and p99")
     ):
-        axes[row][0].set_ylabel(text)
+        axes[row][0].set_ylabel(text, fontsize=8.5)
     handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4 * len(models)), frameon=False, fontsize=8

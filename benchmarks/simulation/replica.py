@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.simulation.costs import Costs
-from benchmarks.simulation.flyers import Drafts, Flyer, Step, flat, foreseen
+from benchmarks.simulation.flyers import Drafts, Flyer, Step, Worth, flat, foreseen
 from benchmarks.simulation.traffic import Text
 from engine.engine import Load, StepReport, Verified
 
@@ -26,7 +26,8 @@ class Findings:
     """What came of some replicas' traffic.
 
     done, of every request: load at its arrival, seconds per token after the first, seconds in all, seconds to the first token.
-    own: what steps came to; alternatives, early: what they would have come to, after the fleet was new and while it was.
+    own: what steps came to; alternatives, early: what they would have come to, after the fleet was new and while it was; prompted: of the
+    alternatives those of steps in which prompts were read too.
     """
 
     steps: int = 0
@@ -37,13 +38,14 @@ class Findings:
     own: Sums = field(default_factory=dict)
     alternatives: Sums = field(default_factory=dict)
     early: Sums = field(default_factory=dict)
+    prompted: Sums = field(default_factory=dict)
 
     def join(self, other: Findings) -> None:
         """Add another replica's."""
         for name in ("steps", "tokens", "busy", "drafted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.done += other.done
-        for name in ("own", "alternatives", "early"):
+        for name in ("own", "alternatives", "early", "prompted"):
             for band, arms in getattr(other, name).items():
                 for arm, (tokens, seconds, steps) in arms.items():
                     note(getattr(self, name), band, arm, tokens, seconds, steps)
@@ -185,14 +187,18 @@ class Replica:
 
     def look(self, step: Step, drafts: Drafts, seconds: float) -> None:
         """What this very step would have come to under every fixed depth, and with foresight. All seconds without their noise."""
-        sums, at = self.found.early if self.now < NEW else self.found.alternatives, band(step.load.running)
         kept = sum(min(t.kept[t.at], n) for t, n in zip(step.decoding, drafts.nodes, strict=True))
-        note(sums, at, "itself", step.plain + kept, seconds)
-        for depth in range(self.costs.depth + 1):
-            worth = flat(self.costs, step, depth)
-            note(sums, at, f"fixed{depth}" if depth else "off", worth.tokens, worth.seconds)
-        worth = foreseen(self.costs, step)[0]
-        note(sums, at, "oracle", worth.tokens, worth.seconds)
+        worths = {f"fixed{depth}" if depth else "off": flat(self.costs, step, depth) for depth in range(self.costs.depth + 1)}
+        worths |= {"itself": Worth(step.plain + kept, seconds), "oracle": foreseen(self.costs, step)[0]}
+        for sums in self.sheets(step):
+            for arm, worth in worths.items():
+                note(sums, band(step.load.running), arm, worth.tokens, worth.seconds)
+
+    def sheets(self, step: Step) -> list[Sums]:
+        """Where a step's alternatives are noted."""
+        if self.now < NEW:
+            return [self.found.early]
+        return [self.found.alternatives, self.found.prompted] if step.read else [self.found.alternatives]
 
 
 def tested(text: Text, drawn: int, kept: int, ended: bool) -> Verified:

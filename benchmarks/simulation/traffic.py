@@ -69,9 +69,10 @@ SIGMA, LONGEST = 0.6, 1024  # of log-normal lengths; most tokens of a prompt or 
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """One request. load: of the fleet when it came, as a part of the busiest time; kept: how many tokens of an endless draft would be kept
+    """One request.
 
-    at each of its tokens; sure: the drafter's confidence at each of its tokens in the tokens of a draft. at: tokens emitted so far.
+    load: when it came, as a part of the busiest time; kept: how many tokens of the deepest draft would be kept, at each of its tokens;
+    sure: the drafter's confidence in the tokens of that draft; unread: tokens of the prompt still to be read; at: tokens emitted so far.
     """
 
     request: Request

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.policy import PolicyKeeper
 from benchmarks import simulator
 from benchmarks.simulation.costs import DEVICES, SHAPES, Measured, Roofline, along, costs, profiled
-from benchmarks.simulation.fleet import Job, capacity, curves, simulate
-from benchmarks.simulation.flyers import Drafts, Oracle, Step, flat, foreseen
+from benchmarks.simulation.fleet import Job, MemoryState, capacity, curves, simulate
+from benchmarks.simulation.flyers import Drafts, Oracle, Piloted, Step, flat, foreseen
 from benchmarks.simulation.picture import draw
 from benchmarks.simulation.replica import Replica, Room, band
 from benchmarks.simulation.traffic import CODE, MIXES, PROSE, Day, Text, arrivals, drawn, made, texts
 from engine.engine import Load, StepReport
+from policies import Limits
+from services.pilot import Pilot
 
 ROOFLINE = Roofline(SHAPES["llama-2-7b"], DEVICES["h200"], "test")
 HERE = Path(__file__).resolve()
@@ -232,6 +235,14 @@ def test_the_policy_learns_to_draft_and_the_oracle_is_the_fastest(flown: dict[st
     for rates in flown["goodput"]["alternatives_while_new"].values():
         assert rates["oracle"]["tokens_per_second"] >= rates["itself"]["tokens_per_second"]
         assert rates["oracle"]["tokens_per_second"] >= max(r["tokens_per_second"] for r in rates.values()) - 0.01
+
+
+def test_the_pilot_is_asked_as_the_engine_asks_it() -> None:
+    """No draft goes beyond the end of a text, and a request with one token left is not asked about."""
+    plan = PolicyKeeper(MemoryState()).register("m", {"kind": "fixed", "depth": 3}, Limits(3, 1))
+    now = situation([3, 3, 3])
+    now.decoding[0].at, now.decoding[1].at = 8, 7
+    assert Piloted(Pilot("r", plan)).drafts(now) == Drafts([0, 1, 3], 2, 3)
 
 
 def test_a_seed_gives_the_same_day_again(flown: dict[str, dict[str, Any]]) -> None:
