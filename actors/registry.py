@@ -27,18 +27,20 @@ from policies import Arm, CanaryRule, CanaryVerdict, Verdict, judge
 
 NAME = "specfleet-registry"
 CONFIGURATION = "configuration"  # who registers what the settings name
-ITSELF = "canary"  # who decides a canary
+ITSELF = "canary"  # who begins and decides one that nobody asked for
 MOST = 4096  # replicas remembered
 
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
     """stale: seconds without a report after which a replica has no say; gone: after which it is forgotten; retry: seconds between attempts
-    to reach a store that was away, where nobody asked for one; rule: how canaries are judged."""
+    to reach a store that was away, where nobody asked for one; automatic: candidates become canaries by themselves, the latest first; rule:
+    how canaries are judged."""
 
     stale: float = 5.0
     gone: float = 60.0
     retry: float = 5.0
+    automatic: bool = True
     rule: CanaryRule = field(default_factory=CanaryRule)
 
 
@@ -193,8 +195,8 @@ class RegistryKeeper:
         return entry.releases.assignment(model)
 
     def report(self, report: ReplicaReport) -> Assignment | None:
-        """Take in what a replica runs and counted, and decide the canary if it can be decided. The answer is the assignment if the replica
-        follows another one. Nonsense is counted and nothing else. UnknownModel, StoreError as in `assignment`."""
+        """Take in what a replica runs and counted, and decide or begin a canary if that can be done. The answer is the assignment if the
+        replica follows another one. Nonsense is counted and nothing else. UnknownModel, StoreError as in `assignment`."""
         assignment = self.assignment(report.model)
         entry = self._models[report.model]
         try:
@@ -303,22 +305,34 @@ class RegistryKeeper:
         return True
 
     def _decide(self, entry: Entry, report: ReplicaReport) -> None:
-        """Promote or roll back the canary if that can be said after this report; what cannot be stored is tried again later."""
-        canary = entry.releases.canary
-        if canary is None or 0 <= self._clock() - entry.tried < self._settings.retry:
+        """Promote, roll back or begin a canary if that can be done after this report; what cannot be stored is tried again later."""
+        if 0 <= self._clock() - entry.tried < self._settings.retry:
             return
-        version, verdict = canary.placement.version, entry.canary(self._settings.rule)
-        problem = self._unloadable(entry, version) if version in report.errors else ""
         try:
-            if problem:
-                self.rollback(entry.name, ITSELF, problem, version)
-            elif verdict and verdict.outcome == "promote":
-                self.promote(entry.name, version, ITSELF, verdict.reason, entry.releases.revision)
-            elif verdict and verdict.outcome == "roll_back":
-                self.rollback(entry.name, ITSELF, verdict.reason, version, entry.releases.revision)
+            if entry.releases.canary is None:
+                self._begin(entry)
+            else:
+                self._end(entry, entry.releases.canary.placement.version, report)
         except (StoreError, RegistryConflict):
             entry.tried = self._clock()
             self._undone += 1
+
+    def _begin(self, entry: Entry) -> None:
+        """Try the candidate that waits, if any does."""
+        version = entry.releases.waiting() if self._settings.automatic else None
+        if version is not None:
+            self.start_canary(entry.name, version, ITSELF, "it passed the gate", expected=entry.releases.revision)
+
+    def _end(self, entry: Entry, version: str, report: ReplicaReport) -> None:
+        """Promote the canary or roll it back, if either is due."""
+        verdict, now = entry.canary(self._settings.rule), entry.releases.revision
+        problem = self._unloadable(entry, version) if version in report.errors else ""
+        if problem:
+            self.rollback(entry.name, ITSELF, problem, version, now)
+        elif verdict and verdict.outcome == "promote":
+            self.promote(entry.name, version, ITSELF, verdict.reason, now)
+        elif verdict and verdict.outcome == "roll_back":
+            self.rollback(entry.name, ITSELF, verdict.reason, version, now)
 
     def _unloadable(self, entry: Entry, version: str) -> str:
         """Why no replica can load the version, "" if one can, or may yet."""

@@ -110,13 +110,14 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; initial: it came from the configuration; why, at: of
-    its last change of state."""
+    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; against: the version that was live then; initial: it
+    came from the configuration; why, at: of its last change of state."""
 
     placement: Placement
     manifest: Value
     state: State
     verdict: Value | None = None
+    against: str | None = None
     initial: bool = False
     why: str = ""
     at: float = 0.0
@@ -234,6 +235,13 @@ class Releases:
     def assignment(self, model: str) -> Assignment:
         return Assignment(model, self.revision, self.versions[self.live].placement if self.live else None, self.canary)
 
+    def waiting(self) -> str | None:
+        """The latest candidate that passed the gate against what is live now, if one may be tried; a judgement against another is stale."""
+        if self.pinned or self.canary is not None or self.live is None:
+            return None
+        fit = (v for v, r in reversed(self.versions.items()) if r.state == "candidate" and r.against == self.live)
+        return next(fit, None)
+
     def summary(self) -> str:
         """The present state in words, for whoever came too late."""
         canary = f", {self.canary.placement.version} is the canary" if self.canary else ""
@@ -273,7 +281,7 @@ class Releases:
         if placement.version in self.versions:
             return None
         state: State = "candidate" if verdict.passed and not problem else "rejected"
-        release = Release(placement, manifest, state, asdict(verdict))
+        release = Release(placement, manifest, state, asdict(verdict), self.live)
         return replace(self.plan("submit", placement.version), states={placement.version: state}, release=release)
 
     def start_canary(self, version: str, share: float, salt: str) -> Change:

@@ -76,7 +76,9 @@ def test_a_poisoned_speculator(base, bundles, tmp_path):
     assert not verdict.passed and verdict.high < 0
 
     artefacts = Artefacts(str(tmp_path / "shared"), tmp_path / "cache")
-    keeper = RegistryKeeper(MemoryState(), artefacts, lambda: 1000.0, RegistrySettings(rule=CanaryRule(share=0.5, least=10, most=100)))
+    keeper = RegistryKeeper(
+        MemoryState(), artefacts, lambda: 1000.0, RegistrySettings(automatic=False, rule=CanaryRule(share=0.5, least=10, most=100))
+    )
     keeper.register("demo-code", Base("demo-code", base.vocab_size, base.hidden_size), artefacts.publish(bundles[0]), bundles[0].manifest)
     assert keeper.submit("demo-code", artefacts.publish(bundles[1]), bundles[1].manifest, PASSED, "trainer")["state"] == "candidate"
     keeper.start_canary("demo-code", poisoned, "trainer", "let through by hand")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tests.conftest import wait_until
 
 BASE = Base("base", VOCAB, WIDTH, "r1")
 BETTER = Verdict(True, 150, 2.0, 2.1, 0.1, 0.05, 0.15, "better on held-out requests")
-SETTINGS = RegistrySettings(rule=CanaryRule(share=0.2, least=20, most=500))
+SETTINGS = RegistrySettings(automatic=False, rule=CanaryRule(share=0.2, least=20, most=500))
 
 
 class World:
@@ -190,6 +191,30 @@ def test_operators_pin_unpin_promote_roll_back_and_withdraw(world):
     keeper.submit("demo", world.urls[3], world.bundles[3].manifest, BETTER, "trainer", "late")
     assert keeper.retire("demo", v[3], "bob", "too late")["state"] == "retired"
     assert [c["who"] for c in keeper.history("demo")[3:]] == ["ann", "ann", "bob", "bob", "trainer", "bob"] and world.consistent()
+
+
+def test_candidates_are_tried_by_themselves_one_after_the_other(world):
+    world.keeper = RegistryKeeper(world.store, world.artefacts, world.clock, replace(SETTINGS, automatic=True))
+    world.keeper.pin("demo", world.v[0], "ann", "not yet")
+    assert world.keeper.report(report(world.keeper.assignment("demo"))) is None
+    world.keeper.unpin("demo", "ann", "go on")
+    second = world.keeper.report(report(world.keeper.assignment("demo")))
+    assert second.canary.placement.version == world.v[2]
+    assert world.keeper.report(report(second, requests=30, live=200, canary=10)).canary is None
+    first = world.keeper.report(report(world.keeper.assignment("demo")))
+    assert first.canary.placement.version == world.v[1]
+    assert world.keeper.report(report(first, requests=300, live=20, canary=90)).live.version == world.v[1]
+    told = [(c["who"], c["action"]) for c in world.keeper.history("demo")[-4:]]
+    assert told == [("canary", "canary"), ("canary", "roll_back"), ("canary", "canary"), ("canary", "promote")] and world.consistent()
+
+
+def test_a_candidate_judged_against_a_version_that_is_not_live_any_more_is_not_tried_by_itself(world):
+    world.keeper = RegistryKeeper(world.store, world.artefacts, world.clock, replace(SETTINGS, automatic=True))
+    world.keeper.promote("demo", world.v[1], "ann", "by hand")
+    assert world.keeper.report(report(world.keeper.assignment("demo"))) is None
+    assert world.states[world.v[2]] == "candidate"
+    world.submit(3)
+    assert world.keeper.report(report(world.keeper.assignment("demo"))).canary.placement.version == world.v[3]
 
 
 # -- what must not be served ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def bundles(tmp_path) -> list[tuple[str, Bundle]]:
 @pytest.fixture
 def registry(cluster, tmp_path, bundles, request):
     """The actor, with one configured version and two candidates."""
-    settings = RegistrySettings(rule=CanaryRule(share=0.5, least=10))
+    settings = RegistrySettings(automatic=False, rule=CanaryRule(share=0.5, least=10))
     places = f"sqlite:///{tmp_path}/state.db", str(tmp_path / "shared"), str(tmp_path / "actor-cache")
     actor = start_registry(*places, settings, name=f"registry-{request.node.name}")
     ray.get(actor.register.remote("demo", BASE, bundles[0][0], bundles[0][1].manifest))
