@@ -118,13 +118,16 @@ class TrainerKeeper:
         return len(self.buffer.judging(self.tag)) < self.settings.rule.least or not self.refresher.able()
 
     def run(self, seconds: float) -> Submission | None:
-        """Work for about so long. A candidate that passed the gate is written and published. Raises OSError or ArtefactError when it
-        cannot be; it is tried again at the next call."""
+        """Work for about so long. Answers with a candidate that passed the gate, written and published, again and again until `settle`.
+
+        Raises OSError or ArtefactError when it cannot be written or published; the next call tries again.
+        """
         if self.idle():
             return None
         if self.trial is None:
-            self.refresher.advance(seconds)
-            if (candidate := self.refresher.take()) is not None:
+            if self.refresher.candidate is None:
+                self.refresher.advance(seconds)
+            if (candidate := self.refresher.candidate) is not None:
                 self.trial = Trial(candidate, self.buffer.judging(self.tag))
             return None
         until = time.monotonic() + seconds
@@ -134,6 +137,11 @@ class TrainerKeeper:
                 return None
         return self.judge(self.trial)
 
+    def settle(self) -> None:
+        """The candidate is where it belongs; until now every checkpoint held it."""
+        self.trial = None
+        self.refresher.take()
+
     def compare(self, trial: Trial) -> None:
         trace = trial.traces[len(trial.pairs)]
         trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
@@ -141,12 +149,12 @@ class TrainerKeeper:
     def judge(self, trial: Trial) -> Submission | None:
         """Let the gate decide, and publish what passes."""
         verdict = self.verdict = gate(trial.pairs, self.settings.rule)
-        submission = self.publish(trial.candidate, verdict) if verdict.passed else None
-        if submission is None:
-            self.refresher.reject(verdict.reason)
-        self.trial = None
+        if verdict.passed:
+            return self.publish(trial.candidate, verdict)
         log.info("%s: %s", self.model, verdict.reason)
-        return submission
+        self.settle()
+        self.refresher.reject(verdict.reason)
+        return None
 
     def publish(self, candidate: Candidate, verdict: Verdict) -> Submission:
         """Write the bundle and put it where replicas find it."""
@@ -215,7 +223,6 @@ class Worker:
         self.busy_at, self.slowest = -float("inf"), 0.0
         self.asked: float | None = None  # when load came while it worked
         self.paused = self.closing = self.working = False
-        self.unsent: Submission | None = None
         self.shown: Value = keeper.status()
         self.problem = ""
         self.saved = self.polled = clock()
@@ -280,7 +287,7 @@ class Worker:
             self.read()
             self.attempt(self.follow)
             with self.change:
-                rests = self.resting() or (self.keeper.idle() and self.unsent is None)
+                rests = self.resting() or self.keeper.idle()
                 self.note(rests)
                 if rests and not self.closing and not self.inbox:
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
@@ -304,11 +311,9 @@ class Worker:
 
     def turn(self) -> None:
         """One slice, and what comes of it."""
-        if self.unsent is None:
-            self.unsent = self.keeper.run(self.settings.slice)
-        if self.unsent is not None:
-            self.submit(self.unsent)
-            self.unsent = None
+        if (found := self.keeper.run(self.settings.slice)) is not None:
+            self.submit(found)
+            self.keeper.settle()
         if self.clock() - self.saved >= self.settings.checkpoint:
             self.saved = self.clock()
             self.keeper.save()
@@ -320,7 +325,6 @@ class Worker:
         self.polled = self.clock()
         if (found := self.serving()) is not None:
             self.keeper.serve(*found)
-            self.unsent = None
 
     def attempt(self, act: Callable[[], None]) -> None:
         """Do it; what goes wrong is logged and shown, waited for a moment, and tried again at the next turn."""

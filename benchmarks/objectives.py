@@ -120,7 +120,7 @@ def main(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each objective.")] = 40,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate after warm-up.")] = 3e-3,
     requests: Annotated[int, typer.Option("--requests", min=20, help="Prompts to learn from, each at both temperatures.")] = 96,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts to measure on.")] = 24,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts to measure on.")] = 64,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=8, help="Tokens of each answer.")] = 64,
     noise: Annotated[float, typer.Option("--noise", min=0.0, help="Noise on every weight, in standard deviations of its matrix.")] = 0.75,
     only: Annotated[list[str] | None, typer.Option("--only", help="These objectives alone.")] = None,

@@ -360,10 +360,11 @@ class Refresher:
         Held-out requests that the buffer has no more are measured on no more, and what was measured is measured again.
         """
         state = read_state(file)
-        if state is None or state["belongs"] != self.belongs():
+        if state is None or state.get("belongs") != self.belongs():
             return False
         for name in KEPT:
             setattr(self, name, state[name])
+        self.used = min(self.used, self.buffer.counts(self.tag).tokens)  # less is seen where traces were lost
         self.round = self.resumed(state["round"]) if state["round"] else None
         return True
 

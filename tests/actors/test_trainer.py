@@ -43,6 +43,7 @@ def worked(found: TrainerKeeper) -> Submission | None:
     """Run until there is a submission, or nothing more to do."""
     while not found.idle():
         if (submission := found.run(0.05)) is not None:
+            found.settle()
             return submission
     return None
 
@@ -114,6 +115,17 @@ def test_a_restarted_trainer_ends_in_the_same_candidate(tmp_path: Path) -> None:
     assert whole.manifest.version == resumed.manifest.version
     (tmp_path / "cut" / "work" / "traces").write_bytes(b"\x10")
     assert keeper(tmp_path / "cut").status()["traces"]["seen"] == 0
+
+
+def test_a_candidate_that_never_reached_the_registry_is_submitted_again(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path))
+    while (submission := found.run(0.05)) is None:
+        pass
+    again = found.run(0.05)
+    found.save()
+    after = worked(keeper(tmp_path))
+    assert again is not None and after is not None
+    assert submission.manifest == again.manifest == after.manifest
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def test_without_its_traces_a_resumed_round_is_measured_again(tmp_path: Path) ->
     assert candidate.after.requests == len(resumed.buffer.choosing(""))
     empty = Refresher(speculator(), "v1", filled([]), SETTINGS)
     assert empty.resume(tmp_path / "checkpoint.pt")
-    assert empty.advance().phase == "waiting"
+    assert empty.advance().phase == "waiting" and empty.standing.waiting_for == SETTINGS.least_tokens
 
 
 def test_a_checkpoint_of_something_else_is_not_gone_on_from(tmp_path: Path) -> None:
