@@ -8,31 +8,48 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from policies import CostModel, CostTable, Limits, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
+from policies import EVERYONE, CostModel, CostTable, Limits, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
 
 MOST = 4096  # replicas remembered
 RECENT = 256  # steps of a replica that the summary looks back on
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
 
+Estimates = dict[str, Survival]  # by class of requests, EVERYONE for all together
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a report counted: tokens, steps, seconds of steps, seconds spent deciding, changes of depth, steps that probed depth 0."""
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    deciding: float = 0.0
+    switches: int = 0
+
+
 @dataclass(slots=True)
 class Replica:
-    """One replica: last telemetry and when it came, its own estimates, and its latest steps with the tokens they emitted."""
+    """One replica: last telemetry and when it came, its own estimates, its latest steps, and what its latest reports counted."""
 
     last: Telemetry
     seen: float
-    cost: CostModel = field(default_factory=CostModel)
-    survival: Survival = field(default_factory=Survival)
+    cost: CostModel
+    survival: Estimates
     steps: deque[StepSample] = field(default_factory=lambda: deque(maxlen=RECENT))
-    emitted: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=64))  # tokens, steps of a report
+    tallies: deque[Tally] = field(default_factory=lambda: deque(maxlen=64))
 
     def learn(self, telemetry: Telemetry) -> None:
         for sample in telemetry.steps:
             self.cost.add(sample)
-        self.survival.add(telemetry.survival, len(telemetry.steps))
+        for kind, counts in telemetry.survival.items():
+            for name in (kind, EVERYONE):
+                self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
         self.steps.extend(telemetry.steps)
         if telemetry.steps:
-            self.emitted.append((telemetry.tokens, len(telemetry.steps)))
+            seconds = sum(s.seconds for s in telemetry.steps)
+            self.tallies.append(Tally(telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches))
 
 
 class Fleet:
@@ -41,7 +58,7 @@ class Fleet:
     def __init__(self) -> None:
         self.replicas: dict[str, Replica] = {}
         self.cost_before = CostModel()
-        self.survival_before: dict[str, Survival] = {}
+        self.survival_before: dict[str, Estimates] = {}
 
     def take(self, telemetry: Telemetry, now: float) -> bool:
         """Learn from validated telemetry; False, and nothing learned, if it is not newer than the last of its replica."""
@@ -49,9 +66,9 @@ class Fleet:
         if (known and telemetry.sequence <= known.last.sequence) or (known is None and len(self.replicas) >= MOST):
             return False
         if known is None:
-            known = self.replicas[telemetry.replica] = Replica(telemetry, now, survival=self._heir(telemetry))
+            known = self.replicas[telemetry.replica] = Replica(telemetry, now, self._known_cost().heir(), self._heirs(telemetry))
         elif _kind(known.last) != _kind(telemetry):
-            known.survival = self._heir(telemetry)
+            known.survival = self._heirs(telemetry)
         known.last, known.seen = telemetry, now
         known.learn(telemetry)
         return True
@@ -70,30 +87,31 @@ class Fleet:
         for name, replica in list(self.replicas.items()):
             if replica.seen < before:
                 del self.replicas[name]
-                self.cost_before = replica.cost.merged([self.cost_before])
+                self.cost_before = replica.cost
                 self.survival_before[_kind(replica.last)] = replica.survival
 
     def cost(self, since: float) -> CostTable:
-        """What a step costs, over live replicas; cells that none of them measured come from those before."""
-        live = [r.cost for r in self.live(since)] or [r.cost for r in self.replicas.values()]
-        merged = live[0].merged(live[1:]) if live else CostModel()
-        return merged.filled(self.cost_before).table()
+        """What a step costs, over live replicas. Each began with what was known before it."""
+        models = [r.cost for r in self.live(since)] or [self._known_cost()]
+        return CostModel.merged(models).table()
 
-    def survival(self, depth: int, since: float) -> SurvivalCurve:
-        """How deep drafts survive, over live replicas of the version that most of them serve."""
+    def curves(self, depth: int, since: float) -> dict[str, SurvivalCurve]:
+        """How deep drafts survive by class of requests, over live replicas of the version that most of them serve."""
         live = self.live(since) or list(self.replicas.values())
-        if not live:
-            return pooled(list(self.survival_before.values())[-1:], depth)
-        kind = Counter(_kind(r.last) for r in live).most_common(1)[0][0]
-        return pooled([r.survival for r in live if _kind(r.last) == kind], depth)
+        if live:
+            kind = Counter(_kind(r.last) for r in live).most_common(1)[0][0]
+            found = [r.survival for r in live if _kind(r.last) == kind]
+        else:
+            found = list(self.survival_before.values())[-1:]
+        classes = {name for estimates in found for name in estimates}
+        return {name: pooled([e[name] for e in found if name in e], depth) for name in classes}
 
     def to_dict(self) -> dict[str, Any]:
         """What was learned, as JSON."""
-        everyone = [r.cost for r in self.replicas.values()]
-        cost = (everyone[0].merged(everyone[1:]) if everyone else CostModel()).filled(self.cost_before)
         survival = self.survival_before | {_kind(r.last): r.survival for r in self.replicas.values()}
         recent = dict(list(survival.items())[-8:])
-        return {"cost": cost.to_dict(), "survival": {kind: estimate.to_dict() for kind, estimate in recent.items()}}
+        told = {kind: {name: e.to_dict() for name, e in estimates.items()} for kind, estimates in recent.items()}
+        return {"cost": self._known_cost().to_dict(), "survival": told}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fleet:
@@ -102,19 +120,22 @@ class Fleet:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             made.cost_before = CostModel.from_dict(data["cost"])
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            made.survival_before = {kind: Survival.from_dict(estimate) for kind, estimate in data["survival"].items()}
+            told = data["survival"].items()
+            made.survival_before = {kind: {n: Survival.from_dict(e) for n, e in estimates.items()} for kind, estimates in told}
         return made
 
-    def _heir(self, telemetry: Telemetry) -> Survival:
-        """A new estimate: a copy of the one of the same drafter and version if there is any, else a faint copy of the latest."""
-        kind, made = _kind(telemetry), Survival()
+    def _known_cost(self) -> CostModel:
+        """Over all replicas that are remembered; if there are none, what was known before."""
+        models = [r.cost for r in self.replicas.values()]
+        return CostModel.merged(models) if models else self.cost_before
+
+    def _heirs(self, telemetry: Telemetry) -> Estimates:
+        """New estimates: copies of those of the same drafter and version if there are any, else faint copies of the latest."""
+        kind = _kind(telemetry)
         same = next((r.survival for r in reversed(self.replicas.values()) if _kind(r.last) == kind), self.survival_before.get(kind))
-        parent = same or next((r.survival for r in reversed(self.replicas.values())), None)
-        parent = parent or next(reversed(self.survival_before.values()), None)
-        if parent is not None:
-            made = Survival.from_dict(parent.to_dict())
-            made.fade(0.5 if same else INHERITED)
-        return made
+        parents = same or next((r.survival for r in reversed(self.replicas.values())), None)
+        parents = parents or next(reversed(self.survival_before.values()), {})
+        return {name: parent.heir(0.5 if same else INHERITED) for name, parent in parents.items()}
 
 
 def _kind(telemetry: Telemetry) -> str:
@@ -133,7 +154,8 @@ def typical(live: Sequence[Replica]) -> tuple[Load, list[RequestView]]:
 
 def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any]:
     """What the live replicas do, as JSON."""
-    tokens, steps = (sum(e[i] for r in live for e in r.emitted) for i in (0, 1))
+    tallies = [t for r in live for t in r.tallies]
+    tokens, steps, seconds = (sum(getattr(t, name) for t in tallies) for name in ("tokens", "steps", "seconds"))
     recent = [s for r in live for s in r.steps]
     return {
         "replicas": len(live),
@@ -142,6 +164,9 @@ def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any
         "waiting": sum(r.last.load.waiting for r in live),
         "context": sum(r.last.load.context for r in live),
         "tokens_per_step": tokens / steps if steps else None,
+        "step_seconds": seconds / steps if steps else None,
+        "deciding_share": sum(t.deciding for t in tallies) / seconds if seconds else None,
+        "switches_per_step": sum(t.switches for t in tallies) / steps if steps else None,
         "depths": depths(recent),
         "speculators": sorted({_kind(r.last) for r in live}),
         "telemetry_age": {name: round(now - r.seen, 3) for name, r in sorted(fleet.replicas.items())},

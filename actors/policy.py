@@ -255,7 +255,7 @@ class PolicyKeeper:
         now, version = self._clock(), reserved or self._next_version()
         entry.fleet.forget(now - self._settings.gone)
         entry.limits = entry.fleet.limits(now - self._settings.stale) or entry.limits
-        survival = entry.fleet.survival(max(entry.limits.max_depth, 1), now - self._settings.stale)
+        survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
         cost = entry.fleet.cost(now - self._settings.stale)
         policy: Any = entry.policy
         entry.plan = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now)
@@ -285,7 +285,7 @@ class PolicyKeeper:
     def _forecast(self, entry: Entry, policy: Policy) -> Value:
         """What the policy would decide for the present load."""
         now = self.plan(entry.name)
-        proposed = Plan.of(now.version, entry.name, policy, now.cost, now.survival, now.limits, now.published)
+        proposed = Plan.of(now.version, entry.name, policy, now.cost, now.knowledge.curves, now.limits, now.published)
         return _expected(proposed.forecast(*typical(entry.fleet.live(self._clock() - self._settings.stale))))
 
 

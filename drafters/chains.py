@@ -32,7 +32,7 @@ class Chains(ctypes.Structure):
         ("speculator", POINTER(Speculator)),
         ("rows", c_int),
         ("depth", c_int),
-        *((name, c_void_p) for name in ("hidden", "temperature", "noise", "last", "paths", "tiles", "state", "logits")),
+        *((name, c_void_p) for name in ("hidden", "temperature", "noise", "last", "paths", "certain", "tiles", "state", "logits")),
     )
 
 
@@ -56,19 +56,23 @@ class NativeChains:
 
     def draft(
         self, hidden: Sequence[Tensor], last: Sequence[int], temperatures: Sequence[float], noise: Sequence[Tensor | None], depth: int
-    ) -> list[list[int]]:
-        """One path of `depth` tokens for each request: its state [emb_dim], its last token, and its noise [V] at each depth, row by row."""
+    ) -> list[tuple[list[int], list[float]]]:
+        """One path of `depth` tokens for each request, and how sure the heads are of each: the softmax, in the noise, at the token.
+
+        A request is its state [emb_dim], its last token, and its noise [V] at each depth, row by row.
+        """
         rows = len(hidden)
         states = [h.float().contiguous() for h in hidden]
         warmth, tokens = (c_float * rows)(*temperatures), (c_int32 * rows)(*last)
         places = (c_void_p * rows)(*(s.data_ptr() for s in states))
         noises = (c_void_p * (rows * depth))(*(None if n is None else n.data_ptr() for n in noise))
-        paths = (c_int64 * (rows * depth))()
-        addresses = [ctypes.addressof(array) for array in (places, warmth, noises, tokens, paths)]
+        paths, certain = (c_int64 * (rows * depth))(), (c_float * (rows * depth))()
+        addresses = [ctypes.addressof(array) for array in (places, warmth, noises, tokens, paths, certain)]
         job = Chains(None, rows, depth, *addresses, None, None, None)
         if self.kernel(compiled.pool(torch.get_num_threads()), self.speculator, job):
             raise MemoryError(f"no memory to draft for {rows} requests")
-        return [paths[row * depth : (row + 1) * depth] for row in range(rows)]
+        spans = [slice(row * depth, (row + 1) * depth) for row in range(rows)]
+        return [(paths[span], certain[span]) for span in spans]
 
 
 def suits(speculator: MLPSpeculator) -> bool:

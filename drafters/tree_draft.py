@@ -24,7 +24,7 @@ from engine.drafter import Draft, Kept
 from engine.native.compiled import kernels
 from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
-from engine.sampling import COLDEST, Sampler, draw, perturb, prepare_noise
+from engine.sampling import COLDEST, Sampler, perturb, prepare_noise
 from engine.tree import Tree
 
 T = TypeVar("T")
@@ -89,6 +89,11 @@ class Forest:
             best.pop()
         return best
 
+    def sure(self, branch: int) -> float:
+        """The softmax, in shared noise, at a branch's token after its parent."""
+        before = self.scores[self.parents[branch]] if self.parents[branch] >= 0 else 0.0
+        return math.exp(self.scores[branch] - before)
+
     def texts(self, branches: Sequence[int]) -> list[list[int]]:
         """The tokens on the way to each branch, its own included."""
         return [[self.tokens[b] for b in self.path(branch)] for branch in branches]
@@ -142,8 +147,8 @@ class MLPDrafter:
         if jobs:
             prepare(jobs, self.heads[0].emb.T)
         if jobs and all(job.width == 1 for job in jobs):
-            for job, path in zip(jobs, self.follow(jobs), strict=True):
-                job.draft.tree.extend(path[: job.depth], job.draft.budget.nodes)
+            for job, (path, sure) in zip(jobs, self.follow(jobs), strict=True):
+                job.draft.tree.extend(path[: job.depth], job.draft.budget.nodes, sure)
         elif jobs:
             forest = self.grow(jobs)
             for job, leaves in zip(jobs, forest.leaves, strict=True):
@@ -155,18 +160,20 @@ class MLPDrafter:
     def forget(self, request: str) -> None:
         """Nothing is remembered of a request."""
 
-    def follow(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """One path for each job, by the best token of every head: nothing is ranked."""
+    def follow(self, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
+        """One path for each job, by the best token of every head, with the heads' confidence in each token: nothing is ranked."""
         if self.chains is not None and not any(job.draft.sampler.shaped for job in jobs):
             return chained(self.chains, jobs)
         state, token = self.roots(jobs)
-        paths: list[list[int]] = [[] for _ in jobs]
+        paths: list[tuple[list[int], list[float]]] = [([], []) for _ in jobs]
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(state, token, None)
-            picks = drawn(head.out(state), jobs, index, paths)
-            token = torch.tensor(picks, device=token.device)
-            for path, pick in zip(paths, picks, strict=True):
+            scores = perturbed(head.out(state), jobs, range(len(jobs)), index, lambda: [path for path, _ in paths])
+            best = surest(scores)
+            token = best.indices
+            for (path, sure), pick, value in zip(paths, token.tolist(), best.values.exp().tolist(), strict=True):
                 path.append(pick)
+                sure.append(value)
         return paths
 
     def grow(self, jobs: Sequence[Job]) -> Forest:
@@ -199,7 +206,12 @@ def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: 
     return perturb(logits, samplers, owners, positions, before() if penalised else None)
 
 
-def chained(chains: NativeChains, jobs: Sequence[Job]) -> list[list[int]]:
+def surest(scores: Tensor) -> torch.return_types.max:
+    """The log-softmax at every row's best token, and that token; any token where scores are not numbers. [rows, V] -> [rows] twice"""
+    return scores.float().log_softmax(-1).nan_to_num(-math.inf, neginf=-math.inf).max(-1)
+
+
+def chained(chains: NativeChains, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
     """`MLPDrafter.follow` for requests whose draws are shaped by temperature and noise alone; the noise is prepared."""
     drafts, depth = [job.draft for job in jobs], max(job.depth for job in jobs)
     temperatures = [max(t, COLDEST) if (t := draft.sampler.params.temperature) > 0 else 0.0 for draft in drafts]
@@ -212,14 +224,6 @@ def noise_ahead(draft: Draft, depth: int) -> list[Tensor | None]:
     """A request's noise at the next positions; below its own budget, where it does not matter, any."""
     noise, first = draft.sampler.noise, len(draft.tokens)
     return [noise.get(first + ahead, noise.get(first)) for ahead in range(depth)]
-
-
-def drawn(logits: Tensor, jobs: Sequence[Job], head: int, paths: Sequence[Sequence[int]]) -> list[int]:
-    """The token that the base would draw from a head's logits [jobs, V], each in the noise of the position it guesses."""
-    samplers = [job.draft.sampler for job in jobs]
-    positions = [len(job.draft.tokens) + head for job in jobs]
-    picks = draw(logits, samplers, range(len(jobs)), positions, paths)
-    return [max(0, pick) for pick in picks]  # a speculator whose logits are not numbers drafts anything
 
 
 def prepare(jobs: Sequence[Job], like: Tensor) -> None:
@@ -299,14 +303,16 @@ def plant(job: Job, forest: Forest, leaves: Sequence[int]) -> None:
     fresh, nodes = tree.drafted == 0, {-1: tree.forced - 1}
     for branch in order:
         parent, token = nodes[forest.parents[branch]], forest.tokens[branch]
-        found = (sprout if fresh else Tree.child)(tree, parent, token) if tree.drafted < room else tree.find(parent, token)
+        grow = sprout if fresh else Tree.child
+        found = grow(tree, parent, token, forest.sure(branch)) if tree.drafted < room else tree.find(parent, token)
         if found is None:
             return
         nodes[branch] = found
 
 
-def sprout(tree: Tree, parent: int, token: int) -> int:
+def sprout(tree: Tree, parent: int, token: int, confidence: float) -> int:
     """`Tree.child` where no such child can be: branches of one forest differ."""
+    tree.confidence.append(confidence)
     tree.tokens.append(token)
     tree.parents.append(parent)
     tree.depths.append(tree.depths[parent] + 1)

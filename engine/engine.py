@@ -47,16 +47,18 @@ class Candidate:
 
 
 Budgets = Callable[[Load, Sequence[Candidate]], Sequence[Budget]]
+Prune = Callable[[Load, Sequence[Draft]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """How one request's draft fared: depth drafted to, tokens accepted. A draft cut short by a stop counts no failure."""
+    """How one request's draft fared: depth verified, tokens accepted, and (depth, confidence, kept) of every drafted node whose parent was
+    kept. A draft cut short by a stop tells nothing about what came after it."""
 
     request: str
     depth: int
     accepted: int
-    censored: bool
+    nodes: tuple[tuple[int, float, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ class Blocked:
 class Engine:
     """Continuous batching with speculation over one base.
 
-    drafter None: plain decoding. budgets: how far each request that could draft may do so, asked once per step.
+    drafter None: plain decoding. budgets: how far each request that could draft may do so, asked once per step. prune: shown what was
+    drafted, may cut nodes off the trees before they are verified, by anything it likes: replay keeps the text the same.
     slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
     """
 
@@ -120,6 +123,7 @@ class Engine:
         base: Base,
         drafter: Drafter | None = None,
         budgets: Budgets | None = None,
+        prune: Prune | None = None,
         *,
         slots: int = 4096,
         chunk: int = 256,
@@ -128,7 +132,7 @@ class Engine:
         max_waiting: int = 256,
         block: int = 16,
     ) -> None:
-        self.base, self.drafter, self.budgets = base, drafter, budgets
+        self.base, self.drafter, self.budgets, self.prune = base, drafter, budgets, prune
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
         self.store = KVStore(slots)
@@ -364,6 +368,8 @@ class Engine:
             if drafts:
                 self.drafter.draft(drafts)
                 self.verify_drafts(drafts)
+                if self.prune is not None:
+                    self.prune(load, drafts)
         except Exception:
             log.exception("drafting failed; this step decodes plainly")
             self.draft_failures += 1
@@ -461,7 +467,8 @@ class Engine:
         if self.drafter is not None:
             self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at)))
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
-        verified = Verified(text.request.id, tree.drafted_depth(), accepted, finish is not None) if tree.drafted else None
+        fared = tested(tree, path, finish is not None) if tree.drafted else ()
+        verified = Verified(text.request.id, tree.drafted_depth(), accepted, fared) if tree.drafted else None
         if finish is None:
             return Outcome(text.request, tuple(emitted), scores), verified
         self.running.remove(text)
@@ -534,7 +541,14 @@ def pick(states: Tensor, rows: Sequence[int]) -> Tensor:
 
 def trim(tree: Tree) -> None:
     """Cut a tree back to its forced nodes."""
-    del tree.tokens[tree.forced :], tree.parents[tree.forced :], tree.depths[tree.forced :]
+    del tree.tokens[tree.forced :], tree.parents[tree.forced :], tree.depths[tree.forced :], tree.confidence[:]
+
+
+def tested(tree: Tree, path: Sequence[int], ended: bool) -> tuple[tuple[int, float, bool], ...]:
+    """(depth, confidence, kept) of the drafted nodes whose parent is on the kept path; when the text ended there, of those kept only."""
+    root, kept = tree.forced - 1, set(path)
+    nodes = path[tree.forced :] if ended else [n for n in range(tree.forced, len(tree)) if tree.parents[n] in kept]
+    return tuple((tree.depths[n] - root, tree.confidence[n - tree.forced], n in kept) for n in nodes)
 
 
 def token_scores(logprobs: Tensor | None, rows: Sequence[int], tokens: Sequence[int], top: int | None) -> tuple[TokenScore, ...]:

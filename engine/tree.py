@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+UNKNOWN = -1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -28,12 +30,16 @@ class Budget:
 
 @dataclass(slots=True)
 class Tree:
-    """A tree under one context. `parents[i] < i`; -1 is the context; the first `forced` nodes are a chain already decided."""
+    """A tree under one context. `parents[i] < i`; -1 is the context; the first `forced` nodes are a chain already decided.
+
+    confidence: of each drafted node, how sure its drafter is of it after its parent, in [0, 1]; UNKNOWN where it does not say.
+    """
 
     tokens: list[int]
     parents: list[int]
     forced: int
     depths: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list, compare=False)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Tree:
@@ -48,24 +54,38 @@ class Tree:
     def drafted(self) -> int:
         return len(self.tokens) - self.forced
 
-    def child(self, parent: int, token: int) -> int:
+    def child(self, parent: int, token: int, confidence: float = UNKNOWN) -> int:
         """The drafted child of `parent` with `token`, added if there is none; returns its node."""
-        for node in range(max(self.forced, parent + 1), len(self.tokens)):
-            if self.parents[node] == parent and self.tokens[node] == token:
-                return node
+        found = self.find(parent, token)
+        if found is not None:
+            return found
         self.tokens.append(token)
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
+        self.confidence.append(confidence)
         return len(self.tokens) - 1
 
-    def extend(self, path: Sequence[int], limit: int) -> None:
-        """Merge one drafted path (tokens after the last forced node), adding at most `limit` drafted nodes to the tree in all."""
+    def extend(self, path: Sequence[int], limit: int, confidence: Sequence[float] = ()) -> None:
+        """Merge one drafted path (tokens after the last forced node), adding at most `limit` drafted nodes to the tree in all.
+
+        confidence: of each token of the path; empty when unknown.
+        """
         node = self.forced - 1
-        for token in path:
-            found = self.child(node, token) if self.drafted < limit else self.find(node, token)
+        for i, token in enumerate(path):
+            sure = confidence[i] if i < len(confidence) else UNKNOWN
+            found = self.child(node, token, sure) if self.drafted < limit else self.find(node, token)
             if found is None:
                 return
             node = found
+
+    def cut(self, nodes: Sequence[int]) -> None:
+        """Keep these drafted nodes only: ascending, every parent among them. The rest will not be verified."""
+        place = {node: self.forced + i for i, node in enumerate(nodes)}
+        first = self.forced
+        self.tokens[first:] = [self.tokens[n] for n in nodes]
+        self.parents[first:] = [place.get(self.parents[n], self.parents[n]) for n in nodes]
+        self.depths[first:] = [self.depths[n] for n in nodes]
+        self.confidence[:] = [self.confidence[n - first] for n in nodes]
 
     def find(self, parent: int, token: int) -> int | None:
         """The drafted child of `parent` with `token`, if there is one."""

@@ -8,16 +8,17 @@ from policies.forecast import Forecast
 from policies.gate import GateRule, Verdict
 from policies.goodput import GoodputPolicy
 from policies.kinds import Policy
-from policies.knowledge import Knowledge
+from policies.knowledge import EVERYONE, Knowledge
 from policies.load import Limits, Load, Mode, RequestView
 from policies.off import OffPolicy
 from policies.plan import Plan
 from policies.step import StepSample
-from policies.survival import DepthCounts, Survival, SurvivalCurve, pooled
+from policies.survival import DepthCounts, Profile, Survival, SurvivalCurve, bin_of, pooled
 from policies.telemetry import Telemetry
 from policies.threshold import ThresholdPolicy, ThresholdStep
 
 __all__ = [
+    "EVERYONE",
     "OFF",
     "Arm",
     "CanaryRule",
@@ -37,6 +38,7 @@ __all__ = [
     "OffPolicy",
     "Plan",
     "Policy",
+    "Profile",
     "RequestView",
     "StepSample",
     "Survival",
@@ -45,6 +47,7 @@ __all__ = [
     "ThresholdPolicy",
     "ThresholdStep",
     "Verdict",
+    "bin_of",
     "in_canary",
     "judge",
     "pooled",

@@ -17,7 +17,7 @@ from typing import Any
 from policies.curve import Curve, Point
 from policies.step import StepSample
 
-TABLES = ("off", "forward", "draft", "fill")
+TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
 FRESH = 2000  # steps after which a sample gives way to newer ones, however few
 CELLS = 512  # cells a table may hold
@@ -34,41 +34,83 @@ def bucket(n: int) -> int:
     return round(2 ** (round(4 * math.log2(n)) / 4))
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell: median x, context and seconds of its window, how many samples it holds, and what they say of the pull of context.
+
+    moments: sums over the window of c*c, c*t and t*t, deviations of context and (winsorised) seconds from their medians; 0 for few samples.
+    """
+
+    key: Key
+    x: float
+    context: float
+    seconds: float
+    count: int
+    moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, key: Key, rows: Sequence[Row]) -> Cell:
+        context, seconds = median(r[1] for r in rows), median(r[2] for r in rows)
+        moments = _moments(rows, context, seconds) if len(rows) >= 4 else (0.0, 0.0, 0.0)
+        return cls(key, median(r[0] for r in rows), context, seconds, len(rows), moments)
+
+
+def _moments(rows: Sequence[Row], middle: float, centre: float) -> tuple[float, float, float]:
+    """Winsorised at 3 MAD."""
+    bound = 3 * 1.4826 * median(abs(r[2] - centre) for r in rows)
+    pairs = [(c - middle, max(-bound, min(bound, t - centre))) for _, c, t, _ in rows]
+    return sum(c * c for c, _ in pairs), sum(c * t for c, t in pairs), sum(t * t for _, t in pairs)
+
+
+class Window:
+    """The latest samples of one cell, and its median while that stands."""
+
+    def __init__(self, key: Key, rows: Iterable[Row] = (), size: int = WINDOW) -> None:
+        self.key, self.rows = key, deque(rows, maxlen=size)
+        self.cell: Cell | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        while len(self.rows) > TRUSTED and self.rows[0][3] < row[3] - FRESH:
+            self.rows.popleft()
+        self.cell = None
+    def median(self) -> Cell:
+        if self.cell is None:
+            self.cell = Cell.of(self.key, self.rows)
+        return self.cell
+
+
 class Cells:
-    """Windows of the latest samples by key. A full table forgets the cell that was written longest ago."""
+    """Windows by key. A full table forgets the cell that was written longest ago."""
 
     def __init__(self) -> None:
-        self.windows: dict[Key, deque[Row]] = {}
+        self.windows: dict[Key, Window] = {}
 
     def add(self, key: Key, row: Row) -> None:
-        window = self.windows.pop(key, None) or deque(maxlen=WINDOW)
-        window.append(row)
-        while len(window) > TRUSTED and window[0][3] < row[3] - FRESH:
-            window.popleft()
+        window = self.windows.pop(key, None) or Window(key)
+        window.add(row)
         self.windows[key] = window
         if len(self.windows) > CELLS:
             del self.windows[next(iter(self.windows))]
 
-    def merged(self, others: Iterable[Cells]) -> Cells:
+    @classmethod
+    def merged(cls, tables: Sequence[Cells]) -> Cells:
         """All windows together, the same number of latest samples at most from each table, so none outweighs the rest."""
-        tables, out = [self, *others], Cells()
+        out = cls()
         for key in {key: None for table in tables for key in table.windows}:
-            share = [list(t.windows[key]) for t in tables if key in t.windows]
+            share = [list(t.windows[key].rows) for t in tables if key in t.windows]
             most = max(WINDOW // len(share), 1)
-            out.windows[key] = deque((row for rows in share for row in rows[-most:]), maxlen=max(WINDOW, len(share)))
+            out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
 
-    def filled(self, before: Cells) -> Cells:
-        """These windows, with those of `before` for keys that have none here, or too few samples to be believed alone."""
-        out = Cells()
-        out.windows = {**before.windows, **self.windows}
-        for key, window in self.windows.items():
-            if len(window) < TRUSTED and key in before.windows:
-                out.windows[key] = deque([*before.windows[key], *window], maxlen=WINDOW)
-        return out
+    def cells(self) -> list[Cell]:
+        return [window.median() for _, window in sorted(self.windows.items())]
 
     def to_list(self) -> list[Any]:
-        return [[list(key), [list(row[:3]) for row in window]] for key, window in self.windows.items()]
+        return [[list(key), [list(row[:3]) for row in window.rows]] for key, window in self.windows.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any]) -> Cells:
@@ -82,26 +124,11 @@ class Cells:
         return made
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One cell as published: median x, context and seconds of its window, and how many samples it holds."""
-
-    key: Key
-    x: float
-    context: float
-    seconds: float
-    count: int
-
-    @classmethod
-    def of(cls, key: Key, rows: Sequence[Row]) -> Cell:
-        return cls(key, median(r[0] for r in rows), median(r[1] for r in rows), median(r[2] for r in rows), len(rows))
-
-
 class CostModel:
     """Learns from samples of one replica; `merged` joins replicas; `table` is what a plan carries."""
 
     def __init__(self) -> None:
-        self.off, self.forward, self.draft, self.fill = (Cells() for _ in TABLES)
+        self.off, self.forward, self.draft = (Cells() for _ in TABLES)
         self.steps = 0
 
     def add(self, sample: StepSample) -> bool:
@@ -117,32 +144,30 @@ class CostModel:
 
     def _add_drafting(self, s: StepSample) -> None:
         self.draft.add((bucket(s.drafting), s.depth), (s.depth, 0.0, s.draft_seconds, self.steps))
-        if s.prefill:
-            return
-        self.forward.add((bucket(s.requests), bucket(s.rows)), (s.rows, s.context, s.seconds - s.draft_seconds, self.steps))
-        if s.budget:
-            self.fill.add((s.depth, 0), (s.depth, 0.0, min((s.rows - s.requests) / s.budget, 1.0), self.steps))
+        if not s.prefill:
+            self.forward.add((bucket(s.requests), bucket(s.rows)), (s.rows, s.context, s.seconds - s.draft_seconds, self.steps))
 
-    def merged(self, others: Sequence[CostModel]) -> CostModel:
+    @classmethod
+    def merged(cls, models: Sequence[CostModel]) -> CostModel:
         """One model over replicas, each with the same weight in every cell."""
-        return self._by_table(lambda name: getattr(self, name).merged(getattr(o, name) for o in others))
+        if len(models) == 1:
+            return models[0]
+        return cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
 
-    def filled(self, before: CostModel) -> CostModel:
-        """This model, with the cells of `before` where it has none."""
-        return self._by_table(lambda name: getattr(self, name).filled(getattr(before, name)))
+    def heir(self) -> CostModel:
+        """A copy for another replica."""
+        return self._by_table(lambda name: Cells.merged([getattr(self, name)]))
 
-    @staticmethod
-    def _by_table(make: Callable[[str], Cells]) -> CostModel:
-        out = CostModel()
-        out.off, out.forward, out.draft, out.fill = (make(name) for name in TABLES)
+    @classmethod
+    def _by_table(cls, make: Callable[[str], Cells]) -> CostModel:
+        out = cls()
+        out.off, out.forward, out.draft = (make(name) for name in TABLES)
         return out
 
     def table(self) -> CostTable:
         """The medians, to publish."""
-        off, forward = _cells(self.off), _cells(self.forward)
-        slope = _slope([*self.off.windows.values(), *self.forward.windows.values()], [*off, *forward])
-        fill = [cell.seconds for cell in _cells(self.fill)]
-        return CostTable(off, forward, _cells(self.draft), slope, median(fill) if fill else 1.0)
+        off, forward, draft = (tuple(getattr(self, name).cells()) for name in TABLES)
+        return CostTable(off, forward, draft, _slope([*off, *forward]))
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).to_list() for name in TABLES}
@@ -156,40 +181,29 @@ class CostModel:
             raise ValueError("not a cost model") from error
 
 
-def _cells(cells: Cells) -> tuple[Cell, ...]:
-    return tuple(Cell.of(key, window) for key, window in sorted(cells.windows.items()))
-
-
-def _slope(windows: Sequence[Sequence[Row]], cells: Sequence[Cell]) -> float:
-    """Seconds per context token: least squares on deviations within cells, winsorised at 3 MAD, shrunk by its own error; never negative."""
-    deviations = [pair for rows in windows if len(rows) >= 4 for pair in _deviations(rows)]
-    spread = sum(c * c for c, _ in deviations)
+def _slope(cells: Sequence[Cell]) -> float:
+    """Seconds per context token: least squares on deviations within cells, shrunk by its own error; never negative."""
+    spread, shared, squares = (sum(cell.moments[i] for cell in cells) for i in range(3))
+    count = sum(cell.count for cell in cells if cell.count >= 4)
     if spread <= 0:
         return 0.0
-    slope = sum(c * t for c, t in deviations) / spread
-    error = sum((t - slope * c) ** 2 for c, t in deviations) / len(deviations) / spread
+    slope = shared / spread
+    error = max(squares - slope * shared, 0.0) / count / spread
     most = min((0.8 * cell.seconds / cell.context for cell in cells if cell.context > 0), default=0.0)
     return min(slope - error / slope, most) if slope * slope > error and slope > 0 else 0.0
-
-
-def _deviations(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    middle, centre = median(r[1] for r in rows), median(r[2] for r in rows)
-    bound = 3 * 1.4826 * median(abs(r[2] - centre) for r in rows)
-    return [(c - middle, max(-bound, min(bound, t - centre))) for _, c, t, _ in rows]
 
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token; fill: draft nodes really drawn per node allowed.
+    slope: seconds per context token.
     """
 
     off_cells: tuple[Cell, ...] = ()
     forward_cells: tuple[Cell, ...] = ()
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
-    fill: float = 1.0
     curves: dict[object, Curve | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def off(self, requests: int, context: float = 0) -> float | None:
@@ -197,7 +211,7 @@ class CostTable:
         own = self._off_cell(requests)
         if own and own.count >= TRUSTED:
             return own.seconds + self.slope * (context - own.context)
-        curve = self._curve("off", self.off_cells, ())
+        curve = self._curve("off", lambda: self.off_cells)
         return None if curve is None else curve.at(requests) + self.slope * context
 
     def off_count(self, requests: int) -> int:
@@ -214,15 +228,8 @@ class CostTable:
         if not self.draft_cells or depth <= 0 or drafting <= 0:
             return 0.0
         near = min({c.key[0] for c in self.draft_cells}, key=lambda n: abs(math.log(n / drafting)))
-        curve = self._curve(("draft", near), (c for c in self.draft_cells if c.key[0] == near), [(0.0, 0.0, 1.0)], slope=0.0)
+        curve = self._curve(("draft", near), lambda: [c for c in self.draft_cells if c.key[0] == near], [(0.0, 0.0, 1.0)], slope=0.0)
         return curve.at(depth) if curve else 0.0
-
-    def step(self, requests: int, rows: float, context: float, drafting: int, depth: int) -> float | None:
-        """The whole step: `off` at depth 0, else forward and drafting."""
-        if depth <= 0 or drafting <= 0:
-            return self.off(requests, context)
-        forward = self.forward(requests, rows, context)
-        return None if forward is None else forward + self.draft(drafting, depth)
 
     def _off_cell(self, requests: int) -> Cell | None:
         key = (bucket(requests), 0)
@@ -231,16 +238,19 @@ class CostTable:
     def _forward(self, requests: int, rows: float) -> float | None:
         if not self.forward_cells:
             return None
-        everything = self._curve("rows", (*self.forward_cells, *self.off_cells), ())
-        assert everything is not None
         group = bucket(requests)
-        own = self._curve(("rows", group), self._group(group), ())
-        if own is None:
-            return everything.at(rows)
-        first, last = own.xs[0], own.xs[-1]
-        if rows > last:
-            return own.ys[-1] + max(0.0, everything.at(rows) - everything.at(last))
-        return own.at(rows) if rows >= first else min(own.ys[0], everything.at(rows))
+        own = self._curve(("rows", group), lambda: self._group(group))
+        if own is None or (rows < own.xs[0] and len(own.xs) == 1):
+            return self._everything().at(rows) if own is None else min(own.ys[0], self._everything().at(rows))
+        if rows > own.xs[-1] and len(own.xs) < TRUSTED:
+            return own.ys[-1] + max(0.0, self._everything().at(rows) - self._everything().at(own.xs[-1]))
+        return own.at(rows)
+
+    def _everything(self) -> Curve:
+        """Rows alone, whatever the number of requests."""
+        curve = self._curve("rows", lambda: (*self.forward_cells, *self.off_cells))
+        assert curve is not None
+        return curve
 
     def _group(self, group: int) -> list[Cell]:
         """Cells of about that many requests. Depth 0 is the lower end, with as many rows as requests, and no dearer than more rows."""
@@ -248,10 +258,12 @@ class CostTable:
         least = min((c.seconds for c in own), default=math.inf)
         return own + [replace(c, seconds=min(c.seconds, least)) for c in self.off_cells if c.key[0] == group]
 
-    def _curve(self, name: object, cells: Iterable[Cell], anchors: Iterable[Point], slope: float | None = None) -> Curve | None:
+    def _curve(
+        self, name: object, cells: Callable[[], Iterable[Cell]], anchors: Iterable[Point] = (), slope: float | None = None
+    ) -> Curve | None:
         """The curve of that name, made on first use, in seconds at context 0."""
         if name not in self.curves:
             pull = self.slope if slope is None else slope
-            points = [(c.x, c.seconds - pull * c.context, float(c.count)) for c in cells]
+            points = [(c.x, c.seconds - pull * c.context, float(c.count)) for c in cells()]
             self.curves[name] = Curve.through([*points, *anchors]) if points else None
         return self.curves[name]

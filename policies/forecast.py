@@ -9,10 +9,11 @@ from policies.decision import Decision
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Expected tokens and seconds of one step with those decisions, and of the same step without drafts; seconds are None if unmeasured."""
+    """Expected tokens, rows and seconds of one step with those decisions, and of the same step without drafts; None: unmeasured."""
 
     decisions: tuple[Decision, ...]
     tokens: float
+    rows: float
     seconds: float | None
     off_tokens: float
     off_seconds: float | None

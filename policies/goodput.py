@@ -1,12 +1,16 @@
-"""Choose the depths that maximise expected tokens per expected second of the whole step.
+"""Choose the drafts, and what of them is verified, that maximise expected tokens per expected second of the whole step.
 
-As in SmartSpec (arXiv 2406.14066) the goal is goodput with both sides measured; as in DSpark (arXiv 2607.05147) depths are admitted by
-survival over all requests, so a request whose drafts are kept gets more of the step than one whose are not.
+As in SmartSpec (arXiv 2406.14066) the goal is goodput with both sides measured; as in DSpark (arXiv 2607.05147) nodes are admitted by
+survival over all requests, so a request whose drafts are kept gets more of the step than one whose are not. There are two choices in a
+step. Before drafting: how deep each group of like requests drafts, by what drafts of theirs have yielded. After it: which of the drawn
+nodes are verified, by what the drafter's confidence in each has turned out to mean; verification by replay makes that lossless.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,14 +18,31 @@ from pydantic import BaseModel, ConfigDict, Field
 from policies.decision import OFF, Decision
 from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, deepest, settled
-from policies.survival import skill
+from policies.survival import Node
 
 HASTE = 20  # steps between depth-0 probes while there are too few samples of it
 ENOUGH = 3  # samples of depth 0 from which it counts as measured
+LASTING = 16  # steps that a choice of depths holds while the number of requests stays
 
-HOPELESS = 0.02  # survival below which a depth is not considered
+Group = tuple[str, int, int, int]  # requests alike: class, deepest allowed, level, priority
 
-Item = tuple[float, int, int, int, float]  # -survival, depth, class, requests, tokens gained
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Depths by group, and what they are expected to yield in one step: tokens, and rows verified beyond one a request."""
+
+    depths: dict[Group, int]
+    tokens: float
+    rows: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A choice, with the step and the number of requests that it was made at."""
+
+    choice: Choice
+    step: int
+    requests: int
 
 
 class GoodputPolicy(BaseModel):
@@ -31,167 +52,255 @@ class GoodputPolicy(BaseModel):
 
     kind: Literal["goodput"] = Field(default="goodput", description="Maximise expected tokens per second of the whole step.")
     max_depth: int = Field(default=8, ge=0, le=64, description="Deepest draft the policy may choose; 0 drafts nothing.")
-    max_width: int = Field(default=1, ge=1, le=64, description="Candidate paths that go with a depth.")
+    max_width: int = Field(default=1, ge=1, le=64, description="Candidate paths drafted; those that pay are verified.")
     margin: float = Field(default=0.01, ge=0, le=1, description="Fraction by which drafting must beat the measured depth 0 to be chosen.")
-    probe_every: int = Field(default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; of a neighbour as often.")
+    probe_every: int = Field(default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; of other depths as often.")
     start_depth: int = Field(default=3, ge=0, le=64, description="Depth while nothing was measured yet.")
-    shrinkage: float = Field(default=16.0, gt=0, le=1e6, description="Drafting steps after which a request's own history weighs half.")
+    shrinkage: float = Field(default=16.0, gt=0, le=1e6, description="Tested tokens after which a request's own history weighs half.")
+    interactive: float = Field(default=2.0, ge=1, le=100, description="What a token of an interactive request is worth, in normal ones.")
+    batch: float = Field(default=0.5, gt=0, le=1, description="What a token of a batch request is worth, in normal ones.")
 
     def decide(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision]:
+        running = max(load.running, len(requests), 1)
+        if step % self.probe_every == 0 or (step % HASTE == 0 and knowledge.cost.off_count(running) < ENOUGH):
+            return [OFF] * len(requests)
+        standing = knowledge.memo.get("standing")
+        exploring = self.explores(step)
+        if not exploring and standing and standing.requests == running and 0 <= step - standing.step < LASTING:
+            made = self._again(standing.choice, requests, knowledge)
+            if made is not None:
+                return made
         arena = Arena(self, load, requests, knowledge)
-        depths = self._probe(arena, step) if arena.autos else arena.none()
-        return arena.decisions(depths)
+        if not knowledge.measured:
+            return arena.decisions(arena.start())
+        choice = arena.best()
+        knowledge.memo["standing"] = Standing(choice, step, running)
+        return arena.decisions(arena.explore(choice, step // self.probe_every) if exploring else choice.depths)
 
-    def ordinary(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> list[Decision]:
-        """What is decided at that load on a step that probes nothing."""
+    def holds(self, step: int, requests: int, knowledge: Knowledge) -> int:
+        """The first step after that one at which something else may be decided for the same requests."""
+        every = self.probe_every
+        if self.explores(step) or step % every == 0:
+            return step + 1
+        until = min(step - step % every + every, step + (every // 2 - step) % every)
+        if not knowledge.measured or knowledge.cost.off_count(requests) < ENOUGH:
+            return min(until, step - step % HASTE + HASTE) if step % HASTE else step + 1
+        standing = knowledge.memo.get("standing")
+        return min(until, max(standing.step + LASTING, step + 1)) if standing else step + 1
+
+    def explores(self, step: int) -> bool:
+        """Whether that step looks at depths, or at nodes, that seemed not to pay."""
+        return step % self.probe_every == self.probe_every // 2
+
+    def ordinary(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> tuple[list[Decision], Choice]:
+        """What is decided at that load on a step that probes nothing, and what it should yield."""
         arena = Arena(self, load, requests, knowledge)
-        return arena.decisions(arena.best() if arena.measured() else arena.start())
+        choice = arena.best() if knowledge.measured else arena.outlook(arena.start(), 0)
+        return arena.decisions(choice.depths), choice
 
-    def _probe(self, arena: Arena, step: int) -> tuple[int, ...]:
-        """The depths of this step: now and then a probe, otherwise the best known."""
-        phase, turn = step % self.probe_every, step // self.probe_every
-        if phase == 0 or (arena.unknown() and step % HASTE == 0):
-            return arena.none()
-        if not arena.measured():
-            return arena.start()
-        best = arena.best()
-        if phase == self.probe_every // 2:
-            return arena.explore(best, turn)
-        return best
+    def prune(
+        self, load: Load, requests: Sequence[RequestView], drafts: Sequence[Sequence[Node]], knowledge: Knowledge, step: int
+    ) -> list[Sequence[int] | None]:
+        """The nodes of each request's draft that pay their rows, None for all of them.
+
+        All nodes are sorted by survival times worth and admitted as long as tokens per second rise; a node never comes before its parent.
+        """
+        everything: list[Sequence[int] | None] = [None] * len(drafts)
+        if self.explores(step) or not knowledge.measured:
+            return everything
+        offers: list[tuple[float, int, int]] = []
+        worth, rows, asked = 0.0, 0, 0
+        for i, (request, nodes) in enumerate(zip(requests, drafts, strict=True)):
+            weight = self.weight(request.priority)
+            worth += weight
+            if request.mode == "fixed":
+                rows += len(nodes)
+                continue
+            table = knowledge.table(request.kind, request.level)
+            found: list[tuple[int, float]] = []
+            for j, (parent, bin) in enumerate(nodes):
+                depth, survival = found[parent] if parent >= 0 else (0, 1.0)
+                survival *= table[depth if depth < len(table) else -1][bin]
+                found.append((depth + 1, survival))
+                offers.append((-weight * survival, i, j))
+            asked = max(asked, len(found))
+        running = max(load.running, len(requests), 1)
+        spent = knowledge.draft(len(drafts), asked) + knowledge.cost.slope * load.context
+        offers.sort()
+        forwards = knowledge.forwards(running, running + rows + len(offers))
+        count = climb(worth + running - len(requests), [-o[0] for o in offers], forwards, rows, spent)
+        if count == len(offers):
+            return everything
+        kept: list[list[int]] = [[] for _ in drafts]
+        for _, i, j in offers[:count]:
+            kept[i].append(j)
+        return [None if r.mode == "fixed" or len(k) == len(d) else sorted(k) for r, k, d in zip(requests, kept, drafts, strict=True)]
+
+    def weight(self, priority: int) -> float:
+        """What a token of a request of that priority is worth."""
+        return (self.interactive, 1.0, self.batch)[max(0, min(2, priority))]
+
+    def group(self, request: RequestView, limits: Limits) -> Group | None:
+        """The requests that this one is alike; None if it may not choose."""
+        if request.mode != "auto" or request.width == 0 or limits.max_width < 1:
+            return None
+        cap = self.max_depth if request.max_depth is None else min(self.max_depth, request.max_depth)
+        cap = min(cap, limits.max_depth)
+        return (request.kind, cap, request.level, request.priority) if cap > 0 else None
+
+    def width(self, limits: Limits) -> int:
+        """Candidate paths that go with a depth."""
+        return max(min(self.max_width, limits.max_width), 1)
+
+    def _again(self, choice: Choice, requests: Sequence[RequestView], knowledge: Knowledge) -> list[Decision] | None:
+        """A choice applied anew; None if a request is of no group that it knows."""
+        if choice.depths and not any(choice.depths.values()):
+            return [OFF] * len(requests)
+        limits, width, made = knowledge.limits, self.width(knowledge.limits), []
+        for request in requests:
+            group = self.group(request, limits)
+            depth = 0 if group is None else choice.depths.get(group)
+            if depth is None:
+                return None
+            made.append(decision(depth, width))
+        return made
+
+
+def climb(tokens: float, gains: Sequence[float], forwards: Sequence[float], first: int, spent: float) -> int:
+    """How many of the gains, best first, reach the highest goodput when each costs a row.
+
+    forwards: seconds by rows beyond one a request, `first` of which are taken anyway.
+    """
+    best, count = tokens / (forwards[first] + spent), 0
+    for i, gain in enumerate(gains, 1):
+        tokens += gain
+        reached = tokens / (forwards[first + i] + spent)
+        if reached > best:
+            best, count = reached, i
+    return count
+
+
+def decision(depth: int, width: int) -> Decision:
+    return Decision(depth, width) if depth else OFF
 
 
 class Arena:
-    """One decision: the requests that choose freely, by class (same cap, same skill), beside those that do not."""
+    """One choice of depths: the groups that choose freely, beside the requests that do not."""
 
     def __init__(self, policy: GoodputPolicy, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> None:
         self.policy, self.load, self.knowledge = policy, load, knowledge
+        self.width = policy.width(knowledge.limits)
         self.requests = max(load.running, len(requests), 1)
-        bounds = Limits(min(policy.max_depth, knowledge.limits.max_depth), knowledge.limits.max_width)
-        self.width = max(min(policy.max_width, knowledge.limits.max_width), 1)
-        self.kept = knowledge.kept_by_depth()
-        self.classes: dict[tuple[int, int], int] = {}
-        self.member: list[int | None] = []
-        self.counts: list[int] = []
-        fixed = (settled(r, knowledge.limits, self.width) for r in requests if r.mode == "fixed")
-        self.fixed = [d for d in fixed if d.depth]
-        self.fixed_nodes = sum(d.nodes for d in self.fixed) * knowledge.cost.fill
-        self.fixed_depth = max((d.depth for d in self.fixed), default=0)
-        self.off_tokens = self.requests + sum(knowledge.survival.expected(d.depth) for d in self.fixed)
-        self.per_node, self.extra = self.width * knowledge.cost.fill, knowledge.cost.slope * load.context
-        for request in requests:
-            self.member.append(self._classify(request, bounds))
-        self.caps = [cap for cap, _ in self.classes]
-        self.autos = sum(self.counts)
+        self.member = [policy.group(r, knowledge.limits) for r in requests]
+        self.groups = Counter(g for g in self.member if g is not None)
+        fixed = [(r, settled(r, knowledge.limits, self.width)) for r in requests if r.mode == "fixed" and deepest(r, knowledge.limits)]
+        self.fixed_count, self.fixed_nodes = len(fixed), sum(d.nodes for _, d in fixed)
+        self.fixed_depth = max((d.depth for _, d in fixed), default=0)
+        self.fixed_tokens = sum(self.yielded(r.kind, r.level, d.depth, 0)[0] for r, d in fixed)
+        self.worth = sum(policy.weight(r.priority) for r in requests) + self.requests - len(requests)
+        self.extra = knowledge.cost.slope * load.context
 
-    def _classify(self, request: RequestView, bounds: Limits) -> int | None:
-        if request.mode != "auto":
-            return None
-        cap = deepest(request, bounds)
-        if cap <= 0:
-            return None
-        own = skill(self.kept, request.drafted, request.accepted, request.steps, self.policy.shrinkage)
-        index = self.classes.setdefault((cap, own), len(self.classes))
-        if index == len(self.counts):
-            self.counts.append(0)
-        self.counts[index] += 1
-        return index
+    def yielded(self, kind: str, level: int, depth: int, price: int) -> tuple[float, float]:
+        """Draft tokens kept and nodes verified of one request's draft."""
+        yields = self.knowledge.yields(kind, level)
+        d = min(depth, len(yields.tokens)) - 1
+        return yields.tokens[d][price], yields.rows[d][price]
 
-    def unknown(self) -> bool:
-        """Depth 0 was not measured often enough near this load."""
-        return self.knowledge.cost.off_count(self.requests) < ENOUGH
-
-    def measured(self) -> bool:
-        """There is something to choose by."""
-        return bool(self.knowledge.cost.off_cells and self.knowledge.cost.forward_cells)
-
-    def none(self) -> tuple[int, ...]:
-        return (0,) * len(self.counts)
-
-    def start(self) -> tuple[int, ...]:
+    def start(self) -> dict[Group, int]:
         """A moderate depth, shallower the more requests share the step."""
-        depth = max(1, self.policy.start_depth // (1 + self.requests // 16)) if self.policy.start_depth else 0
-        return self._within(tuple(min(cap, depth) for cap in self.caps))
+        start = self.policy.start_depth
+        depth = max(1, start // (1 + self.requests // 16)) if start else 0
+        return self._within({g: min(g[1], depth) for g in self.groups})
 
-    def explore(self, best: tuple[int, ...], turn: int) -> tuple[int, ...]:
-        """By turns: a neighbour of the best depths, or one of all depths up to twice as deep, so that none is judged by old samples.
-
-        While off: the best drafting depths, or depth 1.
-        """
-        if not any(best):
-            found = self.best(drafting=True) if turn % 2 else (1,) * len(best)
-            return self._within(tuple(max(d, 1) for d in found))
-        if turn % 2:
-            depth = 1 + turn // 2 % (2 * max(best) + 1)
-            return self._within(tuple(min(cap, depth) if d else 0 for d, cap in zip(best, self.caps, strict=True)))
-        shift = 1 if turn % 4 else -1
-        return self._within(tuple(max(1, min(cap, d + shift)) if d else 0 for d, cap in zip(best, self.caps, strict=True)))
-
-    def best(self, drafting: bool = False) -> tuple[int, ...]:
+    def best(self, drafting: bool = False) -> Choice:
         """The depths of highest goodput; off unless drafting beats it by the margin (never off if `drafting`)."""
         rate = 0.0 if drafting else self._off_rate() * (1 + self.policy.margin)
-        depths, items = self.none(), self.items()
-        for top in range(1, max(self.caps, default=0) + 1):
-            admitted = [item for item in items if item[1] <= top]
-            reached, count = self._climb(admitted, top, rate)
-            if count:
-                rate, depths = reached, self._depths(count, admitted)
-        return depths
+        depths, price = dict.fromkeys(self.groups, 0), 0
+        for top in range(1, max((g[1] for g in self.groups), default=0) + 1):
+            order, offers = self._offers(top)
+            for count, k, reached in self._rates(offers, top):
+                if reached > rate:
+                    rate, price = reached, k
+                    depths = {g: min(g[1], top) if i < count else 0 for i, g in enumerate(order)}
+        return self.outlook(self._within(depths), price)
 
-    def items(self) -> list[Item]:
-        """Every (class, depth), best survival first; within a class shallower before deeper."""
-        products, covered = self.knowledge.products, self.knowledge.survival.coverage
-        out: list[Item] = []
-        for index, (cap, own) in enumerate(self.classes):
-            count = self.counts[index]
-            out.extend((-s, d, index, count, count * s * covered) for d, s in enumerate(products(cap, own), 1) if s >= HOPELESS)
-        out.sort()
+    def _offers(self, top: int) -> tuple[list[Group], list[tuple[int, list[float], Sequence[float]]]]:
+        """Groups, the most rewarding first, with their size and, by price, the worth they gain and the rows they take."""
+        found = []
+        for group, size in self.groups.items():
+            yields, d = self.knowledge.yields(group[0], group[2]), min(top, group[1]) - 1
+            weight = self.policy.weight(group[3])
+            found.append((group, (size, [weight * t for t in yields.tokens[d]], yields.rows[d])))
+        found.sort(key=lambda offer: -offer[1][1][0])
+        return [group for group, _ in found], [offer for _, offer in found]
+
+    def _rates(self, offers: Sequence[tuple[int, list[float], Sequence[float]]], top: int) -> list[tuple[int, int, float]]:
+        """(groups that draft, price, goodput) for the first 1, 2, .. groups at every price whose rows fit."""
+        out = []
+        room, depth = self.load.free_slots, max(top, self.fixed_depth)
+        tokens = [self.worth + self.fixed_tokens] * len(offers[0][1])
+        rows, drafting = [float(self.fixed_nodes)] * len(tokens), self.fixed_count
+        forwards = self.knowledge.forwards(self.requests, self.requests + self.fixed_nodes + min(self._most(offers), room) + 1)
+        for count, (size, gains, taken) in enumerate(offers, 1):
+            tokens = [t + size * g for t, g in zip(tokens, gains, strict=True)]
+            rows = [r + size * n for r, n in zip(rows, taken, strict=True)]
+            drafting += size
+            spent = self.knowledge.draft(drafting, depth) + self.extra
+            out += [(count, k, t / (_between(forwards, r) + spent)) for k, (t, r) in enumerate(zip(tokens, rows, strict=True)) if r <= room]
         return out
 
-    def _climb(self, items: Sequence[Item], top: int, rate: float) -> tuple[float, int]:
-        """Admit items in order; returns the best goodput above `rate` and how many items reach it (0 if none does)."""
-        top = max(top, self.fixed_depth)
-        forwards, drafts, best = self.knowledge.forwards(self.requests), self.knowledge.drafts(top), 0
-        tokens, rows, drafting = self.off_tokens, self.requests + self.fixed_nodes, len(self.fixed)
-        room, per_node, extra = self.requests + self.load.free_slots, self.per_node, self.extra
-        for i, (_, depth, _, count, gain) in enumerate(items, 1):
-            tokens += gain
-            rows += count * per_node
-            if depth == 1:
-                drafting += count
-            near = int(rows + 0.5)
-            if near > room:
-                break
-            if near not in forwards:
-                self.knowledge.forward(self.requests, near)
-            if drafting not in drafts:
-                self.knowledge.draft(drafting, top)
-            reached = tokens / (forwards[near] + drafts[drafting] + extra)
-            if reached > rate:
-                rate, best = reached, i
-        return rate, best
-
-    def _depths(self, count: int, items: Sequence[Item]) -> tuple[int, ...]:
-        depths = [0] * len(self.counts)
-        for _, depth, index, _, _ in items[:count]:
-            depths[index] = max(depths[index], depth)
-        return tuple(depths)
+    @staticmethod
+    def _most(offers: Sequence[tuple[int, list[float], Sequence[float]]]) -> int:
+        return int(sum(size * taken[0] for size, _, taken in offers)) + 1
 
     def _off_rate(self) -> float:
         """Goodput if no free request drafts; on the measured cost of depth 0, unless fixed ones draft anyway."""
         know = self.knowledge
-        if not self.fixed:
-            return self.off_tokens / (know.off(self.requests) + self.extra)
-        seconds = know.forward(self.requests, round(self.requests + self.fixed_nodes)) + know.draft(len(self.fixed), self.fixed_depth)
-        return self.off_tokens / (seconds + self.extra)
+        if not self.fixed_count:
+            return self.worth / (know.off(self.requests) + self.extra)
+        forward = know.forwards(self.requests, self.requests + self.fixed_nodes)[self.fixed_nodes]
+        return (self.worth + self.fixed_tokens) / (forward + know.draft(self.fixed_count, self.fixed_depth) + self.extra)
 
-    def decisions(self, depths: tuple[int, ...]) -> list[Decision]:
+    def explore(self, best: Choice, turn: int) -> dict[Group, int]:
+        """By turns: the best depths with nothing pruned, a neighbour of them, one of all depths up to twice as deep.
+
+        While off: the best drafting depths, or depth 1. So nothing is judged by old samples.
+        """
+        depths = best.depths
+        if not any(depths.values()):
+            found = self.best(drafting=True).depths if turn % 2 else dict.fromkeys(depths, 1)
+            return self._within({g: max(d, 1) for g, d in found.items()})
+        if turn % 3 == 0:
+            return depths
+        if turn % 3 == 1:
+            deep = 1 + turn // 3 % (2 * max(depths.values()) + 1)
+            return self._within({g: min(g[1], deep) if d else 0 for g, d in depths.items()})
+        shift = 1 if turn % 2 else -1
+        return self._within({g: max(1, min(g[1], d + shift)) if d else 0 for g, d in depths.items()})
+
+    def outlook(self, depths: dict[Group, int], price: int) -> Choice:
+        """Those depths with the tokens and rows they should yield."""
+        tokens, rows = float(self.requests) + self.fixed_tokens, float(self.fixed_nodes)
+        for group, depth in depths.items():
+            if depth:
+                gained, taken = self.yielded(group[0], group[2], depth, price)
+                tokens, rows = tokens + self.groups[group] * gained, rows + self.groups[group] * taken
+        return Choice(depths, tokens, rows)
+
+    def decisions(self, depths: dict[Group, int]) -> list[Decision]:
         """One wish per request, in order; fixed ones are the plan's to fill in."""
-        made = [Decision(depth, self.width) if depth else OFF for depth in depths]
-        return [OFF if index is None else made[index] for index in self.member]
+        return [OFF if group is None else decision(depths[group], self.width) for group in self.member]
 
-    def _within(self, depths: tuple[int, ...]) -> tuple[int, ...]:
+    def _within(self, depths: dict[Group, int]) -> dict[Group, int]:
         """The depths, lowered until their nodes fit in the free slots."""
         room = self.load.free_slots
-        while any(depths) and sum(d * n for d, n in zip(depths, self.counts, strict=True)) * self.width > room:
-            depths = tuple(min(d, max(depths) - 1) for d in depths)
+        while any(depths.values()) and sum(d * self.groups[g] for g, d in depths.items()) * self.width > room:
+            top = max(depths.values())
+            depths = {g: min(d, top - 1) for g, d in depths.items()}
         return depths
+
+
+def _between(forwards: Sequence[float], rows: float) -> float:
+    """Seconds at a fractional number of rows."""
+    whole = int(rows)
+    return forwards[whole] + (rows - whole) * (forwards[whole + 1] - forwards[whole])

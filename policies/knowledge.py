@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from policies.cost import CostTable
-from policies.load import Limits
-from policies.survival import SurvivalCurve
+from policies.load import LEVEL, Limits
+from policies.survival import Rates, SurvivalCurve
+from policies.yields import Yields
+
+EVERYONE = ""  # the class of all requests together
+UNMEASURED = SurvivalCurve((0.6,))
 
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """Frozen for its reader; the memo only keeps answers that the other fields imply, and is left behind when this is pickled."""
+    """curves: survival by class of requests, EVERYONE for all together.
+
+    Frozen for its reader; the memo only keeps answers that the other fields imply, and is left behind when this is pickled.
+    """
 
     cost: CostTable = field(default_factory=CostTable)
-    survival: SurvivalCurve = field(default_factory=lambda: SurvivalCurve((0.6,)))
+    curves: Mapping[str, SurvivalCurve] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[Knowledge], tuple[CostTable, SurvivalCurve, Limits]]:
-        return Knowledge, (self.cost, self.survival, self.limits)
+    def __reduce__(self) -> tuple[type[Knowledge], tuple[CostTable, Mapping[str, SurvivalCurve], Limits]]:
+        return Knowledge, (self.cost, self.curves, self.limits)
 
-    def forwards(self, requests: int) -> dict[int, float]:
-        """Forward seconds already looked up, by rows."""
-        known: dict[int, float] = self.memo.setdefault(requests, {})
+    @property
+    def survival(self) -> SurvivalCurve:
+        """Of all requests together."""
+        return self.curve(EVERYONE)
+
+    @property
+    def measured(self) -> bool:
+        """There is something to choose by."""
+        return bool(self.cost.off_cells and self.cost.forward_cells)
+
+    def curve(self, kind: str) -> SurvivalCurve:
+        """Survival of a class; of all requests while the class is unknown."""
+        return self.curves.get(kind) or self.curves.get(EVERYONE) or UNMEASURED
+
+    def table(self, kind: str, level: int) -> Rates:
+        """Keep rates [depth - 1][bin] of a class, for requests of that level."""
+        key = ("table", kind, level)
+        if key not in self.memo:
+            self.memo[key] = self.curve(kind).table(level * LEVEL)
+        found: Rates = self.memo[key]
+        return found
+
+    def yields(self, kind: str, level: int) -> Yields:
+        """What drafting yields for requests of a class and level, as deep as the drafter goes."""
+        key = ("yields", kind, level)
+        if key not in self.memo:
+            self.memo[key] = Yields.of(self.curve(kind), self.table(kind, level), max(self.limits.max_depth, 1))
+        found: Yields = self.memo[key]
+        return found
+
+    def forwards(self, requests: int, rows: int) -> list[float]:
+        """Forward seconds at context 0 by rows beyond one a request: index 0 is `requests` rows, the list goes to `rows` at least.
+
+        Only asked once something was measured.
+        """
+        known: list[float] = self.memo.setdefault(("forward", requests), [])
+        while len(known) <= rows - requests:
+            known.append(self.cost.forward(requests, requests + len(known)) or 0.0)
         return known
-
-    def forward(self, requests: int, rows: int) -> float:
-        """Forward seconds at context 0; only asked once something was measured."""
-        known = self.forwards(requests)
-        if rows not in known:
-            known[rows] = self.cost.forward(requests, rows) or 0.0
-        return known[rows]
 
     def off(self, requests: int) -> float:
         """Seconds of a step at depth 0 and context 0; only asked once something was measured."""
@@ -43,27 +79,7 @@ class Knowledge:
 
     def draft(self, drafting: int, depth: int) -> float:
         """Drafting seconds."""
-        known = self.drafts(depth)
-        if drafting not in known:
-            known[drafting] = self.cost.draft(drafting, depth)
-        return known[drafting]
-
-    def drafts(self, depth: int) -> dict[int, float]:
-        """Drafting seconds to that depth already looked up, by drafting requests."""
-        known: dict[int, float] = self.memo.setdefault(("draft", depth), {})
-        return known
-
-    def kept_by_depth(self) -> tuple[float, ...]:
-        """Draft tokens kept on average by drafts of depth 0, 1, .."""
-        if "kept" not in self.memo:
-            self.memo["kept"] = self.survival.kept_by_depth()
-        found: tuple[float, ...] = self.memo["kept"]
-        return found
-
-    def products(self, depth: int, skill: int) -> tuple[float, ...]:
-        """Survival at depths 1..depth for a request of that skill."""
-        key = ("survival", depth, skill)
+        key = ("draft", drafting, depth)
         if key not in self.memo:
-            self.memo[key] = self.survival.products(depth, skill)
-        found: tuple[float, ...] = self.memo[key]
-        return found
+            self.memo[key] = self.cost.draft(drafting, depth)
+        return float(self.memo[key])

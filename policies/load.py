@@ -9,6 +9,10 @@ from typing import Literal
 from policies.decision import OFF, Decision
 
 Mode = Literal["auto", "off", "fixed"]
+LEVEL, DEEP = 0.5, 4  # steps of a request's shift, and how many there are in each direction
+EVEN = 0.25  # p(1 - p) of an even chance
+MEMORY = 128  # tests after which a shift that nothing supports has faded
+MOST_EVIDENCE = EVEN * 64  # so that a request whose text changes is followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,13 @@ class Limits:
     max_width: int = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestView:
-    """One request that could draft in this step.
+    """One request that could draft in this step, and what its own drafts taught.
 
-    max_depth, width: its own upper bounds, None when it states none. remaining: tokens it may still emit.
-    drafted: draft depths summed over its drafting steps (path lengths, not tree nodes); accepted: draft tokens kept in them;
-    steps: how many such steps, 0 when unknown.
+    max_depth, width: its own upper bounds, None when it states none. remaining: tokens it may still emit. kind: the class of requests that
+    it shares keep rates with. priority: 0 interactive, 1 normal, 2 batch. shift: added to the log-odds of the keep rates; evidence: how
+    much it rests on, in units of p(1 - p); level: the shift in whole steps of LEVEL, between -DEEP and DEEP.
     """
 
     request_id: str
@@ -47,9 +51,20 @@ class RequestView:
     max_depth: int | None = None
     width: int | None = None
     remaining: int = 1 << 20
-    drafted: int = 0
-    accepted: int = 0
-    steps: int = 0
+    kind: str = ""
+    priority: int = 1
+    shift: float = 0.0
+    evidence: float = 0.0
+    level: int = 0
+
+    def learn(self, expected: float, kept: bool, shrinkage: float) -> None:
+        """Take one tested token into account: online logistic regression with a bias only, under a normal prior worth `shrinkage` tests.
+
+        expected: the keep rate that was believed, the shift included.
+        """
+        self.evidence = min(self.evidence + expected * (1 - expected), MOST_EVIDENCE)
+        self.shift += (kept - expected - self.shift * EVEN / MEMORY) / (self.evidence + EVEN * shrinkage)
+        self.level = max(-DEEP, min(DEEP, round(self.shift / LEVEL)))
 
 
 def deepest(request: RequestView, limits: Limits) -> int:
@@ -73,6 +88,8 @@ def settled(request: RequestView, limits: Limits, width: int) -> Decision:
 
 def clip(wish: Decision, request: RequestView, limits: Limits) -> Decision:
     """The wish within the request's bounds."""
+    if wish.depth <= 0:
+        return OFF
     depth, width = deepest(request, limits), widest(request, limits)
     if 0 < wish.depth <= depth and 0 < wish.width <= width:
         return wish

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.cost import CostTable
@@ -13,7 +13,9 @@ from policies.kinds import Policy
 from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, clip, settled
 from policies.off import OffPolicy
-from policies.survival import SurvivalCurve
+from policies.survival import Node, SurvivalCurve
+
+FOREVER = 1 << 30  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +35,12 @@ class Plan:
         model: str,
         policy: Policy,
         cost: CostTable | None = None,
-        survival: SurvivalCurve | None = None,
+        curves: Mapping[str, SurvivalCurve] | None = None,
         limits: Limits | None = None,
         published: float = 0.0,
     ) -> Plan:
-        """A plan from its parts; what is left out is unmeasured."""
-        unmeasured = Knowledge()
-        known = Knowledge(cost or unmeasured.cost, survival or unmeasured.survival, limits or unmeasured.limits)
-        return cls(version, model, policy, known, published)
+        """A plan from its parts; what is left out is unmeasured. curves: survival by class of requests."""
+        return cls(version, model, policy, Knowledge(cost or CostTable(), curves or {}, limits or Limits()), published)
 
     @property
     def cost(self) -> CostTable:
@@ -59,30 +59,55 @@ class Plan:
         if isinstance(self.policy, OffPolicy):
             return [OFF] * len(requests)
         wishes = self.policy.decide(load, requests, self.knowledge, step)
-        return self._within(wishes, load, requests)
+        return self._within(wishes, load, requests) if wishes else wishes
+
+    def holds(self, step: int, requests: int) -> int:
+        """The first step after that one at which something else may be decided for the same requests, of which so many run."""
+        if isinstance(self.policy, GoodputPolicy):
+            return self.policy.holds(step, requests, self.knowledge)
+        return step + FOREVER
+
+    def prune(self, load: Load, requests: Sequence[RequestView], drafts: Sequence[Sequence[Node]], step: int) -> list[Sequence[int] | None]:
+        """The nodes of each drawn draft that are worth verifying in that step, parents first; None for all of them.
+
+        Only the policy `goodput` prunes, and never the draft of a request that fixes its depth.
+        """
+        if not isinstance(self.policy, GoodputPolicy):
+            return [None] * len(drafts)
+        return self.policy.prune(load, requests, drafts, self.knowledge, step)
 
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""
-        decisions = self._ordinary(load, requests)
         running = max(load.running, len(requests), 1)
-        tokens = running + sum(self.survival.expected(d.depth) * self.survival.coverage for d in decisions)
-        rows = running + sum(d.nodes for d in decisions) * self.cost.fill
-        depth = max((d.depth for d in decisions), default=0)
-        seconds = self.cost.step(running, rows, load.context, sum(d.depth > 0 for d in decisions), depth)
-        return Forecast(tuple(decisions), tokens, seconds, float(running), self.cost.off(running, load.context))
+        decisions, tokens, rows = self._ordinary(load, requests)
+        depth, drafting = max((d.depth for d in decisions), default=0), sum(d.depth > 0 for d in decisions)
+        seconds = off = self.cost.off(running, load.context)
+        if drafting:
+            seconds = self.cost.forward(running, running + rows, load.context)
+            seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth)
+        return Forecast(tuple(decisions), tokens, running + rows, seconds, float(running), off)
 
-    def _ordinary(self, load: Load, requests: Sequence[RequestView]) -> list[Decision]:
-        if not isinstance(self.policy, GoodputPolicy):
-            return self.decide(load, requests, 1)
-        return self._within(self.policy.ordinary(load, requests, self.knowledge), load, requests)
+    def _ordinary(self, load: Load, requests: Sequence[RequestView]) -> tuple[list[Decision], float, float]:
+        """Decisions, tokens, and rows beyond one a request."""
+        if isinstance(self.policy, GoodputPolicy):
+            wishes, choice = self.policy.ordinary(load, requests, self.knowledge)
+            return self._within(wishes, load, requests), choice.tokens, choice.rows
+        decisions = self.decide(load, requests, 1)
+        tokens, rows = float(max(load.running, len(requests), 1)), 0.0
+        for request, decided in zip(requests, decisions, strict=True):
+            if decided.depth:
+                yields = self.knowledge.yields(request.kind, request.level)
+                d = min(decided.depth, len(yields.tokens)) - 1
+                tokens, rows = tokens + yields.tokens[d][0], rows + yields.rows[d][0]
+        return decisions, tokens, rows
 
     def _within(self, wishes: Sequence[Decision], load: Load, requests: Sequence[RequestView]) -> list[Decision]:
         return _fit([self._one(w, r) for w, r in zip(wishes, requests, strict=True)], requests, load.free_slots)
 
     def _one(self, wish: Decision, request: RequestView) -> Decision:
         if request.mode == "fixed":
-            return settled(request, self.limits, self._width())
-        return clip(wish, request, self.limits)
+            return settled(request, self.knowledge.limits, self._width())
+        return wish if wish is OFF else clip(wish, request, self.knowledge.limits)
 
     def _width(self) -> int:
         """Width of a request that fixes its depth only."""
@@ -92,7 +117,7 @@ class Plan:
 
 def _fit(decisions: list[Decision], requests: Sequence[RequestView], free_slots: int) -> list[Decision]:
     """Shorten the deepest free drafts until all nodes fit in the free slots."""
-    over = sum(d.nodes for d in decisions) - free_slots
+    over = sum(d.depth * d.width for d in decisions) - free_slots
     while over > 0:
         depth, index = max((d.depth if r.mode == "auto" else 0, -i) for i, (d, r) in enumerate(zip(decisions, requests, strict=True)))
         if not depth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 LONGEST = 120.0  # seconds; a slower step is a stall, not a cost
 SHORTEST = 1e-7  # seconds; no forward is faster
@@ -15,8 +15,7 @@ class StepSample:
 
     requests: in the step; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
     tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: wall time of the whole step, drafting
-    included; draft_seconds: drafting alone; prefill: forced prompt tokens in the forward, 0 for a pure decoding step;
-    budget: draft nodes allowed in all (sum of depth x width), 0 when unknown.
+    included; draft_seconds: drafting alone; prefill: forced prompt tokens in the forward, 0 for a pure decoding step.
     """
 
     requests: int
@@ -27,11 +26,14 @@ class StepSample:
     seconds: float
     draft_seconds: float = 0.0
     prefill: int = 0
-    budget: int = 0
 
     def sane(self) -> bool:
         """True if the numbers can belong to one real step: finite, ordered, consistent."""
-        return all(isinstance(n, (int, float)) and math.isfinite(n) for n in astuple(self)) and self._counts() and self._times()
+        try:
+            numbers = (self.requests, self.drafting, self.rows, self.context, self.depth, self.seconds, self.draft_seconds, self.prefill)
+            return all(map(math.isfinite, numbers)) and self._counts() and self._times()
+        except TypeError:  # something is no number
+            return False
 
     def _counts(self) -> bool:
         return (
@@ -40,7 +42,6 @@ class StepSample:
             and 0 <= self.context <= 1 << 40
             and 0 <= self.depth <= 256
             and 0 <= self.prefill <= self.rows
-            and self.budget >= 0
             and not (self.drafting and not self.depth)
         )
 

@@ -1,12 +1,15 @@
-"""How deep drafts survive: counts with risk sets, an estimate that forgets, a curve blended with a request's own history.
+"""How drafted tokens fare: keep rates by depth and by the drafter's confidence, with risk sets and forgetting.
 
-A draft of depth D that kept a tokens tells that depths 1..a survived and, if a < D, that depth a+1 failed; deeper ones were not tried, and
-when all was kept the next depth is censored. So the keep rates per depth are Kaplan-Meier hazards, and survival is their product.
+A drafted token is tested when the one before it was kept. So the keep rates per depth are Kaplan-Meier hazards: what was never reached is
+censored, and survival is the product along the path. Confidence is binned, and every bin's keep rate is counted, so the drafter's word is
+calibrated whatever scale it speaks in; bin 0 holds drafters that say nothing.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -14,135 +17,169 @@ from statistics import median
 from typing import Any
 
 DEEPEST = 64
-LEVELS = 8  # steps of a request's skill in each direction
-SPREAD = 0.08  # width of one step, in log keep rate
+EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidence
+BINS = len(EDGES) + 2
+CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))  # of the bins from 1 on
+PROFILES = 32  # latest drafts remembered whole
+REPORTED = 16  # of them in one report
+OWN = 8.0  # pseudo-trials of a bin over all depths in its rate at one depth
+SURE = 0.999  # no keep rate is believed beyond this, or below its complement
+
+Node = tuple[int, int]  # of a draft: parent (index among the drafted nodes, -1: the text) and bin
+Rates = tuple[tuple[float, ...], ...]  # keep rates [depth - 1][bin]
+
+
+def bin_of(confidence: float) -> int:
+    """The bin of a drafter's confidence; 0 for a negative one, which says nothing."""
+    return 0 if confidence < 0 else 1 + bisect_right(EDGES, confidence)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One draft as it was drawn, before anything was pruned: how deep it was allowed to go, and its nodes, parents first."""
+
+    allowed: int
+    nodes: tuple[Node, ...] = ()
+
+    def sane(self) -> bool:
+        """True if this can be a draft."""
+        size = 0 <= self.allowed <= DEEPEST and len(self.nodes) <= 1024
+        return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))
 
 
 @dataclass(slots=True)
 class DepthCounts:
-    """Per depth d = 1.. : trials[d] drafts were tested there, survived[d] of them were kept. Index 0 is not used.
+    """Drafted tokens that were tested, [depth][bin], and how many of them were kept. Depth 0 is not used.
 
-    skipped: times a request was allowed to draft and the drafter proposed nothing.
+    predicted: [bin] the sum of the keep rates that were expected of them. profiles: the latest drafts.
     """
 
-    trials: list[int] = field(default_factory=lambda: [0])
-    survived: list[int] = field(default_factory=lambda: [0])
-    skipped: int = 0
+    trials: list[list[int]] = field(default_factory=lambda: [[0] * BINS])
+    survived: list[list[int]] = field(default_factory=lambda: [[0] * BINS])
+    predicted: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    profiles: list[Profile] = field(default_factory=list)
+
+    def test(self, depth: int, bin: int, kept: bool, expected: float = 0.0) -> None:
+        """Count one drafted token whose predecessor was kept. ValueError for a depth or bin that cannot be."""
+        if not (1 <= depth <= DEEPEST and 0 <= bin < BINS):
+            raise ValueError(f"no draft reaches depth {depth} with confidence in bin {bin}")
+        while len(self.trials) <= depth:
+            self.trials.append([0] * BINS)
+            self.survived.append([0] * BINS)
+        self.trials[depth][bin] += 1
+        self.survived[depth][bin] += kept
+        self.predicted[bin] += expected
 
     def add(self, drafted_depth: int, accepted: int) -> None:
-        """Count one request's draft of `drafted_depth` tokens of which the first `accepted` were kept. ValueError if that cannot be."""
+        """Count a chain of `drafted_depth` tokens of unknown confidence with the first `accepted` kept. ValueError if impossible."""
         if not 0 <= accepted <= drafted_depth <= DEEPEST:
             raise ValueError(f"a draft of {drafted_depth} cannot keep {accepted}")
-        self._grow(drafted_depth)
-        for depth in range(1, accepted + 1):
-            self.trials[depth] += 1
-            self.survived[depth] += 1
-        if accepted < drafted_depth:
-            self.trials[accepted + 1] += 1
+        for depth in range(1, min(accepted + 1, drafted_depth) + 1):
+            self.test(depth, 0, depth <= accepted)
 
-    def skip(self) -> None:
-        """Count one request that was allowed to draft and got no proposal."""
-        self.skipped += 1
+    @property
+    def curious(self) -> bool:
+        """Whether there is room for another draft in this report."""
+        return len(self.profiles) < REPORTED
+
+    def drew(self, profile: Profile) -> None:
+        """Remember a draft."""
+        self.profiles.append(profile)
 
     def sane(self) -> bool:
-        """True if these can be counts: whole, non-negative, survivors within trials, deeper trials within shallower survivors."""
-        if len(self.trials) != len(self.survived) or not 1 <= len(self.trials) <= DEEPEST + 1:
+        """True if these can be counts: whole, non-negative, survivors within trials, no deeper trials without survivors above."""
+        rows = [*self.trials, *self.survived]
+        if len(self.trials) != len(self.survived) or not 1 <= len(self.trials) <= DEEPEST + 1 or any(len(r) != BINS for r in rows):
             return False
-        counts = [*self.trials, *self.survived, self.skipped]
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) and 0 <= n <= 1 << 40 for n in counts):
+        if len(self.predicted) != BINS or not all(map(_count, [*(n for row in rows for n in row), *self.predicted])):
             return False
-        nested = all(t <= s for t, s in zip(self.trials[2:], self.survived[1:], strict=False))
-        return nested and all(s <= t for s, t in zip(self.survived, self.trials, strict=True))
+        if not all(s <= t for kept, tried in zip(self.survived, self.trials, strict=True) for s, t in zip(kept, tried, strict=True)):
+            return False
+        reached = all(sum(t) <= DEEPEST * sum(s) for t, s in zip(self.trials[2:], self.survived[1:], strict=False))
+        return reached and len(self.profiles) <= REPORTED and all(isinstance(p, Profile) and p.sane() for p in self.profiles)
 
-    def _grow(self, depth: int) -> None:
-        missing = depth + 1 - len(self.trials)
-        if missing > 0:
-            self.trials.extend([0] * missing)
-            self.survived.extend([0] * missing)
+
+def _count(n: object) -> bool:
+    return isinstance(n, (int, float)) and math.isfinite(n) and 0 <= n <= 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
 class SurvivalCurve:
-    """keep[d-1]: probability that depth d is kept given that d-1 was. coverage: share of allowed drafts the drafter really proposes.
+    """keep[d-1]: probability that depth d is kept given that d-1 was, whatever the confidence; rates: the same by confidence.
 
-    evidence: trials (after forgetting) behind keep[0].
+    evidence: trials (after forgetting) behind keep[0]. profiles: the latest drafts. error: the expected calibration error of the rates
+    (mean distance between what was predicted and what was kept, over bins, weighted by trials; Guo et al., arXiv 1706.04599).
     """
 
     keep: tuple[float, ...]
-    coverage: float = 1.0
+    rates: Rates = ()
+    profiles: tuple[Profile, ...] = ()
     evidence: float = 0.0
+    error: float = 0.0
 
-    def survive(self, depth: int, skill: int = 0) -> float:
-        """Probability that a draft of `depth` tokens is wholly kept, for a request of that skill."""
-        return self.products(depth, skill)[-1] if depth > 0 else 1.0
+    def survive(self, depth: int) -> float:
+        """Probability that a draft of `depth` tokens is wholly kept."""
+        return self.products(depth)[-1] if depth > 0 else 1.0
 
-    def products(self, depth: int, skill: int = 0) -> tuple[float, ...]:
+    def products(self, depth: int) -> tuple[float, ...]:
         """Survival at depths 1..depth; beyond the estimated depths the last keep rate goes on. Never rises with depth."""
-        scale, product, out = math.exp(skill * SPREAD), 1.0, []
-        for d in range(depth):
-            product *= min(1.0, self.keep[min(d, len(self.keep) - 1)] * scale)
-            out.append(product)
-        return tuple(out)
+        return tuple(accumulate((self.keep[min(d, len(self.keep) - 1)] for d in range(depth)), lambda a, b: a * b))
 
-    def expected(self, depth: float) -> float:
-        """Draft tokens kept on average by a draft of that depth (which may be fractional, a mean)."""
-        whole = int(depth)
-        products = self.products(whole + 1)
-        return sum(products[:whole]) + (depth - whole) * products[whole]
+    def expected(self, depth: int) -> float:
+        """Draft tokens kept on average by a draft of that depth."""
+        return sum(self.products(depth))
 
-    def kept_by_depth(self) -> tuple[float, ...]:
-        """Draft tokens kept on average by drafts of depth 0, 1, .. as deep as was estimated."""
-        return (0.0, *accumulate(self.products(len(self.keep))))
+    def table(self, shift: float) -> Rates:
+        """Keep rates [depth - 1][bin] with that much added to their log-odds. Without any by confidence, those of the depth."""
+        factor = math.exp(shift)
+        rows = self.rates or tuple((k,) * BINS for k in self.keep)
+        return tuple(tuple(_shifted(rate, factor) for rate in row) for row in rows)
 
 
-def skill(kept: Sequence[float], drafted: int, accepted: int, steps: int, shrinkage: float) -> int:
-    """A request's own history as a shift of the keep rates, in steps of SPREAD, shrunk to 0 by `shrinkage` pseudo-steps.
-
-    kept: `kept_by_depth` of all requests. First order in the shift: if every keep rate is scaled by c, a draft of mean depth d keeps about
-    c^((d+1)/2) times as much.
-    """
-    if drafted <= 0:
-        return 0
-    top = len(kept) - 1
-    depth = min(max(drafted / steps if steps > 0 else top / 2, 1.0), top)
-    low = min(int(depth), top - 1)
-    usual = max(kept[low] + (depth - low) * (kept[low + 1] - kept[low]), 1e-3)
-    ratio = (max(0, min(accepted, drafted)) + shrinkage * usual) / ((drafted / depth + shrinkage) * usual)
-    shift = math.log(max(ratio, 1e-6)) * 2.0 / (depth + 1.0)
-    return max(-LEVELS, min(LEVELS, round(shift / SPREAD)))
+def _shifted(rate: float, factor: float) -> float:
+    rate = min(max(rate, 1 - SURE), SURE)
+    return rate * factor / (1 - rate + rate * factor)
 
 
 class Survival:
-    """The estimate for one model, drafter and version: counts that halve every `half_life` engine steps, under a weak prior.
+    """The estimate for one model, drafter, version and class of requests: counts that halve every `half_life` engine steps.
 
-    The prior of depth 1 is `prior` worth `weight` trials; that of a deeper depth is the estimate one above it, so what is learned at a
-    shallow depth carries to depths that were not tried lately.
+    prior: the keep rate assumed before any data, worth `weight` trials.
     """
 
-    def __init__(self, prior: float = 0.6, weight: float = 4.0, half_life: float = 1000.0) -> None:
-        self.prior, self.weight, self.half_life = prior, weight, half_life
-        self.trials: list[float] = [0.0]
-        self.survived: list[float] = [0.0]
-        self.skipped = 0.0
+    def __init__(self, half_life: float = 2000.0, prior: float = 0.6, weight: float = 4.0) -> None:
+        self.half_life, self.prior, self.weight = half_life, prior, weight
+        self.trials = [[0.0] * BINS]
+        self.survived = [[0.0] * BINS]
+        self.predicted = [0.0] * BINS
+        self.judged = [[0.0, 0.0] for _ in range(BINS)]  # trials and survivors that a prediction went with
+        self.profiles: deque[Profile] = deque(maxlen=PROFILES)
 
     def add(self, counts: DepthCounts, steps: int = 1) -> None:
-        """Take in what `steps` engine steps counted. ValueError, and nothing taken, if the counts cannot be true."""
+        """Forget as `steps` engine steps warrant, then take in counts. ValueError, and nothing changed, if they are not sane."""
         if not counts.sane():
             raise ValueError("not the counts of real drafts")
         self.fade(0.5 ** (max(steps, 0) / self.half_life))
-        missing = len(counts.trials) - len(self.trials)
-        self.trials.extend([0.0] * missing)
-        self.survived.extend([0.0] * missing)
+        while len(self.trials) < len(counts.trials):
+            self.trials.append([0.0] * BINS)
+            self.survived.append([0.0] * BINS)
         for d in range(1, len(counts.trials)):
-            self.trials[d] += counts.trials[d]
-            self.survived[d] += counts.survived[d]
-        self.skipped += counts.skipped
+            for b in range(BINS):
+                self.trials[d][b] += counts.trials[d][b]
+                self.survived[d][b] += counts.survived[d][b]
+        for b, predicted in enumerate(counts.predicted):
+            if predicted > 0:
+                self.predicted[b] += predicted
+                self.judged[b][0] += sum(row[b] for row in counts.trials)
+                self.judged[b][1] += sum(row[b] for row in counts.survived)
+        self.profiles.extend(counts.profiles)
 
     def fade(self, factor: float) -> None:
         """Keep only `factor` of the evidence."""
-        self.trials = [n * factor for n in self.trials]
-        self.survived = [n * factor for n in self.survived]
-        self.skipped *= factor
+        for table in (self.trials, self.survived, self.judged):
+            for row in table:
+                row[:] = [n * factor for n in row]
+        self.predicted = [n * factor for n in self.predicted]
 
     def survive(self, depth: int) -> float:
         """Probability that a draft of `depth` tokens is wholly kept."""
@@ -152,25 +189,52 @@ class Survival:
         """Keep rates of depths 1..depth as they stand."""
         keep, prior = [], self.prior
         for d in range(1, depth + 1):
-            trials, survived = (self.trials[d], self.survived[d]) if d < len(self.trials) else (0.0, 0.0)
-            prior = (survived + self.weight * prior) / (trials + self.weight)
+            trials, survived = self._at(d)
+            prior = (sum(survived) + self.weight * prior) / (sum(trials) + self.weight)
             keep.append(prior)
-        first = self.trials[1] if len(self.trials) > 1 else 0.0
-        return SurvivalCurve(tuple(keep), (first + 1.0) / (first + self.skipped + 1.0), first)
+        return SurvivalCurve(tuple(keep), self._rates(keep), tuple(self.profiles), sum(self._at(1)[0]), self._error())
+
+    def _at(self, depth: int) -> tuple[list[float], list[float]]:
+        return (self.trials[depth], self.survived[depth]) if depth < len(self.trials) else ([0.0] * BINS, [0.0] * BINS)
+
+    def _rates(self, keep: Sequence[float]) -> Rates:
+        """By confidence: a bin's rate over all depths, drawn towards its centre, is the prior of its rate at each depth."""
+        whole = []
+        for b in range(1, BINS):
+            trials, survived = sum(row[b] for row in self.trials), sum(row[b] for row in self.survived)
+            whole.append((survived + self.weight * CENTRES[b - 1]) / (trials + self.weight))
+        rows = []
+        for d, marginal in enumerate(keep, 1):
+            tried, kept = self._at(d)
+            rows.append(tuple((s + OWN * p) / (t + OWN) for s, t, p in zip(kept, tried, (marginal, *whole), strict=True)))
+        return tuple(rows)
+
+    def _error(self) -> float:
+        total = sum(trials for trials, _ in self.judged)
+        return sum(abs(p - s) for p, (_, s) in zip(self.predicted, self.judged, strict=True)) / total if total > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"trials": self.trials, "survived": self.survived, "skipped": self.skipped}
+        return {"trials": self.trials, "survived": self.survived}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **settings: float) -> Survival:
         """The estimate that `to_dict` wrote. ValueError if it is not one."""
-        trials, survived, skipped = data["trials"], data["survived"], data["skipped"]
-        numbers = [*trials, *survived, skipped]
-        possible = all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers)
-        if not possible or len(trials) != len(survived) or not 1 <= len(trials) <= DEEPEST + 1:
+        trials, survived = data["trials"], data["survived"]
+        rows = [*trials, *survived]
+        if len(trials) != len(survived) or not 1 <= len(trials) <= DEEPEST + 1:
+            raise ValueError("not a survival estimate")
+        if not all(isinstance(row, list) and len(row) == BINS for row in rows):
+            raise ValueError("not a survival estimate")
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for row in rows for n in row):
             raise ValueError("not a survival estimate")
         made = cls(**settings)
-        made.trials, made.survived, made.skipped = [float(n) for n in trials], [float(n) for n in survived], float(skipped)
+        made.trials, made.survived = [[float(n) for n in row] for row in trials], [[float(n) for n in row] for row in survived]
+        return made
+
+    def heir(self, share: float) -> Survival:
+        """A copy with that share of the evidence, and without the drafts of the past."""
+        made = Survival.from_dict(self.to_dict(), half_life=self.half_life, prior=self.prior, weight=self.weight)
+        made.fade(share)
         return made
 
 
@@ -179,11 +243,17 @@ def pooled(estimates: Sequence[Survival], depth: int, tolerance: float = 0.15) -
 
     From three replicas on, each keep rate is first brought within `tolerance` of the replicas' median, so that one that lies moves little.
     """
-    curves = [e.curve(depth) for e in estimates] or [Survival().curve(depth)]
-    weights = [[1.0 + (e.trials[d] if d < len(e.trials) else 0.0) for d in range(1, depth + 1)] for e in estimates] or [[1.0] * depth]
-    keep = [_agreed([c.keep[d] for c in curves], [w[d] for w in weights], tolerance) for d in range(depth)]
-    coverage = median(c.coverage for c in curves)
-    return SurvivalCurve(tuple(keep), coverage, sum(c.evidence for c in curves))
+    if len(estimates) < 2:
+        return (estimates[0] if estimates else Survival()).curve(depth)
+    curves = [e.curve(depth) for e in estimates]
+    weights = [[[1.0 + n for n in e._at(d)[0]] for d in range(1, depth + 1)] for e in estimates]
+    keep = tuple(_agreed([c.keep[d] for c in curves], [sum(w[d]) for w in weights], tolerance) for d in range(depth))
+    rates = tuple(
+        tuple(_agreed([c.rates[d][b] for c in curves], [w[d][b] for w in weights], tolerance) for b in range(BINS)) for d in range(depth)
+    )
+    share = max(PROFILES // len(curves), 1)
+    profiles = tuple(p for c in curves for p in c.profiles[-share:])[:PROFILES]
+    return SurvivalCurve(keep, rates, profiles, sum(c.evidence for c in curves), median(c.error for c in curves))
 
 
 def _agreed(values: Sequence[float], weights: Iterable[float], tolerance: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from policies.load import Limits, Load
@@ -10,6 +11,7 @@ from policies.step import StepSample
 from policies.survival import DEEPEST, DepthCounts
 
 MOST_STEPS = 4096  # samples read of one report
+MOST_CLASSES = 16  # classes of requests read of one report
 NAME = 256  # characters of a name
 
 
@@ -18,7 +20,8 @@ class Telemetry:
     """Since the last report of this replica.
 
     sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
-    them); survival: drafts tested since; tokens: emitted since; plan_version: of the plan in force, 0 for none; limits: the drafter's.
+    them); survival: drafts tested since, by class of requests; tokens: emitted since; deciding: seconds spent on decisions since; switches:
+    steps since that drafted differently from the one before; plan_version: of the plan in force, 0 for none; limits: the drafter's.
     """
 
     replica: str
@@ -28,8 +31,10 @@ class Telemetry:
     sequence: int
     load: Load
     steps: tuple[StepSample, ...] = ()
-    survival: DepthCounts = field(default_factory=DepthCounts)
+    survival: Mapping[str, DepthCounts] = field(default_factory=dict)
     tokens: int = 0
+    deciding: float = 0.0
+    switches: int = 0
     plan_version: int = 0
     limits: Limits | None = None
 
@@ -44,11 +49,20 @@ class Telemetry:
             self,
             load=self.load if isinstance(self.load, Load) and self.load.sane() else Load(),
             steps=tuple(s for s in self.steps[-MOST_STEPS:] if isinstance(s, StepSample) and s.sane()),
-            survival=self.survival if isinstance(self.survival, DepthCounts) and self.survival.sane() else DepthCounts(),
+            survival=self._drafts(),
             tokens=self.tokens if _count(self.tokens) else 0,
+            deciding=self.deciding if _count(self.deciding) else 0.0,
+            switches=self.switches if _count(self.switches) else 0,
             plan_version=self.plan_version if _count(self.plan_version) else 0,
             limits=self.limits if isinstance(self.limits, Limits) and _possible(self.limits) else None,
         )
+
+
+    def _drafts(self) -> dict[str, DepthCounts]:
+        """The counts that can be true, of a believable number of classes."""
+        told = self.survival if isinstance(self.survival, Mapping) else {}
+        named = [(k, c) for k, c in told.items() if isinstance(k, str) and len(k) <= NAME and isinstance(c, DepthCounts)][:MOST_CLASSES]
+        return {kind: counts for kind, counts in named if counts.sane()}
 
 
 def _possible(limits: Limits) -> bool:

@@ -1,4 +1,4 @@
-"""The plan in force on one replica: asked for budgets at every step, told what every step cost, and heard from a few times a second.
+"""The plan in force on one replica: asked for budgets, shown what was drafted, told what every step cost, heard from a few times a second.
 
 Keeps the last plan while the policy actor is away. Called by the engine's thread; `report` and `adopt` come from the event loop.
 """
@@ -8,15 +8,37 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
 
-from engine.drafter import Drafter
+from engine.drafter import Draft, Drafter
 from engine.engine import Candidate, Load, StepReport
-from engine.tree import Budget
-from policies import Decision, DepthCounts, Limits, Plan, RequestView, StepSample, Telemetry
+from engine.request import Request
+from engine.tree import Budget, Tree
+from policies import DepthCounts, GoodputPolicy, Limits, Plan, Profile, RequestView, StepSample, Telemetry, bin_of
 from policies import Load as PolicyLoad
 from services.protocol import Speculation
 
 MOST_SAMPLES = 1024  # steps remembered between two reports
+Nodes = tuple[tuple[int, int], ...]
+SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a plan decided for some requests, and the step at which it has to be asked again."""
+
+    plan: Plan
+    names: list[str]
+    running: int
+    until: int
+    budgets: list[Budget]
+    drafting: int
+    depth: int
+
+    def stands(self, plan: Plan, step: int, running: int, names: list[str]) -> bool:
+        """Whether it is still what that plan decides for these requests."""
+        return plan is self.plan and step < self.until and running == self.running and names == self.names
 
 
 class Pilot:
@@ -28,10 +50,15 @@ class Pilot:
         self.limits = Limits(0, 0)
         self.lock = threading.Lock()
         self.samples: deque[StepSample] = deque(maxlen=MOST_SAMPLES)
-        self.survival = DepthCounts()
-        self.tokens = self.sequence = self.steps = 0
+        self.survival: dict[str, DepthCounts] = {}
+        self.tokens = self.sequence = self.steps = self.switches = 0
+        self.deciding = 0.0  # seconds
         self.load = PolicyLoad()
-        self.asked: dict[str, Decision] = {}
+        self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
+        self.order: Order | None = None
+        self.drafting = self.depth = 0  # of this step: requests that draft, and how deep at most
+        self.last_depth = 0
+        self.drawn: list[tuple[str, int, Nodes]] = []  # of this step: class of request, depth allowed, draft
 
     def take(self, drafter: Drafter | None) -> None:
         """Fly this drafter from now on."""
@@ -47,30 +74,84 @@ class Pilot:
     # -- in the engine's thread ---------------------------------------------------------------------------------------------
 
     def budgets(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
-        """What the plan gives each request in this step."""
-        seen = PolicyLoad(load.running, load.waiting, load.context, load.free)
-        decisions = self.plan.decide(seen, [view(c) for c in candidates], self.steps)
-        self.asked = {c.request.id: d for c, d in zip(candidates, decisions, strict=True) if d.depth > 0}
-        return [Budget.of(d.depth, d.width) for d in decisions]
+        """What the plan gives each request in this step. What was decided for the same requests holds for a few steps."""
+        begun = perf_counter()
+        names = [c.request.id for c in candidates]
+        order = self.order
+        if order is None or not order.stands(self.plan, self.steps, load.running, names):
+            order = self.order = self.decide(load, names, candidates)
+        self.drafting, self.depth = order.drafting, order.depth
+        self.deciding += perf_counter() - begun
+        return order.budgets
+
+    def decide(self, load: Load, names: list[str], candidates: Sequence[Candidate]) -> Order:
+        """Ask the plan."""
+        plan = self.plan
+        self.views = {c.request.id: self.view(c) for c in candidates}
+        decisions = plan.decide(seen(load), list(self.views.values()), self.steps)
+        budgets = [Budget.of(d.depth, d.width) for d in decisions]
+        depth = max((d.depth for d in decisions), default=0)
+        until = plan.holds(self.steps, load.running)
+        return Order(plan, names, load.running, until, budgets, sum(d.depth > 0 for d in decisions), depth)
+
+    def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
+        """Cut off the drafted nodes that the plan does not think worth verifying."""
+        begun = perf_counter()
+        views = [self.views[draft.request] for draft in drafts]
+        shapes = [shape(draft.tree) for draft in drafts]
+        for draft, nodes in zip(drafts, self.plan.prune(seen(load), views, shapes, self.steps), strict=True):
+            if nodes is not None:
+                draft.tree.cut([draft.tree.forced + node for node in nodes])
+        self.drawn = [(v.kind, d.budget.depth, nodes) for v, d, nodes in zip(views, drafts, shapes, strict=True)]
+        self.deciding += perf_counter() - begun
 
     def observe(self, report: StepReport) -> None:
         """Remember what a step cost and how its drafts fared."""
-        asked, self.asked = self.asked, {}
+        drawn, drafting, depth = self.drawn, self.drafting, self.depth
+        self.drawn, self.drafting, self.depth = [], 0, 0
         if not report.requests:
             return
         with self.lock:
             self.steps += 1
+            self.switches += depth != self.last_depth
+            self.last_depth = depth
             self.tokens += report.emitted
-            self.load = PolicyLoad(report.load.running, report.load.waiting, report.load.context, report.load.free)
-            self.samples.append(sample(report, asked))
-            self.tally(report, asked)
+            self.load = seen(report.load)
+            self.samples.append(sample(report, drafting, depth))
+            if drawn:
+                self.tally(report, drawn)
 
-    def tally(self, report: StepReport, asked: dict[str, Decision]) -> None:
-        """Count survival by depth: what a stop cut short says nothing about the depth after it."""
-        for draft in report.verified:
-            self.survival.add(draft.accepted if draft.censored else draft.depth, draft.accepted)
-        for _ in range(len(asked) - len(report.verified)):
-            self.survival.skip()
+    def tally(self, report: StepReport, drawn: Sequence[tuple[str, int, Nodes]]) -> None:
+        """Count what became of every drafted token that was tested, and let its request learn from it."""
+        knowledge, policy = self.plan.knowledge, self.plan.policy
+        shrinkage = policy.shrinkage if isinstance(policy, GoodputPolicy) else SHRINKAGE
+        for kind, allowed, nodes in drawn:
+            counts = self.counts(kind)
+            if counts.curious:
+                counts.drew(Profile(allowed, nodes))
+        for verified in report.verified:
+            view = self.views[verified.request]
+            counts, table = self.counts(view.kind), knowledge.table(view.kind, view.level)
+            for depth, confidence, kept in verified.nodes:
+                bin = bin_of(confidence)
+                expected = table[min(depth, len(table)) - 1][bin]
+                counts.test(depth, bin, kept, expected)
+                view.learn(expected, kept, shrinkage)
+
+    def counts(self, kind: str) -> DepthCounts:
+        if kind not in self.survival:
+            self.survival[kind] = DepthCounts()
+        return self.survival[kind]
+
+    def view(self, candidate: Candidate) -> RequestView:
+        """A request as a policy sees it, with what its own drafts taught."""
+        request = candidate.request
+        known = self.views.get(request.id)
+        if known is None:
+            wish = request.limits if isinstance(request.limits, Speculation) else Speculation()
+            known = RequestView(request.id, wish.mode, wish.max_depth, wish.width, kind=kind(request), priority=request.priority)
+        known.remaining = candidate.remaining
+        return known
 
     # -- in the event loop --------------------------------------------------------------------------------------------------
 
@@ -88,11 +169,13 @@ class Pilot:
                 steps=tuple(self.samples),
                 survival=self.survival,
                 tokens=self.tokens,
+                deciding=self.deciding,
+                switches=self.switches,
                 plan_version=self.plan.version,
                 limits=self.limits,
             )
             self.samples.clear()
-            self.survival, self.tokens = DepthCounts(), 0
+            self.survival, self.tokens, self.deciding, self.switches = {}, 0, 0.0, 0
         return telemetry
 
     def rest(self) -> None:
@@ -101,24 +184,31 @@ class Pilot:
             self.load = PolicyLoad(free_slots=self.load.free_slots)
 
 
-def view(candidate: Candidate) -> RequestView:
-    """A request as a policy sees it."""
-    wish, stats = candidate.request.limits, candidate.stats
-    wish = wish if isinstance(wish, Speculation) else Speculation()
-    return RequestView(
-        candidate.request.id, wish.mode, wish.max_depth, wish.width, candidate.remaining, stats.depth_sum, stats.accepted, stats.drafts
-    )
+def seen(load: Load) -> PolicyLoad:
+    """The engine's load as a policy sees it."""
+    return PolicyLoad(load.running, load.waiting, load.context, load.free)
 
 
-def sample(report: StepReport, asked: dict[str, Decision]) -> StepSample:
+def kind(request: Request) -> str:
+    """The class of requests whose drafts fare alike."""
+    drawn = "greedy" if request.params.temperature <= 0 else "sampled"
+    return f"{drawn}, predicted" if request.prediction else drawn
+
+
+def shape(tree: Tree) -> Nodes:
+    """A drafted tree's nodes as a policy sees them: parent among the drafted nodes, and bin of confidence."""
+    first = tree.forced
+    return tuple([(p - first if p >= first else -1, bin_of(c)) for p, c in zip(tree.parents[first:], tree.confidence, strict=True)])
+
+
+def sample(report: StepReport, drafting: int, depth: int) -> StepSample:
     return StepSample(
         requests=report.requests,
-        drafting=len(asked),
+        drafting=drafting,
         rows=report.rows,
         context=report.context,
-        depth=max((d.depth for d in asked.values()), default=0),
+        depth=depth,
         seconds=report.seconds,
         draft_seconds=report.draft_seconds,
         prefill=report.prefill,
-        budget=sum(d.nodes for d in asked.values()),
     )

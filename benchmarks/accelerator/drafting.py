@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drafters.mlp import MLPSpeculator
-from drafters.tree_draft import Job, MLPDrafter
+from drafters.tree_draft import Job, MLPDrafter, surest
 from engine.gpu.capture import Captured
 from engine.sampling import Sampler
 
@@ -21,22 +21,24 @@ class GraphedDrafter(MLPDrafter):
         self.captured = Captured(self.chain, self.heads[0].emb.device)
 
     def chain(self, hidden: Tensor, token: Tensor, depth: int) -> Tensor:
-        """The best token of every head. [N, emb_dim], [N] -> [N, depth]"""
-        state, path = self.speculator.start(hidden), []
+        """The best token of every head, and the log-softmax at it. [N, emb_dim], [N] -> [2, N, depth], tokens as float64"""
+        state, path, sure = self.speculator.start(hidden), [], []
         for head in self.heads[:depth]:
             state = head.advance(state, token, None)
-            token = head.out(state).argmax(-1)
-            path.append(token)
-        return torch.stack(path, 1)
+            best = surest(head.out(state))
+            token = best.indices
+            path.append(token.double())
+            sure.append(best.values.double())
+        return torch.stack([torch.stack(path, 1), torch.stack(sure, 1)])
 
-    def follow(self, jobs: Sequence[Job]) -> list[list[int]]:
+    def follow(self, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
         if not all(greedy(job.draft.sampler) for job in jobs):
             return super().follow(jobs)
         like = self.heads[0].emb
         hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
         token = torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
-        found: list[list[int]] = self.captured(hidden, token, depth=max(job.depth for job in jobs)).tolist()
-        return found
+        tokens, sure = self.captured(hidden, token, depth=max(job.depth for job in jobs)).cpu()
+        return list(zip(tokens.long().tolist(), sure.exp().tolist(), strict=True))
 
 
 def greedy(sampler: Sampler) -> bool:

@@ -68,7 +68,7 @@ class Flight:
         self.version = 0
         self.pilot = Pilot("here", self.plan())
         self.pilot.take(drafter)
-        self.engine = Engine(base, drafter, self.pilot.budgets, **engine)
+        self.engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, **engine)
         if store is not None:
             assert store.slots >= self.engine.store.slots
             self.engine.store = store
@@ -76,7 +76,7 @@ class Flight:
     def plan(self) -> Any:
         self.version += 1
         depth = max(self.limits.max_depth, 1) if self.limits else 1
-        return self.make(self.version, "it", self.policy, self.fleet.cost(0.0), self.fleet.survival(depth, 0.0), self.limits)
+        return self.make(self.version, "it", self.policy, self.fleet.cost(0.0), self.fleet.curves(depth, 0.0), self.limits)
 
     def learn(self) -> None:
         """What the policy actor does a few times a second."""

@@ -893,6 +893,7 @@ typedef struct {
     const float *const *noise;      /* [rows][depth] rows of the vocabulary, read where the temperature is above 0 */
     const int32_t *last;            /* [rows] */
     int64_t *paths;                 /* [rows][depth] */
+    float *certain;                 /* [rows][depth] how sure the head is of its token, see `certainty` */
     float *tiles, *state, *logits;  /* [rows][inputs], [rows][panels * PANEL] twice */
 } Chains;
 
@@ -917,6 +918,26 @@ INLINE void advance(float *u, const SpeculatorHead *head, int width, int64_t tok
         store(y, v);
         for (int j = 0; j < LANES; ++j) tiles[(int64_t)(i + j) * step] = y[j];
     }
+}
+
+/* The softmax of a row's scores (logits / warmth + noise, or the bare logits at 0) at its best token, whose place is given. */
+static float certainty(const float *x, int64_t vocab, float warmth, const float *noise, int64_t best) {
+    float rate = warmth > 0 ? 1.0f / warmth : 1.0f, total = 0, peak = x[best] * rate + (warmth > 0 ? noise[best] : 0);
+    vf sum = {};
+    int64_t whole = vocab - vocab % LANES;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vf v = load(x + i) * rate;
+        if (warmth > 0) v += load(noise + i);
+        v -= peak;
+        sum += exponential((vf)(((vi)v & (v > all(-80.0f))) | ((vi)all(-80.0f) & ~(v > all(-80.0f)))));
+    }
+    for (int i = 0; i < LANES; ++i) total += sum[i];
+    for (int64_t i = whole; i < vocab; ++i) {
+        float v = x[i] * rate + (warmth > 0 ? noise[i] : 0) - peak, e[LANES];
+        store(e, exponential(all(v > -80.0f ? v : -80.0f)));
+        total += e[0];
+    }
+    return total >= 1 ? 1 / total : total > 0 ? 1 : 0;
 }
 
 static void chains_job(Pool *pool, int thread, const void *argument) {
@@ -946,8 +967,11 @@ static void chains_job(Pool *pool, int thread, const void *argument) {
         barrier(pool, &phase);
         for (int r; (r = take(pool, phase, 1)) < rows;) {
             int64_t *token = c->paths + (int64_t)r * c->depth + i;
-            draw(c->logits + r * stride, stride, 1, s->vocab, c->temperature + r, c->noise + (int64_t)r * c->depth + i, token);
-            if (*token < 0) *token = 0; /* logits that are not numbers draft anything */
+            const float *const *noise = c->noise + (int64_t)r * c->depth + i;
+            draw(c->logits + r * stride, stride, 1, s->vocab, c->temperature + r, noise, token);
+            int sane = *token >= 0;
+            if (!sane) *token = 0; /* logits that are not numbers draft anything */
+            c->certain[(int64_t)r * c->depth + i] = sane ? certainty(c->logits + r * stride, s->vocab, c->temperature[r], *noise, *token) : 0;
         }
         barrier(pool, &phase);
     }

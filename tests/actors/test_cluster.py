@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 def telemetry(sequence: int) -> Telemetry:
     counts = DepthCounts()
     counts.add(3, 2)
-    steps = (StepSample(1, 0, 1, 0, 0, 0.01), StepSample(1, 1, 4, 0, 3, 0.011, 0.001, budget=3))
+    steps = (StepSample(1, 0, 1, 0, 0, 0.01), StepSample(1, 1, 4, 0, 3, 0.011, 0.001))
     return Telemetry("r", "m", "mlp", "1", sequence, Load(1), steps, counts, 4)
 
 

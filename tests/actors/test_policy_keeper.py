@@ -32,7 +32,7 @@ def keeper(store, clock):
 
 def samples(seconds: float = 0.01, requests: int = 4) -> tuple[StepSample, ...]:
     off = StepSample(requests, 0, requests, 0, 0, seconds)
-    deep = StepSample(requests, requests, 4 * requests, 0, 3, 1.1 * seconds, 0.1 * seconds, budget=3 * requests)
+    deep = StepSample(requests, requests, 4 * requests, 0, 3, 1.1 * seconds, 0.1 * seconds)
     return (off, deep) * 4
 
 
@@ -44,7 +44,7 @@ def kept(keep: float, n: int = 50, seed: int = 0) -> DepthCounts:
 
 
 def telemetry(replica: str = "r1", sequence: int = 1, **more) -> Telemetry:
-    fields = {"load": Load(4, 2, 400), "steps": samples(), "survival": kept(0.7), "tokens": 60}
+    fields = {"load": Load(4, 2, 400), "steps": samples(), "survival": {"greedy": kept(0.7)}, "tokens": 60}
     return Telemetry(replica, "m", "mlp", "v1", sequence, **(fields | more))
 
 
@@ -179,7 +179,7 @@ def test_without_its_store_it_goes_on_with_the_last_plan(clock):
 
 
 def test_estimates_reach_the_plan(keeper, clock):
-    feed(keeper, clock, 20, survival=kept(0.9), limits=Limits(3, 2))
+    feed(keeper, clock, 20, survival={"greedy": kept(0.9)}, limits=Limits(3, 2))
     plan = keeper.plan("m")
     assert plan.limits == Limits(3, 2)
     assert plan.cost.off(4) == pytest.approx(0.01) and plan.cost.forward(4, 16) == pytest.approx(0.01)
@@ -212,7 +212,7 @@ def test_stale_replicas_drop_out_of_load(keeper, clock):
 def test_replicas_long_gone_leave_what_they_learned(keeper, clock):
     feed(keeper, clock)
     clock.now += 100
-    keeper.report(telemetry("r2", 1, steps=(), survival=DepthCounts()))
+    keeper.report(telemetry("r2", 1, steps=(), survival={}))
     summary = keeper.load()["models"]["m"]
     assert list(summary["telemetry_age"]) == ["r2"]
     assert keeper.plan("m").cost.off(4) == pytest.approx(0.01)
@@ -230,7 +230,7 @@ NONSENSE = [
     {"load": Load(-1, math.nan, 0)},
     {"load": None},
     {"steps": (StepSample(1, 0, 1, 0, 0, math.nan), StepSample(0, 0, 0, 0, 0, -1.0), "x", None)},
-    {"survival": DepthCounts([0, 1], [0, 5])},
+    {"survival": {"greedy": DepthCounts([[0] * 12, [1] * 12], [[0] * 12, [5] * 12])}},
     {"survival": None},
     {"tokens": -5},
     {"tokens": math.nan},
@@ -248,7 +248,7 @@ def test_nonsense_neither_breaks_nor_teaches_anything(keeper, clock, change):
     feed(keeper, clock)
     before = keeper.plan("m")
     clock.now += 1
-    keeper.report(replace(telemetry(sequence=10**9, steps=(), survival=DepthCounts(), tokens=0), **change))
+    keeper.report(replace(telemetry(sequence=10**9, steps=(), survival={}, tokens=0), **change))
     after = keeper.plan("m")
     assert after.cost == before.cost and after.limits == before.limits
     assert after.survival.keep == pytest.approx(before.survival.keep, abs=0.01)
@@ -259,8 +259,8 @@ def test_a_replica_that_lies_is_outvoted(keeper, clock):
     for i in range(30):
         clock.now += 0.2
         for name in ("r1", "r2", "r3"):
-            keeper.report(telemetry(name, i + 1, survival=kept(0.5, 50, i)))
-        keeper.report(telemetry("liar", i + 1, steps=samples(1e-6) * 50, survival=kept(1.0, 5000)))
+            keeper.report(telemetry(name, i + 1, survival={"greedy": kept(0.5, 50, i)}))
+        keeper.report(telemetry("liar", i + 1, steps=samples(1e-6) * 50, survival={"greedy": kept(1.0, 5000)}))
     plan = keeper.plan("m")
     assert plan.cost.off(4) == pytest.approx(0.01, rel=0.05)
     assert plan.survival.survive(1) < 0.68
@@ -274,19 +274,19 @@ def test_limits_are_what_most_replicas_state(keeper, clock):
 
 
 def test_made_up_names_do_not_fill_the_memory():
-    fleet, idle = Fleet(), telemetry(steps=(), survival=DepthCounts())
+    fleet, idle = Fleet(), telemetry(steps=(), survival={})
     taken = [fleet.take(replace(idle, replica=f"r{i}"), 0.0) for i in range(4200)]
     assert sum(taken) == len(fleet.replicas) == 4096
 
 
 def test_a_new_speculator_version_starts_from_the_old_one_but_soon_speaks_for_itself(keeper, clock):
-    feed(keeper, clock, 20, survival=kept(0.3))
+    feed(keeper, clock, 20, survival={"greedy": kept(0.3)})
     clock.now += 1
-    keeper.report(replace(telemetry(sequence=10**9, survival=DepthCounts(), steps=()), speculator_version="v2"))
+    keeper.report(replace(telemetry(sequence=10**9, survival={}, steps=()), speculator_version="v2"))
     assert keeper.plan("m").survival.survive(1) < 0.45
     for i in range(5):
         clock.now += 1
-        keeper.report(replace(telemetry(sequence=10**9 + 1 + i, survival=kept(0.9, 50, i)), speculator_version="v2"))
+        keeper.report(replace(telemetry(sequence=10**9 + 1 + i, survival={"greedy": kept(0.9, 50, i)}), speculator_version="v2"))
     assert keeper.plan("m").survival.survive(1) > 0.75
 
 
@@ -341,7 +341,7 @@ def test_versions_rise_over_many_restarts(store, clock):
 
 def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock):
     feed(keeper, clock, 5)
-    store.put("policy/learned/m", {"cost": {"off": "x"}, "survival": {"a": {"trials": [math.nan]}}})
+    store.put("policy/learned/m", {"cost": {"off": "x"}, "survival": {"a": {"": {"trials": [math.nan]}}}})
     again = PolicyKeeper(store, clock, SETTINGS)
     assert again.plan("m").cost.off(4) is None
     store.put("policy/learned/m", {})
@@ -365,7 +365,7 @@ def test_a_clock_that_jumps_back_does_not_stop_publication(keeper, clock):
 
 
 def test_the_plan_of_a_warm_start_decides_without_any_replica(keeper, store, clock):
-    feed(keeper, clock, 20, survival=kept(0.9))
+    feed(keeper, clock, 20, survival={"greedy": kept(0.9)})
     keeper.save()
     plan = PolicyKeeper(store, clock, SETTINGS).plan("m")
     assert plan.decide(Load(4), [RequestView(str(i)) for i in range(4)], 1)[0].depth >= 2

@@ -29,7 +29,7 @@ def test_native_chains_are_those_of_torch(make_speculator: Make, make_draft: Mak
     assert native.chains is not None
     plain.chains = None
     hidden = torch.randn(count, 48)
-    drafts = []
+    drafts, sure = [], []
     for drafter in (native, plain):
         batch = [
             make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(temperature=(0.0, 1.0, 0.5)[i % 3], seed=i), hidden[i])
@@ -37,8 +37,10 @@ def test_native_chains_are_those_of_torch(make_speculator: Make, make_draft: Mak
         ]
         drafter.draft(batch)
         drafts.append([draft.tree.tokens for draft in batch])
+        sure.append([c for draft in batch for c in draft.tree.confidence])
     assert drafts[0] == drafts[1]
     assert [len(tokens) for tokens in drafts[0]] == [2 + i % 3 for i in range(count)]
+    assert sure[0] == pytest.approx(sure[1], rel=1e-4) and all(0 < c <= 1 for c in sure[0])
 
 
 def test_a_width_that_is_no_whole_number_of_vectors_is_left_to_torch(make_speculator: Make) -> None:
@@ -51,3 +53,16 @@ def test_a_speculator_of_nan_drafts_anything_and_harms_nothing(make_speculator: 
     draft = make_draft([1, 2], Budget.of(3), hidden=torch.randn(48))
     MLPDrafter(speculator).draft([draft])
     assert len(draft.tree) == 4 and all(0 <= token < 61 for token in draft.tree.tokens)
+    assert draft.tree.confidence == [0.0] * 3
+
+
+def test_confidence_is_the_softmax_at_the_token(make_speculator: Make, make_draft: MakeDraft) -> None:
+    speculator, hidden = make_speculator(emb_dim=48, inner_dim=32), torch.randn(48)
+    chain, tree = make_draft([1, 2], Budget.of(3), hidden=hidden), make_draft([1, 2], Budget.of(3, 5), hidden=hidden)
+    MLPDrafter(speculator).draft([chain])
+    MLPDrafter(speculator).draft([tree])
+    logits = speculator(hidden[None, None], torch.tensor([chain.tree.tokens]))[:, 0, 0].softmax(-1)
+    expected = [float(row[token]) for row, token in zip(logits.detach(), chain.tree.tokens[1:], strict=True)]
+    assert chain.tree.confidence == pytest.approx(expected, rel=1e-4)
+    path = [tree.tree.find(0, chain.tree.tokens[1])]
+    assert path[0] is not None and tree.tree.confidence[path[0] - tree.tree.forced] == pytest.approx(expected[0], rel=1e-4)

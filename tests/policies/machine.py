@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 
-from policies import CostModel, DepthCounts, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample, Survival
+from policies import CostModel, DepthCounts, GoodputPolicy, Limits, Load, Plan, Profile, RequestView, StepSample, Survival, bin_of
 
 Seconds = Callable[[int, int], float]  # (rows, depth) -> seconds of the whole step
 
@@ -28,20 +30,32 @@ def kinked(rows: int, depth: int) -> float:
 
 @dataclass
 class Machine:
-    """The truth: whole-step seconds, keep rate per token, and how noisy the clock is."""
+    """The truth: whole-step seconds, mean keep rate of a drafted token, and how noisy the clock is.
+
+    spread: drafted tokens are kept with `keep + spread` or `keep - spread`, half of them each, and the drafter's confidence says which.
+    neighbour: how much slower everything gets while somebody else uses the machine.
+    """
 
     seconds: Seconds
     keep: float
     noise: float = 0.05
-    neighbour: float = 1.0  # how much slower everything gets while somebody else uses the machine
+    neighbour: float = 1.0
+    spread: float = 0.0
 
     def goodput(self, requests: int, depth: int) -> float:
-        """Tokens per second if every request always drafts that deep."""
+        """Tokens per second if every request always drafts that deep and all of it is verified."""
         kept = sum(self.keep**d for d in range(1, depth + 1))
         return requests * (1 + kept) / self.seconds(requests * (1 + depth), depth)
 
     def best(self, requests: int, deepest: int) -> float:
         return max(self.goodput(requests, depth) for depth in range(deepest + 1))
+
+    def chain(self, depth: int, rng: random.Random) -> list[float]:
+        """The keep rates of a drafted chain's tokens."""
+        return [self.keep + rng.choice((-self.spread, self.spread)) for _ in range(depth)]
+
+    def bins(self, chain: list[float]) -> tuple[tuple[int, int], ...]:
+        return tuple((j - 1, bin_of(keep if self.spread else -1.0)) for j, keep in enumerate(chain))
 
 
 class Replica:
@@ -54,6 +68,7 @@ class Replica:
         self.cost, self.survival, self.step = CostModel(), Survival(), 0
         self.plan = Plan.of(0, "m", self.policy, limits=self.limits)
         self.depths: list[float] = []
+        self.verified: list[float] = []
 
     def run(self, requests: int, steps: int) -> float:
         """Expected goodput over those steps, probes included, over the best fixed depth's."""
@@ -65,25 +80,42 @@ class Replica:
                 got, took = self._step(views, counts)
                 tokens, seconds = tokens + got, seconds + took
             self.survival.add(counts, 40)
-            self.plan = Plan.of(self.plan.version + 1, "m", self.policy, self.cost.table(), self.survival.curve(8), self.limits)
+            curves = {"": self.survival.curve(self.limits.max_depth)}
+            self.plan = Plan.of(self.plan.version + 1, "m", self.policy, self.cost.table(), curves, self.limits)
         return tokens / seconds / self.machine.best(requests, self.limits.max_depth)
 
     def _step(self, views: list[RequestView], counts: DepthCounts) -> tuple[float, float]:
-        requests = len(views)
-        decisions = self.plan.decide(Load(requests, 0, 100 * requests), views, self.step)
-        self.step += 1
-        depth, drafting = max(d.depth for d in decisions), sum(d.depth > 0 for d in decisions)
-        rows, keep = requests + sum(d.nodes for d in decisions), self.machine.keep
+        requests, load = len(views), Load(len(views), 0, 100 * len(views))
+        decisions = self.plan.decide(load, views, self.step)
+        chains = {i: self.machine.chain(d.depth, self.random) for i, d in enumerate(decisions) if d.depth}
+        drafts = [self.machine.bins(chain) for chain in chains.values()]
+        kept = self.plan.prune(load, [views[i] for i in chains], drafts, self.step) if chains else []
+        for (i, chain), nodes, draft in zip(chains.items(), kept, drafts, strict=True):
+            if counts.curious:
+                counts.drew(Profile(len(chain), draft))
+            chains[i] = chain if nodes is None else chain[: len(nodes)]
+        depth, rows = max(d.depth for d in decisions), requests + sum(map(len, chains.values()))
         took = self.machine.seconds(rows, depth)
-        for i, d in enumerate(decisions):
-            accepted = next((k for k in range(d.depth) if self.random.random() >= keep), d.depth)
-            counts.add(d.depth, accepted)
-            views[i] = self._next(views[i], d.depth, accepted)
-        self._measure(
-            StepSample(requests, drafting, rows, 100 * requests, depth, took, 0.05 * took if depth else 0.0, budget=rows - requests)
-        )
+        for i, chain in chains.items():
+            self._fare(views[i], chain, counts)
+        drafting = took - self.machine.seconds(rows, 0) if depth else 0.0
+        self._measure(StepSample(requests, len(chains), rows, 100 * requests, depth, took, min(max(drafting, 0.0), took)))
         self.depths.append(sum(d.depth for d in decisions) / requests)
-        return sum(1 + sum(keep**j for j in range(1, d.depth + 1)) for d in decisions), took
+        self.verified.append((rows - requests) / requests)
+        self._replace(views)
+        self.step += 1
+        return requests + sum(sum(accumulate(chain, mul)) for chain in chains.values()), took
+
+    def _fare(self, view: RequestView, chain: list[float], counts: DepthCounts) -> None:
+        """Test a chain token by token."""
+        table = self.plan.knowledge.table(view.kind, view.level)
+        for depth, (_, bin) in enumerate(self.machine.bins(chain), 1):
+            kept = self.random.random() < chain[depth - 1]
+            expected = table[min(depth, len(table)) - 1][bin]
+            counts.test(depth, bin, kept, expected)
+            view.learn(expected, kept, self.policy.shrinkage)
+            if not kept:
+                return
 
     def _measure(self, true: StepSample) -> None:
         """With noise, and one stall in a hundred."""
@@ -92,10 +124,8 @@ class Replica:
         factor = self.pace * self.random.lognormvariate(0, self.machine.noise) * (20 if self.random.random() < 0.01 else 1)
         self.cost.add(replace(true, seconds=true.seconds * factor, draft_seconds=true.draft_seconds * factor))
 
-    def _next(self, view: RequestView, drafted: int, accepted: int) -> RequestView:
-        """The request one step later; now and then another one takes its place."""
-        if self.random.random() < 0.01:
-            return RequestView(view.request_id)
-        if not drafted:
-            return view
-        return replace(view, drafted=view.drafted + drafted, accepted=view.accepted + accepted, steps=view.steps + 1)
+    def _replace(self, views: list[RequestView]) -> None:
+        """Now and then another request takes the place of one that ended."""
+        for i, view in enumerate(views):
+            if self.random.random() < 0.01:
+                views[i] = RequestView(view.request_id)

@@ -22,7 +22,7 @@ def off(n: int, seconds: float, context: int = 0) -> StepSample:
 
 
 def drafting(n: int, depth: int, seconds: float, draft: float = 0.001, context: int = 0) -> StepSample:
-    return StepSample(n, n, n * (1 + depth), context, depth, seconds, draft, budget=n * depth)
+    return StepSample(n, n, n * (1 + depth), context, depth, seconds, draft)
 
 
 def learned(*samples: StepSample) -> CostModel:
@@ -41,12 +41,11 @@ def test_depth_0_is_never_extrapolated_from_drafting_steps():
 def test_depth_0_is_what_was_measured_even_if_dearer_than_drafting():
     table = learned(*[drafting(4, 3, 0.01)] * 10, *[off(4, 0.05)] * 10).table()
     assert table.off(4) == pytest.approx(0.05)
-    assert table.step(4, 4, 0, 0, 0) == pytest.approx(0.05)
 
 
 def test_nothing_measured_is_none():
     table = CostTable()
-    assert table.off(3) is None and table.forward(3, 9) is None and table.draft(3, 2) == 0.0 and table.step(3, 9, 0, 3, 2) is None
+    assert table.off(3) is None and table.forward(3, 9) is None and table.draft(3, 2) == 0.0
 
 
 def test_medians_do_not_feel_outliers():
@@ -56,7 +55,7 @@ def test_medians_do_not_feel_outliers():
 
 def test_old_samples_leave():
     table = learned(*[off(2, 0.01)] * 100, *[off(2, 0.03)] * 64).table()
-    assert table.off(2) == pytest.approx(0.03)
+    assert table.off(2) == pytest.approx(0.03, rel=0.01)
 
 
 def test_a_cell_visited_seldom_follows_its_few_new_samples():
@@ -66,10 +65,11 @@ def test_a_cell_visited_seldom_follows_its_few_new_samples():
     assert model.table().forward(2, 8) == pytest.approx(0.019)
 
 
-def test_one_new_sample_does_not_replace_what_was_known_before():
-    before = learned(*[off(2, 0.01)] * 20)
-    assert learned(off(2, 0.5)).filled(before).table().off(2) == pytest.approx(0.01)
-    assert learned(*[off(2, 0.02)] * 3).filled(before).table().off(2) == pytest.approx(0.02)
+def test_a_new_replica_begins_with_what_was_known_before():
+    heir = learned(*[off(2, 0.01)] * 20, *[drafting(2, 3, 0.02)] * 20).heir()
+    assert heir.table().off(2) == pytest.approx(0.01)
+    heir.add(off(2, 0.5))
+    assert heir.table().off(2) == pytest.approx(0.01, rel=0.05), "one new sample does not replace it"
 
 
 def test_one_sample_is_usable():
@@ -126,11 +126,6 @@ def test_steps_in_which_nothing_was_proposed_are_not_depth_0():
     assert not model.off.windows and not model.forward.windows
 
 
-def test_fill_is_the_share_of_allowed_nodes_that_are_drawn():
-    samples = [StepSample(2, 2, 2 + 9, 0, 3, 0.01, 0.001, budget=18) for _ in range(5)]
-    assert learned(*samples).table().fill == pytest.approx(0.5)
-
-
 NONSENSE = [
     {"seconds": math.nan},
     {"seconds": math.inf},
@@ -150,7 +145,6 @@ NONSENSE = [
     {"depth": 10**6},
     {"depth": 0},
     {"prefill": -1},
-    {"budget": -1},
     {"rows": "7"},
     {"seconds": None},
 ]
@@ -169,7 +163,7 @@ def test_survives_the_trip_through_json():
     assert copy.to_dict() == model.to_dict() and copy.table() == model.table()
 
 
-@pytest.mark.parametrize("data", [{}, {"off": 3}, {"off": [[[1, 0], [[1, 0, math.nan]]]], "forward": [], "draft": [], "fill": []}])
+@pytest.mark.parametrize("data", [{}, {"off": 3}, {"off": [[[1, 0], [[1, 0, math.nan]]]], "forward": [], "draft": []}])
 def test_a_damaged_snapshot_is_refused(data):
     with pytest.raises(ValueError):
         CostModel.from_dict(data)
@@ -178,7 +172,7 @@ def test_a_damaged_snapshot_is_refused(data):
 def test_replicas_weigh_the_same_and_a_liar_is_outvoted():
     honest = [learned(*[off(2, 0.010 + 0.0001 * i)] * 32) for i in range(3)]
     liar = learned(*[off(2, 1e-6)] * 32)
-    merged = liar.merged(honest)
+    merged = CostModel.merged([liar, *honest])
     assert merged.table().off(2) == pytest.approx(0.01, rel=0.03)
 
 
@@ -208,10 +202,15 @@ def test_curves_never_fall_and_stay_within_the_data(data):
 
 def test_telemetry_is_cleaned():
     bad = replace(off(2, 0.01), seconds=math.nan)
-    lie = DepthCounts([0, 5], [0, 9])
-    told = Telemetry("r", "m", "mlp", "1", 1, Load(-5), (off(2, 0.01), bad), lie, -3, -1, Limits(-1, 2)).validated()
-    assert told.steps == (off(2, 0.01),) and told.survival == DepthCounts() and told.load == Load()
-    assert (told.tokens, told.plan_version, told.limits) == (0, 0, None)
+    lie, truth = DepthCounts(), DepthCounts()
+    truth.add(3, 1)
+    lie.add(3, 1)
+    lie.survived[1][0] = 9
+    counts = {"greedy": truth, "sampled": lie, "x" * 999: truth, "y": None}
+    told = Telemetry("r", "m", "mlp", "1", 1, Load(-5), (off(2, 0.01), bad), counts, -3, math.nan, -7, -1, Limits(-1, 2)).validated()
+    assert told.steps == (off(2, 0.01),) and told.survival == {"greedy": truth} and told.load == Load()
+    assert (told.tokens, told.deciding, told.switches, told.plan_version, told.limits) == (0, 0.0, 0, 0, None)
+    assert replace(told, survival=None).validated().survival == {}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ CASES = [
     (memory_bound, 0.85, 1),
     (memory_bound, 0.85, 8),
     (memory_bound, 0.6, 64),
-    (compute_bound, 0.8, 1),
+    (compute_bound, 0.7, 1),
     (compute_bound, 0.8, 64),
     (compute_bound, 0.3, 8),
     (kinked, 0.75, 1),
@@ -29,10 +29,10 @@ def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, re
 
 
 @pytest.mark.parametrize(("seconds", "keep"), [(memory_bound, 0.85), (compute_bound, 0.8)])
-def test_a_neighbour_that_slows_the_machine_now_and_then_does_not_mislead_much(seconds, keep):
+def test_a_neighbour_that_slows_the_machine_now_and_then_does_not_mislead(seconds, keep):
     replica = Replica(Machine(seconds, keep, neighbour=3.0), seed=5)
     replica.run(8, 1000)
-    assert replica.run(8, 400) > 0.92
+    assert replica.run(8, 400) > 0.93
 
 
 def test_goes_deep_when_rows_are_free():
@@ -121,9 +121,37 @@ def test_depth_0_costs_what_was_measured_not_what_drafting_steps_suggest():
 def test_a_request_whose_drafts_are_kept_gets_more_than_one_whose_are_not():
     replica = Replica(Machine(compute_bound, 0.6))
     replica.run(2, 1200)
-    good, bad = RequestView("good", drafted=400, accepted=380, steps=100), RequestView("bad", drafted=400, accepted=20, steps=100)
+    good, bad = RequestView("good", level=4), RequestView("bad", level=-4)
     deep, shallow = replica.plan.decide(Load(2, 0, 200), [good, bad], 1)
-    assert deep.depth > shallow.depth
+    assert deep.depth >= shallow.depth
+    chain = ((-1, 0), (0, 0), (1, 0))
+    kept = [3 if nodes is None else len(nodes) for nodes in replica.plan.prune(Load(2, 0, 200), [good, bad], [chain, chain], 1)]
+    assert kept[0] > kept[1]
+
+
+def test_confidence_makes_it_better_than_every_fixed_depth():
+    """Where rows cost, verifying the sure tokens only beats drafting to any depth; where they are free, everything is verified."""
+    replica = Replica(Machine(compute_bound, 0.6, spread=0.35), seed=3)
+    replica.run(8, 2000)
+    assert replica.run(8, 800) > 1.03
+    replica.verified.clear()
+    free = Replica(Machine(memory_bound, 0.6, spread=0.35), seed=4)
+    free.run(4, 1200)
+    free.depths.clear(), free.verified.clear()
+    free.run(4, 400)
+    assert sum(free.verified) > 0.8 * sum(free.depths)
+
+
+def test_under_load_batch_gives_way_to_interactive_and_alone_it_does_not():
+    replica = Replica(Machine(kinked, 0.75))
+    replica.run(16, 1600)
+    classes = [RequestView(str(i), priority=p) for i, p in enumerate((0, 1, 2) * 6)][:16]
+    by_class = [0, 0, 0]
+    for view, decided in zip(classes, replica.plan.decide(Load(16, 0, 1600), classes, 1), strict=True):
+        by_class[view.priority] = max(by_class[view.priority], decided.depth)
+    assert by_class[0] >= by_class[1] >= by_class[2] and by_class[0] > by_class[2]
+    alone = [replica.plan.decide(Load(16, 0, 1600), [RequestView(str(i), priority=p) for i in range(16)], 51 + p) for p in (0, 1, 2)]
+    assert alone[0] == alone[1] == alone[2], "a class among its own has nobody to give way to"
 
 
 def test_nodes_stay_within_the_free_slots():
@@ -141,12 +169,12 @@ def test_max_depth_0_never_drafts():
 
 
 def test_a_decision_is_quick():
-    """Measured under 100 microseconds of processor time for 8 requests; the bound leaves room for a busy machine."""
+    """Asked anew at every step; the bound leaves room for a busy machine."""
     import time
 
     replica = Replica(Machine(kinked, 0.75))
     replica.run(8, 1200)
-    views = [RequestView(str(i), drafted=400, accepted=150 + 20 * i, steps=100) for i in range(8)]
+    views = [RequestView(str(i), level=i % 5 - 2) for i in range(8)]
     load = Load(8, 0, 800)
     replica.plan.decide(load, views, 1)
     best = 1.0

@@ -26,6 +26,7 @@ from policies import (
     ThresholdPolicy,
     ThresholdStep,
 )
+from policies.survival import BINS
 
 optional = st.none() | st.integers(0, 12)
 views = st.lists(
@@ -36,9 +37,9 @@ views = st.lists(
         max_depth=optional,
         width=optional,
         remaining=st.integers(0, 20),
-        drafted=st.integers(0, 1000),
-        accepted=st.integers(0, 1000),
-        steps=st.integers(0, 300),
+        kind=st.sampled_from(["", "greedy", "sampled"]),
+        priority=st.integers(0, 2),
+        level=st.integers(-2, 2),
     ),
     max_size=12,
 )
@@ -61,7 +62,7 @@ def measured() -> CostModel:
     for n in (1, 2, 4, 8):
         for _ in range(4):
             model.add(StepSample(n, 0, n, 0, 0, 0.01))
-            model.add(StepSample(n, n, 4 * n, 0, 3, 0.011, 0.001, budget=3 * n))
+            model.add(StepSample(n, n, 4 * n, 0, 3, 0.011, 0.001))
     return model
 
 
@@ -69,7 +70,7 @@ def measured() -> CostModel:
 @given(kinds, views, st.integers(0, 12), st.integers(0, 9), st.integers(0, 200), st.booleans())
 def test_limits_always_hold(policy, requests, deepest, widest, step, warm):
     cost = measured().table() if warm else None
-    plan = Plan.of(1, "m", policy, cost, SurvivalCurve((0.8, 0.7)), Limits(deepest, widest))
+    plan = Plan.of(1, "m", policy, cost, {"": SurvivalCurve((0.8, 0.7))}, Limits(deepest, widest))
     decisions = plan.decide(Load(len(requests)), requests, step)
     assert len(decisions) == len(requests)
     for r, d in zip(requests, decisions, strict=True):
@@ -130,7 +131,7 @@ def test_threshold():
 
 
 def test_plans_travel_without_their_memo():
-    plan = Plan.of(7, "m", GoodputPolicy(), measured().table(), SurvivalCurve((0.8, 0.7)), Limits(4, 2), 12.5)
+    plan = Plan.of(7, "m", GoodputPolicy(), measured().table(), {"": SurvivalCurve((0.8, 0.7))}, Limits(4, 2), 12.5)
     fresh = pickle.dumps(plan)
     load, requests = Load(8), [RequestView(str(i)) for i in range(8)]
     before = [plan.decide(load, requests, step) for step in range(120)]
@@ -141,11 +142,40 @@ def test_plans_travel_without_their_memo():
 
 
 def test_a_forecast_states_the_gain_over_off():
-    plan = Plan.of(1, "m", FixedPolicy(depth=3), measured().table(), SurvivalCurve((0.5,) * 3), Limits(3, 1))
+    plan = Plan.of(1, "m", FixedPolicy(depth=3), measured().table(), {"": SurvivalCurve((0.5,) * 3)}, Limits(3, 1))
     forecast = plan.forecast(Load(4), [RequestView(str(i)) for i in range(4)])
     assert forecast.tokens == pytest.approx(4 * 1.875) and forecast.seconds == pytest.approx(0.011)
     assert forecast.gain == pytest.approx(1.875 / 1.1 - 1)
     assert Plan.of(1, "m", FixedPolicy(depth=3)).forecast(Load(4), [RequestView("a")]).gain is None
+
+
+drafts = st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, BINS - 1)), max_size=8), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(drafts, st.integers(0, 200), st.booleans(), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_pruned_drafts_are_whole_below_and_fixed_requests_keep_theirs(shapes, step, warm, priorities):
+    """Whatever tree was drawn: kept nodes ascend, come with their parents, and are not pruned where a request fixed its depth."""
+    trees = [tuple((min(p, i) - 1, b) for i, (p, b) in enumerate(nodes)) for nodes in shapes]
+    requests = [RequestView(str(i), "fixed" if i == 0 else "auto", priority=p) for i, p in enumerate(priorities[: len(trees)])]
+    plan = Plan.of(1, "m", GoodputPolicy(), measured().table() if warm else None, {"": SurvivalCurve((0.5,) * 8)}, Limits(8, 4))
+    for i, (tree, kept) in enumerate(zip(trees, plan.prune(Load(8), requests, trees, step), strict=True)):
+        assert kept is None or i > 0
+        if kept is not None:
+            assert list(kept) == sorted(set(kept)) and all(tree[n][0] == -1 or tree[n][0] in kept for n in kept)
+
+
+@pytest.mark.parametrize("policy", [GoodputPolicy(), GoodputPolicy(probe_every=21), FixedPolicy(depth=2), OffPolicy()])
+def test_a_decision_holds_until_it_is_said_to(policy):
+    plan = Plan.of(1, "m", policy, measured().table(), {"": SurvivalCurve((0.8, 0.7))}, Limits(4, 2))
+    load, requests = Load(4), [RequestView(str(i)) for i in range(4)]
+    step = 0
+    while step < 300:
+        made, until = plan.decide(load, requests, step), plan.holds(step, 4)
+        assert until > step
+        for later in range(step + 1, min(until, 300)):
+            assert plan.decide(load, requests, later) == made, (step, later)
+        step = until
 
 
 @pytest.mark.parametrize(

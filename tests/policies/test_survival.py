@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies import DepthCounts, Survival, SurvivalCurve, pooled
-from policies.survival import skill
+from policies import DepthCounts, Profile, RequestView, Survival, SurvivalCurve, bin_of, pooled
+from policies.survival import BINS, EDGES, REPORTED
+from policies.yields import PRICES, Yields
 
 
 def counts(pairs) -> DepthCounts:
@@ -19,6 +20,15 @@ def counts(pairs) -> DepthCounts:
     return made
 
 
+def totals(rows) -> list[int]:
+    return [sum(row) for row in rows]
+
+
+def wide(*firsts) -> list[list[int]]:
+    """Rows of counts with these in the first bin."""
+    return [[n, *[0] * (BINS - 1)] for n in firsts]
+
+
 def drafts(keep: float, depth: int, n: int, seed: int = 0) -> DepthCounts:
     rng = random.Random(seed)
     return counts((depth, next((k for k in range(depth) if rng.random() >= keep), depth)) for _ in range(n))
@@ -26,12 +36,12 @@ def drafts(keep: float, depth: int, n: int, seed: int = 0) -> DepthCounts:
 
 def test_risk_sets():
     made = counts([(3, 1)])
-    assert made.trials == [0, 1, 1, 0] and made.survived == [0, 1, 0, 0]
+    assert totals(made.trials) == [0, 1, 1] and totals(made.survived) == [0, 1, 0]
 
 
 def test_all_accepted_is_censored():
     made = counts([(2, 2)])
-    assert made.trials == [0, 1, 1] and made.survived == [0, 1, 1]
+    assert totals(made.trials) == totals(made.survived) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("pair", [(2, 3), (-1, 0), (3, -1), (65, 0)])
@@ -60,12 +70,13 @@ def test_counts_of_real_drafts_are_sane_and_survival_never_rises(pairs):
 @pytest.mark.parametrize(
     ("trials", "survived"),
     [
-        ([0, 5], [0, 6]),
-        ([0, -1], [0, -1]),
-        ([0, float("nan")], [0, 0]),
-        ([0, 5, 6], [0, 5, 1]),
-        ([0, 5], [0]),
-        ([0] * 99, [0] * 99),
+        (wide(0, 5), wide(0, 6)),
+        (wide(0, -1), wide(0, -1)),
+        (wide(0, float("nan")), wide(0, 0)),
+        (wide(0, 5, 6), wide(0, 0, 1)),
+        (wide(0, 5), wide(0)),
+        (wide(*[0] * 99), wide(*[0] * 99)),
+        ([[0]], [[0]]),
         ([], []),
     ],
 )
@@ -74,6 +85,15 @@ def test_impossible_counts_are_refused_whole(trials, survived):
     with pytest.raises(ValueError):
         estimate.add(DepthCounts(trials, survived))
     assert estimate.to_dict() == Survival().to_dict()
+
+
+@pytest.mark.parametrize("profile", [Profile(99), Profile(3, ((0, 1),)), Profile(3, ((-1, BINS),)), Profile(3, ((-2, 0),)), None])
+def test_impossible_drafts_of_a_report_are_refused(profile):
+    made = counts([(3, 1)])
+    made.profiles.append(profile)
+    assert not made.sane()
+    made.profiles[:] = [Profile(3, ((-1, 1), (0, 2)))] * (REPORTED + 1)
+    assert not made.sane()
 
 
 def test_finds_the_keep_rate_although_drafts_stop_early():
@@ -102,15 +122,6 @@ def test_with_no_data_the_prior_stands():
     assert Survival().survive(0) == 1.0
 
 
-def test_coverage_is_the_share_of_allowed_drafts_that_came():
-    made = drafts(0.5, 2, 30)
-    for _ in range(70):
-        made.skip()
-    estimate = Survival()
-    estimate.add(made)
-    assert estimate.curve(2).coverage == pytest.approx(0.3, abs=0.02)
-
-
 def test_a_liar_among_replicas_moves_little():
     honest = []
     for i in range(3):
@@ -121,18 +132,78 @@ def test_a_liar_among_replicas_moves_little():
     assert pooled([*honest, liar], 3).survive(1) < 0.68
 
 
-def test_skill_is_shrunk_and_symmetric():
-    kept = SurvivalCurve((0.6,) * 8).kept_by_depth()
-    usual = kept[4]
-    assert skill(kept, 0, 0, 0, 16) == 0
-    assert skill(kept, 400, round(100 * usual), 100, 16) == 0
-    assert skill(kept, 400, 380, 100, 16) > skill(kept, 4, 4, 1, 16) >= 0
-    assert skill(kept, 400, 10, 100, 16) < skill(kept, 4, 0, 1, 16) <= 0
-    assert skill(kept, 400, 9999, 100, 16) == skill(kept, 400, 400, 100, 16)
+def test_bins_of_confidence():
+    assert bin_of(-1.0) == 0 and bin_of(0.0) == 1 and bin_of(1.0) == BINS - 1
+    assert [bin_of(edge) for edge in EDGES] == list(range(2, BINS))
 
 
-def test_skill_recovers_a_requests_own_keep_rate():
-    curve = SurvivalCurve((0.6,) * 8)
-    kept = sum(0.8**d for d in range(1, 5))
-    own = skill(curve.kept_by_depth(), 4000, round(1000 * kept), 1000, 16)
-    assert curve.survive(4, own) == pytest.approx(0.8**4, abs=0.12)
+def judged(truth, told, n=4000, seed=0) -> Survival:
+    """An estimate from tokens of one depth whose confidence is `told` and which are kept as `truth` says of it."""
+    rng, estimate = random.Random(seed), Survival(half_life=1e9)
+    for _ in range(20):
+        made, table = DepthCounts(), estimate.curve(1).table(0.0)
+        for _ in range(n // 20):
+            confidence = rng.choice(told)
+            bin = bin_of(confidence)
+            made.test(1, bin, rng.random() < truth(confidence), table[0][bin])
+        estimate.add(made)
+    return estimate
+
+
+def test_an_overconfident_drafter_is_calibrated():
+    curve = judged(lambda c: c * c, (0.3, 0.6, 0.97)).curve(1)
+    rates = [curve.rates[0][bin_of(c)] for c in (0.3, 0.6, 0.97)]
+    assert rates == pytest.approx([0.09, 0.36, 0.94], abs=0.04)
+    assert curve.error < 0.03, "what was predicted came true"
+
+
+def test_the_calibration_error_tells_of_a_drafter_that_changed():
+    estimate = judged(lambda c: c, (0.3, 0.9))
+    made, table = DepthCounts(), estimate.curve(1).table(0.0)
+    for i in range(4000):
+        bin = bin_of(0.9)
+        made.test(1, bin, i % 2 == 0, table[0][bin])
+    estimate.add(made)
+    assert estimate.curve(1).error == pytest.approx(0.2, abs=0.04)
+
+
+def test_a_bin_seldom_seen_at_a_depth_goes_by_the_other_depths():
+    estimate, made = Survival(), DepthCounts()
+    for i in range(1000):
+        made.test(1, bin_of(0.7), i % 10 > 0)
+    estimate.add(made)
+    assert estimate.curve(3).rates[2][bin_of(0.7)] == pytest.approx(0.9, abs=0.03)
+
+
+def test_yields_by_price_are_those_of_the_drafts():
+    sure, unsure = bin_of(0.97), bin_of(0.05)
+    rates = tuple(tuple(0.9 if b == sure else 0.1 for b in range(BINS)) for _ in range(3))
+    profiles = (Profile(3, ((-1, sure), (0, sure), (1, unsure))), Profile(3, ((-1, unsure),))) * 8
+    yields = Yields.of(SurvivalCurve((0.5,) * 3, rates, profiles), rates, 3)
+    assert yields.rows[0][0] == 1.0 and yields.tokens[0][0] == pytest.approx((0.9 + 0.1) / 2)
+    assert yields.rows[2][0] == pytest.approx((3 + 1) / 2)
+    dear = PRICES.index(0.55)
+    assert yields.rows[2][dear] == pytest.approx(2 / 2) and yields.tokens[2][dear] == pytest.approx((0.9 + 0.81) / 2)
+
+
+def test_a_draft_that_ended_by_itself_yields_nothing_deeper_one_that_had_to_does():
+    rates = tuple((0.5,) * BINS for _ in range(4))
+    for allowed, deep in ((4, 1.0), (1, 4.0)):
+        curve = SurvivalCurve((0.5,) * 4, rates, (Profile(allowed, ((-1, 0),)),) * 8)
+        assert Yields.of(curve, rates, 4).rows[3][0] == deep
+
+
+def test_a_request_learns_its_own_keep_rate():
+    rng, view, curve = random.Random(0), RequestView("a"), SurvivalCurve((0.5,))
+    for _ in range(300):
+        view.learn(curve.table(view.shift)[0][0], rng.random() < 0.85, 16)
+    assert curve.table(view.shift)[0][0] == pytest.approx(0.85, abs=0.08) and view.level >= 2
+    for _ in range(300):
+        view.learn(curve.table(view.shift)[0][0], rng.random() < 0.3, 16)
+    assert curve.table(view.shift)[0][0] == pytest.approx(0.3, abs=0.1), "and follows it"
+
+
+def test_one_token_says_little_of_a_request():
+    view = RequestView("a")
+    view.learn(0.5, True, 16)
+    assert 0 < view.shift < 0.2 and view.level == 0
