@@ -2,9 +2,10 @@
 
 One user, then --users at once, then one again, several times over; those who leave hang up, so that the load changes from one step to the
 next. HTTP does not tell the depth of a step, so the replica runs in this process without Ray and HTTP: the same host, engine thread and
-pilot, telling the same policy keeper as often as a replica tells the policy actor. Depth is what the plan gives a request in a step, a mean
-over requests and then over the steps of the last 0.2 s. It has followed when that mean enters the band in which it spends the second half
-of the phase, and stays in it for a second; the first times, when nothing was ever measured at that load, are listed like all others.
+pilot, telling the same policy keeper as often as a replica tells the policy actor. Depth is how deep a request's verified draft goes,
+after all that the plan decides, a mean over requests and then over the steps of the last 0.2 s. It has followed when that mean enters the
+band in which it spends the second half of the phase, and stays in it for a second; the first times, when nothing was ever measured at that
+load, are listed like all others.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Watched(Pilot):
     def observe(self, report: StepReport) -> None:
         super().observe(report)
         if report.requests:
-            self.turns.append(Turn(self.now(), report.requests, self.wished, report.emitted))
+            depth = sum(verified.depth for verified in report.verified) / report.requests
+            self.turns.append(Turn(self.now(), report.requests, depth, report.emitted, self.wished))
 
 
 def main(

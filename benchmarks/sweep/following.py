@@ -22,12 +22,13 @@ LATEST = 0.5  # part of a phase, at its end, that shows where it settled
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One step of the engine. at: seconds of the run at its end; depth: a mean over its requests."""
+    """One step of the engine. at: seconds of the run at its end; depth: verified, asked: allowed, both means over its requests."""
 
     at: float
     requests: int
     depth: float
     tokens: int
+    asked: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Course:
 
     at: np.ndarray
     depth: np.ndarray
+    asked: np.ndarray
     requests: np.ndarray
     tokens_per_second: np.ndarray
 
@@ -75,16 +77,15 @@ class Course:
             return np.asarray(sums[last] - sums[first])
 
         count = np.where(last > first, last - first, np.nan)
-        depth, requests = (total([float(getattr(turn, name)) for turn in turns]) / count for name in ("depth", "requests"))
-        return cls(at, depth, requests, total([turn.tokens for turn in turns]) / WINDOW)
+        depth, asked, requests = (total([float(getattr(turn, name)) for turn in turns]) / count for name in ("depth", "asked", "requests"))
+        return cls(at, depth, asked, requests, total([turn.tokens for turn in turns]) / WINDOW)
 
     def during(self, start: float, end: float) -> np.ndarray:
         """Which means are of that time."""
         return np.asarray((self.at >= start) & (self.at < end) & ~np.isnan(self.depth))
 
     def record(self) -> dict[str, list[float | None]]:
-        series = {"at": self.at, "depth": self.depth, "requests": self.requests, "tokens_per_second": self.tokens_per_second}
-        return {name: [None if np.isnan(v) else round(float(v), 2) for v in values] for name, values in series.items()}
+        return {name: [None if np.isnan(v) else round(float(v), 2) for v in values] for name, values in asdict(self).items()}
 
 
 def judged(turns: Sequence[Turn], phases: Sequence[Phase]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.sweep.following import WINDOW
 
 SIZE, DPI = (11.0, 7.0), 140
-LOAD, DEPTH, SPEED, FOLLOWED = "#6b7280", "#2563eb", "#059669", "#dc2626"
+LOAD, DEPTH, ASKED, SPEED, FOLLOWED = "#6b7280", "#2563eb", "#93c5fd", "#059669", "#dc2626"
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
@@ -27,11 +27,13 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         (depth, "depth", DEPTH, f"depth, mean of {WINDOW:g} s"),
         (speed, "tokens_per_second", SPEED, "tokens/s"),
     ):
-        axis.plot(course["at"], course[name], color=color, linewidth=1.0)
+        axis.plot(course["at"], course[name], color=color, linewidth=1.0, label="verified" if name == "depth" else None)
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    depth.plot(course["at"], course["asked"], color=ASKED, linewidth=0.8, label="allowed before drafting")
+    depth.legend(frameon=False, fontsize=8, loc="upper right")
     marked(depth, result)
     settings = result["settings"]
     load.set_title(f"{settings['model']}: 1 user, {settings['users']} users, and back", fontsize=10, fontweight="bold", loc="left")
