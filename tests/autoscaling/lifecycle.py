@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +36,8 @@ KEY = {"Authorization": f"Bearer {USER}"}
 STORE = 80 * 2**20  # bytes of each node's object store
 SEATS = 8
 CLIENTS = 3 * SEATS
-LASTING = SEATS // 2  # requests that one replica would carry with a margin
-SHORT, LONG = 100, 1500  # tokens
+FEW = 3  # that one replica would carry with a margin
+SHORT, LONG = 100, 400  # tokens
 
 
 class FakeCluster(AutoscalingCluster):
@@ -140,6 +140,10 @@ def held(settings: Settings) -> list[int]:
     return [status.kv_held for status in statuses if status.state == "ready"]
 
 
+def both_busy(settings: Settings) -> bool:
+    return [bool(size) for size in held(settings)] == [True, True]
+
+
 def ready(settings: Settings) -> bool:
     try:
         return httpx.get(f"{url(settings)}/readyz", timeout=5).status_code == 200
@@ -147,11 +151,11 @@ def ready(settings: Settings) -> bool:
         return False
 
 
-def client(settings: Settings, enough: threading.Event, seed: int) -> list[dict[str, Any]]:
+def client(settings: Settings, enough: threading.Event, tokens: int, seed: int) -> list[dict[str, Any]]:
     """Request after request until there are enough."""
     answers = []
     while not enough.is_set():
-        answers.append(ask(settings, SHORT, seed))
+        answers.append(ask(settings, tokens, seed))
     return answers
 
 
@@ -164,41 +168,32 @@ def setting(event: threading.Event) -> Iterator[None]:
         event.set()
 
 
-def one_more(pool: ThreadPoolExecutor, settings: Settings, lasting: list[Future[dict[str, Any]]]) -> bool:
-    """Whether both replicas hold a request; if not, one more is sent."""
-    if [bool(b) for b in held(settings)] == [True, True]:
-        return True
-    if len(lasting) < LASTING:
-        lasting.append(pool.submit(ask, settings, LONG, len(lasting)))
-    return False
-
-
 def live(settings: Settings, diary: Diary) -> dict[str, Any]:
-    """Load, growth, ease and shrinking, with requests on both replicas that last through the latter."""
-    enough = threading.Event()
-    with ThreadPoolExecutor(CLIENTS + LASTING) as pool, setting(enough):
+    """Load, growth, ease and shrinking, with requests on both replicas all the time."""
+    enough, going = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(CLIENTS + FEW) as pool, setting(enough), setting(going):
         diary.note("load")
-        clients = [pool.submit(client, settings, enough, seed) for seed in range(CLIENTS)]
+        many = [pool.submit(client, settings, enough, SHORT, seed) for seed in range(CLIENTS)]
         wait_until(lambda: diary.now(nodes=1, running=1, starting=1), timeout=60)
         diary.note("replica pending")
         wait_until(lambda: diary.now(nodes=2), timeout=60)
         diary.note("node added")
-        wait_until(lambda: [bool(b) for b in held(settings)] == [True, True], timeout=120, every=0.2)
+        wait_until(lambda: both_busy(settings), timeout=120, every=0.2)
         diary.note("both replicas serve")
         enough.set()
-        flood = [answer for f in clients for answer in f.result()]
+        flood = [answer for f in many for answer in f.result()]
         diary.note("load over")
-        wait_until(lambda: not any(held(settings)), timeout=30)
-        lasting: list[Future[dict[str, Any]]] = []
-        wait_until(lambda: one_more(pool, settings, lasting), timeout=30, every=0.4)
+        few = [pool.submit(client, settings, going, LONG, seed) for seed in range(FEW)]
+        wait_until(lambda: both_busy(settings), timeout=30, every=0.1)
         wait_until(lambda: diary.now(running=1, stopping=1), timeout=60)
         diary.note("replica told to go")
-        in_flight = sum(not f.done() for f in lasting)
-        lasted = [f.result() for f in lasting]
-        diary.note("requests in flight answered")
+        going.set()
+        lasting = [answer for f in few for answer in f.result()]
+        wait_until(lambda: diary.now(running=1, stopping=0), timeout=60)
+        diary.note("replica gone, requests answered")
         wait_until(lambda: diary.now(nodes=1), timeout=120)
         diary.note("node removed")
-    return {"flood": flood, "sent": len(lasting), "in_flight": in_flight, "lasting": lasted}
+    return {"flood": flood, "lasting": lasting}
 
 
 def main(folder: Path) -> None:

@@ -13,8 +13,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from configs.settings import Settings, load_settings
 from services.app import begin, end
-from tests.autoscaling.slow import long_request, write_slow_model
-from tests.autoscaling.test_scaling import ENGINE, ask, complete, state
+from tests.autoscaling.slow import write_slow_model
+from tests.autoscaling.test_scaling import ENGINE, client, complete, state
 from tests.conftest import wait_until
 from tests.e2e.service import write_config
 
@@ -53,15 +53,8 @@ def counts(settings: Settings, model: str) -> tuple[int, int]:
 
 def test_gpus_go_where_they_are_needed(settings: Settings) -> None:
     enough = threading.Event()
-
-    def client(seed: int) -> list[tuple[int, int]]:
-        answers = []
-        while not enough.is_set():
-            answers.append(ask(settings, long_request("busy", 60, seed)))
-        return answers
-
     with ThreadPoolExecutor(16) as pool:
-        clients = [pool.submit(client, seed) for seed in range(12)]
+        clients = [pool.submit(client, settings, enough, seed) for seed in range(12)]
         try:
             wait_until(lambda: counts(settings, "busy")[0] == 2, timeout=90, every=0.2)
             woken = complete(settings, "asleep")
@@ -69,4 +62,4 @@ def test_gpus_go_where_they_are_needed(settings: Settings) -> None:
             wait_until(lambda: (counts(settings, "busy"), counts(settings, "asleep")) == ((1, 1), (1, 1)), timeout=30, every=0.1)
         finally:
             enough.set()
-        assert {answer for f in clients for answer in f.result()} == {(200, 60)}
+        assert {answer for f in clients for answer in f.result()} == {(200, 400)}
