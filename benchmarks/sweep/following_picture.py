@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     depth.plot(course["at"], course["asked"], color=ASKED, linewidth=0.8, label="allowed before drafting")
-    depth.legend(frameon=False, fontsize=8, loc="upper right")
+    depth.legend(frameon=False, fontsize=8, loc="lower right")
     marked(depth, result)
     settings = result["settings"]
     load.set_title(f"{settings['model']}: 1 user, {settings['users']} users, and back", fontsize=10, fontweight="bold", loc="left")
