@@ -87,7 +87,7 @@ class ModelHost:
         e = s.engine
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
         sizes = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
-        engine = Engine(base, drafter, self.pilot.budgets, slots=slots, **sizes)
+        engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, slots=slots, **sizes)
         warm_up(engine)
         return Tokenizer(s.base), engine
 
