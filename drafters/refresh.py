@@ -47,7 +47,8 @@ class Refused(ValueError):
 class RefreshSettings:
     """How one speculator is refreshed. Raises ValueError for what cannot be.
 
-    objective, positions: what heads are trained on, see `drafters.objectives` and `drafters.places`. rate: the learning rate after
+    objective, positions: what heads are trained on, see `drafters.objectives` and `drafters.places`; the defaults are the best of
+    `benchmarks/objectives.py`. rate: the learning rate after
     `warmup` steps, falling to a tenth of it by a cosine. requests, window: a step trains on up to `window` places of so many requests.
     recent: share of them among the latest traces. steps: of a round at most; every `interval` of them the copy is measured, and after
     `patience` measurements without gain the round ends. least_gain: tokens per step that a candidate must gain on held-out requests.
@@ -56,7 +57,7 @@ class RefreshSettings:
     """
 
     objective: ObjectiveName = "forward_kl"
-    positions: Positions = "all"
+    positions: Positions = "rejected"
     rate: float = 1e-3
     warmup: int = 10
     weight_decay: float = 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import subprocess
@@ -25,7 +26,18 @@ from tests.conftest import wait_until
 from tests.drafters.traced import VOCAB, WIDTH, many
 
 SETTINGS = RefreshSettings(
-    rate=0.02, warmup=2, requests=8, window=16, steps=40, interval=10, patience=3, least_tokens=100, least_held=3, least_gain=0.05
+    objective="forward_kl",
+    positions="all",
+    rate=0.02,
+    warmup=2,
+    requests=8,
+    window=16,
+    steps=40,
+    interval=10,
+    patience=3,
+    least_tokens=100,
+    least_held=3,
+    least_gain=0.05,
 )
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -314,6 +326,11 @@ def test_a_trainer_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [file]
     resumed.advance()
     assert resumed.take() is not None
+
+
+def test_the_default_is_what_the_benchmark_found_best() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())["best"]
+    assert found == {"objective": RefreshSettings().objective, "positions": RefreshSettings().positions}
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
