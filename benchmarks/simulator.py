@@ -32,7 +32,7 @@ from benchmarks.simulation.costs import DEVICES, SHAPES  # noqa: E402
 from benchmarks.simulation.fleet import PEAK, REPORT_S, Job, curves, rate, simulate  # noqa: E402
 from benchmarks.simulation.picture import draw  # noqa: E402
 from benchmarks.simulation.replica import NOISE, STALL, STALLS, Room  # noqa: E402
-from benchmarks.simulation.traffic import Day, mix  # noqa: E402
+from benchmarks.simulation.traffic import CACHED, Day, mix  # noqa: E402
 from benchmarks.sweep.arms import arms  # noqa: E402
 from services.cli.bench import make_room  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
@@ -102,7 +102,7 @@ def assumptions(models: Sequence[str]) -> dict[str, Any]:
     """What was not measured."""
     classes = {model: [asdict(c) | {"share": share} for c, share in mix(model).items()] for model in models}
     noise = {"of_step_seconds": NOISE, "stalls": STALLS, "stall": STALL}
-    return {"traffic": classes, "peak_of_capacity": PEAK, "report_seconds": REPORT_S, "noise": noise}
+    return {"traffic": classes, "cached_of_prompts": CACHED, "peak_of_capacity": PEAK, "report_seconds": REPORT_S, "noise": noise}
 
 
 def summary(found: Sequence[Result]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def standing(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "costs": result["costs"],
         "mean_regret": mean_regret(known),
-        "mean_regret_beside_prompts": mean_regret(result["alternatives_beside_prompts"]),
+        "mean_loss_beside_prompts": priced(result["alternatives_beside_prompts"], known),
         "mean_regret_while_new": mean_regret(result["alternatives_while_new"]),
         "mean_regret_against_oracle": mean_regret(known, "regret_against_oracle"),
         "keeper_share_of_a_core": result["keeper_share_of_a_core"],
@@ -139,10 +139,30 @@ def mean_regret(alternatives: Mapping[str, Any], name: str = "regret") -> float 
     return round(losses / sum(seconds.values()), 4) if seconds else None
 
 
+def priced(prompted: Mapping[str, Any], known: Mapping[str, Any]) -> float | None:
+    """The seconds lost against the best fixed depth in steps that read prompts too, as a part of them; None where there were none.
+
+    A prompt makes such a step slow whatever is drafted in it, so tokens per second of the step itself would reward drafting too much.
+    What counts is the long run (Dinkelbach 1967): a token is worth the seconds that it takes in pure decoding at about that load.
+    """
+    worth = {int(band): max(found["tokens_per_second"] for found in fixed(rates).values()) for band, rates in known.items()}
+    lost = total = 0.0
+    for band, rates in prompted.items() if worth else ():
+        rate = worth[max((b for b in worth if b <= int(band)), default=min(worth))]
+        own, *others = (found["seconds"] * (1 - found["tokens_per_second"] / rate) for found in (rates["itself"], *fixed(rates).values()))
+        lost, total = lost + own - min(others), total + rates["itself"]["seconds"]
+    return round(lost / total, 4) if total else None
+
+
+def fixed(rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a step's alternatives those of no drafting and of one depth."""
+    return {arm: found for arm, found in rates.items() if arm not in ("itself", "oracle")}
+
+
 def compared(rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The default policy among the fixed depths and the oracle, in the same states."""
     speed = {arm: found["tokens_per_second"] for arm, found in rates.items()}
-    best = max((arm for arm in speed if arm not in ("itself", "oracle")), key=lambda arm: speed[arm])
+    best = max(fixed(rates), key=lambda arm: speed[arm])
     return {
         "steps": rates["itself"]["steps"],
         "best": best,

@@ -16,7 +16,7 @@ from actors.store import Value
 from benchmarks.simulation.costs import DEVICES, Costs, costs, profiled
 from benchmarks.simulation.flyers import Flyer, Oracle, Piloted
 from benchmarks.simulation.replica import Findings, Replica, Room, Sums
-from benchmarks.simulation.traffic import Day, answered, asked, mix, texts
+from benchmarks.simulation.traffic import CACHED, Day, answered, asked, mix, texts
 from policies import Limits
 from services.pilot import Pilot
 
@@ -80,7 +80,7 @@ def capacity(known: Costs, room: Room, model: str) -> float:
     rates = []
     for n in range(1, room.running + 1):
         context = int(n * each)
-        rows = n * (1 + prompt / length)  # its share of prompts comes with every token
+        rows = n * (1 + (1 - CACHED) * prompt / length)  # its share of prompts comes with every token
         if context <= known.slots:
             rates.append(n / float(known.forward(n, np.array(rows), context)) / length)
     return max(rates)

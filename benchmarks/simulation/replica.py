@@ -26,8 +26,8 @@ class Findings:
     """What came of some replicas' traffic.
 
     done, of every request: load at its arrival, seconds per token after the first, seconds in all, seconds to the first token.
-    own: what steps came to; alternatives, early: what they would have come to, after the fleet was new and while it was; prompted: of the
-    alternatives those of steps in which prompts were read too.
+    own: what steps came to; alternatives, prompted, early: what they would have come to: of pure decoding, beside prompts, and of
+    either while the fleet was new.
     """
 
     steps: int = 0
@@ -190,15 +190,14 @@ class Replica:
         kept = sum(min(t.kept[t.at], n) for t, n in zip(step.decoding, drafts.nodes, strict=True))
         worths = {f"fixed{depth}" if depth else "off": flat(self.costs, step, depth) for depth in range(self.costs.depth + 1)}
         worths |= {"itself": Worth(step.plain + kept, seconds), "oracle": foreseen(self.costs, step)[0]}
-        for sums in self.sheets(step):
-            for arm, worth in worths.items():
-                note(sums, band(step.load.running), arm, worth.tokens, worth.seconds)
+        for arm, worth in worths.items():
+            note(self.sheet(step), band(step.load.running), arm, worth.tokens, worth.seconds)
 
-    def sheets(self, step: Step) -> list[Sums]:
+    def sheet(self, step: Step) -> Sums:
         """Where a step's alternatives are noted."""
         if self.now < NEW:
-            return [self.found.early]
-        return [self.found.alternatives, self.found.prompted] if step.read else [self.found.alternatives]
+            return self.found.early
+        return self.found.prompted if step.read else self.found.alternatives
 
 
 def tested(text: Text, drawn: int, kept: int, ended: bool) -> Verified:

@@ -60,10 +60,11 @@ def answered(shares: dict[Class, float]) -> float:
 
 
 def asked(shares: dict[Class, float]) -> float:
-    """Tokens of a prompt, on average."""
+    """Tokens of a prompt, cached ones too, on average."""
     return sum(share * c.prompt * math.exp(SIGMA**2 / 2) for c, share in shares.items())
 
 
+CACHED = 0.75  # of a prompt that the prefix cache holds, and that is not read again
 SIGMA, LONGEST = 0.6, 1024  # of log-normal lengths; most tokens of a prompt or answer
 
 
@@ -154,7 +155,7 @@ def drawn(batch: Sequence[Class], depth: int, random: np.random.Generator) -> It
 
 def made(name: str, arrival: float, load: float, c: Class, prompt: int, answer: int, kept: list[int], sure: list[list[float]]) -> Text:
     request = Request(name, (1,), SamplingParams(temperature=c.temperature, max_tokens=answer))
-    return Text(request, arrival, load, prompt, answer, kept, sure, unread=prompt)
+    return Text(request, arrival, load, prompt, answer, kept, sure, unread=max(1, round((1 - CACHED) * prompt)))
 
 
 def logit(p: float) -> float:

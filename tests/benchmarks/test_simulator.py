@@ -151,9 +151,9 @@ class Deep:
 
 
 def test_a_request_is_read_then_decoded_by_what_its_drafts_keep() -> None:
-    """Prompt 8 in chunks of 5: two steps and the first token; then a draft of 3 keeps 2, one of 2 (two tokens before the end) keeps 2."""
+    """Of a prompt of 32, 8 are not cached: two chunks of 5 and the first token; then a draft of 3 keeps 2, and one of 2 both."""
     flyer = Deep(3)
-    replica = Replica(iter([text("a", [9, 2, 9, 9, 3, 9, 9])]), ROOFLINE, flyer, Room(4, 5), (0,))
+    replica = Replica(iter([text("a", [9, 2, 9, 9, 3, 9, 9], prompt=32)]), ROOFLINE, flyer, Room(4, 5), (0,))
     replica.until(10.0)
     assert [(r.prefill, r.rows, r.emitted) for r in flyer.reports] == [(5, 5, 0), (3, 3, 1), (0, 4, 3), (0, 3, 3)]
     draft, last = (r.verified[0] for r in flyer.reports[2:])
@@ -273,6 +273,18 @@ def test_a_run_is_summed_up_and_drawn(flown: dict[str, dict[str, Any]], tmp_path
     assert standing["mean_regret_against_oracle"] > standing["mean_regret"] and "roofline" in standing["costs"]
     draw(results, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_beside_a_prompt_a_token_is_worth_what_it_takes_in_pure_decoding() -> None:
+    """At 100 tokens a second of pure decoding 10 tokens more are worth 0.1 s more, and for 0.2 s more they cost 0.1 s of 1.2."""
+    pure = {"4": {arm: {"tokens_per_second": rate, "seconds": 1.0} for arm, rate in (("off", 50.0), ("fixed1", 100.0), ("itself", 100.0))}}
+
+    def loss(seconds: float) -> float | None:
+        own = {"tokens_per_second": 20.0 / seconds, "seconds": seconds}
+        return simulator.priced({"8": {"off": {"tokens_per_second": 10.0, "seconds": 1.0}, "itself": own}}, pure)
+
+    assert loss(1.1) == pytest.approx(0.0, abs=1e-3) and loss(1.2) == pytest.approx(0.1 / 1.2, abs=1e-3)
+    assert simulator.priced({}, pure) is None
 
 
 def test_the_script_says_how_it_is_run() -> None:
