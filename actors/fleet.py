@@ -47,7 +47,7 @@ class Replica:
             for name in (kind, EVERYONE):
                 self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
         self.steps.extend(telemetry.steps)
-        if telemetry.steps:
+        if telemetry.tokens and telemetry.steps:
             seconds = sum(s.seconds for s in telemetry.steps)
             self.tallies.append(Tally(telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches))
 

@@ -23,6 +23,7 @@ from engine.request import Outcome, Overloaded, Priority, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
 from services.hub import local_copy
 from services.pilot import Pilot
+from services.profile import profile
 from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
 from services.runner import EngineDied, EngineRunner, Ticket
 from services.text import Answer, Tokenizer
@@ -89,6 +90,8 @@ class ModelHost:
         sizes = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
         engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, slots=slots, **sizes)
         warm_up(engine)
+        if not self.pilot.plan.knowledge.measured:
+            profile(engine, self.pilot)
         return Tokenizer(s.base), engine
 
     def stop(self) -> None:

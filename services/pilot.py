@@ -121,6 +121,11 @@ class Pilot:
             if drawn:
                 self.tally(report, drawn)
 
+    def measured(self, report: StepReport, drafting: int, depth: int) -> None:
+        """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
+        with self.lock:
+            self.samples.append(sample(report, drafting, depth))
+
     def tally(self, report: StepReport, drawn: Sequence[tuple[str, int, Nodes]]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
         knowledge, policy = self.plan.knowledge, self.plan.policy
