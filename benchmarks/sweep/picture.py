@@ -53,6 +53,7 @@ def throughput(axis: Axes, entries: Sequence[Entry]) -> None:
     for entry in entries:
         rate = mean(entry["arms"]["off"]["tokens_per_second"])
         axis.annotate(f"{rate:.0f}", (entry["users"], 1.0), (0, -11), textcoords="offset points", fontsize=6.5, ha="center")
+    axis.margins(y=0.1)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
