@@ -34,7 +34,9 @@ def test_application_has_the_gateway_and_every_model() -> None:
     assert gateway.name == "gateway" and model.name == "one"
     assert model.ray_actor_options["num_gpus"] == 1 and model.max_ongoing_requests == model.max_queued_requests == 8 + 4 + app.SPARE
     scaling = model._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 6)
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    assert scaling.policy.policy_function == "services.autoscaling:ModelScaling" and scaling.policy.policy_kwargs["seats"] == 8
+    assert model._deployment_config.graceful_shutdown_timeout_s == 600  # one that is taken away answers what it has
 
 
 def test_a_policy_that_is_none_is_named() -> None:

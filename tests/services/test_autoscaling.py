@@ -23,7 +23,9 @@ from services.runner import EngineRunner
 from services.vitals import VitalSigns, late, quantile
 from tests.engine.toys import toy_base
 
-IDLE = dict(beat=1.0, ready=1, running=0, waiting=0, backlog=0, goodput=0, rate=0, depth=0, per_step=0, tpot=0, ttft=0, idle=100.0, stalled=0)
+IDLE = dict(
+    beat=1.0, ready=1, running=0, waiting=0, backlog=0, goodput=0, rate=0, depth=0, per_step=0, tpot=0, ttft=0, idle=100.0, stalled=0
+)
 FLOODED = IDLE | dict(running=16, waiting=20, backlog=20_000, goodput=1000.0, per_step=1.0, tpot=0.04, ttft=0.5, idle=0)
 
 
