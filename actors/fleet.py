@@ -20,13 +20,14 @@ Estimates = dict[str, Survival]  # by class of requests, EVERYONE for all togeth
 
 @dataclass(slots=True)
 class Tally:
-    """What a report counted: tokens, steps, seconds of steps, seconds spent deciding, changes of depth, steps that probed depth 0."""
+    """What a report counted: tokens, steps, seconds of steps, seconds spent deciding, changes of depth, steps that probed."""
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
     deciding: float = 0.0
     switches: int = 0
+    probes: int = 0
 
 
 @dataclass(slots=True)
@@ -49,7 +50,8 @@ class Replica:
         self.steps.extend(telemetry.steps)
         if telemetry.tokens and telemetry.steps:
             seconds = sum(s.seconds for s in telemetry.steps)
-            self.tallies.append(Tally(telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches))
+            counted = (telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches, telemetry.probes)
+            self.tallies.append(Tally(*counted))
 
 
 class Fleet:
@@ -167,6 +169,7 @@ def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any
         "step_seconds": seconds / steps if steps else None,
         "deciding_share": sum(t.deciding for t in tallies) / seconds if seconds else None,
         "switches_per_step": sum(t.switches for t in tallies) / steps if steps else None,
+        "probes_per_step": sum(t.probes for t in tallies) / steps if steps else None,
         "depths": depths(recent),
         "speculators": sorted({_kind(r.last) for r in live}),
         "telemetry_age": {name: round(now - r.seen, 3) for name, r in sorted(fleet.replicas.items())},

@@ -17,6 +17,7 @@ import ray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from actors.fleet import Fleet, load_now, typical
+from actors.hindsight import Hindsight
 from actors.store import StateStore, StoreError, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
 
@@ -69,6 +70,7 @@ class Entry:
     revision: int
     limits: Limits
     fleet: Fleet = field(default_factory=Fleet)
+    past: Hindsight = field(default_factory=Hindsight)
     plan: Plan | None = None
     saved: float = 0.0
 
@@ -145,7 +147,10 @@ class PolicyKeeper:
             return entry.plan
         behind = clean.plan_version > self._version
         self._version = max(self._version, clean.plan_version)
-        if entry.fleet.take(clean, now) or behind:
+        fresh = entry.fleet.take(clean, now)
+        if fresh:
+            entry.past.add(clean, now)
+        if fresh or behind:
             self._refresh(entry, now, at_once=behind)
         plan = self.plan(entry.name)
         return plan if plan.version != clean.plan_version else None
@@ -168,7 +173,8 @@ class PolicyKeeper:
     def put_policy(
         self, model: str, policy: Value, who: str, why: str = "", expected_version: int | None = None, dry_run: bool = False
     ) -> Value:
-        """Replace the policy, durably, and publish it. With `dry_run` nothing changes, and the answer says what would be decided now.
+        """Replace the policy, durably, and publish it. With `dry_run` nothing changes, and the answer says what would be decided now, and
+        what the policy would have made of the last minutes.
 
         UnknownModel; PolicyError if any field is wrong; PolicyConflict if `expected_version` is not the version in force; StoreError if it
         could not be made durable. Nothing is applied when any of these is raised.
@@ -223,7 +229,7 @@ class PolicyKeeper:
         if expected is not None and expected != entry.revision:
             raise PolicyConflict(f"the policy of {entry.name!r} is at version {entry.revision}, not {expected}")
         if dry_run:
-            return self._answer(entry, policy, entry.revision) | {"dry_run": True, "forecast": self._forecast(entry, policy)}
+            return self._answer(entry, policy, entry.revision) | {"dry_run": True, **self._rehearsed(entry, policy)}
         if policy == entry.policy and entry.revision:
             return self._answer(entry, policy, entry.revision)
         version = entry.revision + 1
@@ -279,14 +285,32 @@ class PolicyKeeper:
             "plan_version": plan.version,
             **load_now(entry.fleet, live, now),
             "survival": [round(plan.survival.survive(d), 4) for d in range(1, plan.limits.max_depth + 1)],
+            "calibration_error": round(plan.survival.error, 4),
             "expected": _expected(forecast),
+            "why": why(plan, forecast),
         }
 
-    def _forecast(self, entry: Entry, policy: Policy) -> Value:
-        """What the policy would decide for the present load."""
+    def _rehearsed(self, entry: Entry, policy: Policy) -> Value:
+        """What the policy would decide for the present load, and what it would have made of the last minutes."""
         now = self.plan(entry.name)
         proposed = Plan.of(now.version, entry.name, policy, now.cost, now.knowledge.curves, now.limits, now.published)
-        return _expected(proposed.forecast(*typical(entry.fleet.live(self._clock() - self._settings.stale))))
+        present = proposed.forecast(*typical(entry.fleet.live(self._clock() - self._settings.stale)))
+        return {"forecast": _expected(present), "why": why(proposed, present), "replay": entry.past.told(now, proposed)}
+
+
+def why(plan: Plan, forecast: Forecast) -> str:
+    """In words, what a plan decides at that load, and what for."""
+    requests, depth = max(len(forecast.decisions), 1), max((d.depth for d in forecast.decisions), default=0)
+    load = f"{requests} request{'s' * (requests > 1)}"
+    if not isinstance(plan.policy, GoodputPolicy):
+        return f"policy {plan.policy.kind} drafts {depth} deep for {load}"
+    if forecast.off_seconds is None:
+        return f"no step without drafts was measured yet: {depth} deep until then"
+    if not depth:
+        return f"off: for {load} no draft is expected to yield {plan.policy.margin:.0%} more tokens a second than steps without drafts"
+    drafting, rows, tokens = sum(d.depth > 0 for d in forecast.decisions), forecast.rows - requests, forecast.tokens - requests
+    gain = "" if forecast.gain is None else f", {forecast.gain:+.0%} tokens a second over off"
+    return f"{drafting} of {load} draft up to {depth} deep; {rows:.1f} drafted rows are verified for {tokens:.1f} tokens{gain}"
 
 
 def _expected(forecast: Forecast) -> Value:

@@ -88,6 +88,10 @@ class GoodputPolicy(BaseModel):
         standing = knowledge.memo.get("standing")
         return min(until, max(standing.step + LASTING, step + 1)) if standing else step + 1
 
+    def probes(self, step: int) -> bool:
+        """Whether that step tries what seems not to pay, so that nothing is judged by old samples."""
+        return step % self.probe_every == 0 or self.explores(step)
+
     def explores(self, step: int) -> bool:
         """Whether that step looks at depths, or at nodes, that seemed not to pay."""
         return step % self.probe_every == self.probe_every // 2

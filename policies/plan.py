@@ -67,6 +67,10 @@ class Plan:
             return self.policy.holds(step, requests, self.knowledge)
         return step + FOREVER
 
+    def probes(self, step: int) -> bool:
+        """Whether that step tries what seems not to pay."""
+        return isinstance(self.policy, GoodputPolicy) and self.policy.probes(step)
+
     def prune(self, load: Load, requests: Sequence[RequestView], drafts: Sequence[Sequence[Node]], step: int) -> list[Sequence[int] | None]:
         """The nodes of each drawn draft that are worth verifying in that step, parents first; None for all of them.
 

@@ -21,7 +21,8 @@ class Telemetry:
 
     sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
     them); survival: drafts tested since, by class of requests; tokens: emitted since; deciding: seconds spent on decisions since; switches:
-    steps since that drafted differently from the one before; plan_version: of the plan in force, 0 for none; limits: the drafter's.
+    steps since that drafted differently from the one before; probes: steps since that tried what seemed not to pay; plan_version: of the
+    plan in force, 0 for none; limits: the drafter's.
     """
 
     replica: str
@@ -35,6 +36,7 @@ class Telemetry:
     tokens: int = 0
     deciding: float = 0.0
     switches: int = 0
+    probes: int = 0
     plan_version: int = 0
     limits: Limits | None = None
 
@@ -53,6 +55,7 @@ class Telemetry:
             tokens=self.tokens if _count(self.tokens) else 0,
             deciding=self.deciding if _count(self.deciding) else 0.0,
             switches=self.switches if _count(self.switches) else 0,
+            probes=self.probes if _count(self.probes) else 0,
             plan_version=self.plan_version if _count(self.plan_version) else 0,
             limits=self.limits if isinstance(self.limits, Limits) and _possible(self.limits) else None,
         )

@@ -51,7 +51,7 @@ class Pilot:
         self.lock = threading.Lock()
         self.samples: deque[StepSample] = deque(maxlen=MOST_SAMPLES)
         self.survival: dict[str, DepthCounts] = {}
-        self.tokens = self.sequence = self.steps = self.switches = 0
+        self.tokens = self.sequence = self.steps = self.switches = self.probes = 0
         self.deciding = 0.0  # seconds
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
@@ -112,6 +112,7 @@ class Pilot:
         if not report.requests:
             return
         with self.lock:
+            self.probes += self.plan.probes(self.steps)
             self.steps += 1
             self.switches += depth != self.last_depth
             self.last_depth = depth
@@ -176,11 +177,12 @@ class Pilot:
                 tokens=self.tokens,
                 deciding=self.deciding,
                 switches=self.switches,
+                probes=self.probes,
                 plan_version=self.plan.version,
                 limits=self.limits,
             )
             self.samples.clear()
-            self.survival, self.tokens, self.deciding, self.switches = {}, 0, 0.0, 0
+            self.survival, self.tokens, self.deciding, self.switches, self.probes = {}, 0, 0.0, 0, 0
         return telemetry
 
     def rest(self) -> None:

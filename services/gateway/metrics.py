@@ -134,4 +134,6 @@ def quantities(load: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(model, quantity, value) for every number that the policy actor reports of a model."""
     for model, report in load.get("models", {}).items():
         if isinstance(report, Mapping):
-            yield from ((model, name, float(value)) for name, value in report.items() if isinstance(value, int | float))
+            expected = report.get("expected")
+            told = {**report, **{f"expected_{name}": value for name, value in (expected if isinstance(expected, Mapping) else {}).items()}}
+            yield from ((model, name, float(value)) for name, value in told.items() if isinstance(value, int | float))

@@ -118,6 +118,40 @@ def test_an_invalid_policy_is_refused_whole_with_its_field(keeper, policy, field
     assert keeper.plan("m") is before and keeper.history("m") == []
 
 
+def test_a_dry_run_replays_the_last_minutes(keeper, clock):
+    feed(keeper, clock, 30)
+    clock.now += 1
+    replay = keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]
+    assert replay["reports"] == 30 and replay["seconds"] == pytest.approx(29)
+    assert replay["measured"]["depth_mean"] == pytest.approx(1.5), "every second step drafted three deep"
+    assert replay["measured"]["tokens_per_second"] == pytest.approx(60 / 0.084, rel=0.01)
+    off, now = replay["proposed"], replay["in_force"]
+    assert off["depth_mean"] == 0 and off["tokens_per_second"] == pytest.approx(4 / 0.01, rel=0.05)
+    assert off["seconds_per_token"] == pytest.approx(0.01, rel=0.05)
+    assert now["depth_mean"] >= 3 and now["tokens_per_second"] > 1.3 * off["tokens_per_second"]
+    clock.now += 400
+    keeper.report(telemetry(sequence=10**11))
+    assert keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]["reports"] == 1, "minutes, not hours"
+
+
+def test_a_dry_run_with_nothing_measured_says_so(keeper):
+    replay = keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]
+    assert replay == {"seconds": 0.0, "reports": 0, "measured": None, "in_force": None, "proposed": None}
+
+
+def test_the_load_says_why(keeper, clock):
+    assert "no step without drafts was measured yet" in keeper.load()["models"]["m"]["why"]
+    feed(keeper, clock, 20, deciding=0.00084, switches=8, probes=2)
+    told = keeper.load()["models"]["m"]
+    assert "of 4 requests draft up to" in told["why"] and "over off" in told["why"]
+    assert told["deciding_share"] == pytest.approx(0.01) and told["switches_per_step"] == 1 and told["probes_per_step"] == 0.25
+    assert 0 <= told["calibration_error"] < 0.5
+    feed(keeper, clock, 60, survival={"greedy": kept(0.0, 2000)})
+    assert keeper.load()["models"]["m"]["why"].startswith("off: ")
+    keeper.put_policy("m", {"kind": "fixed", "depth": 2}, "ann")
+    assert keeper.load()["models"]["m"]["why"] == "policy fixed drafts 2 deep for 4 requests"
+
+
 def test_a_dry_run_changes_nothing_and_says_what_would_be(keeper, clock):
     feed(keeper, clock)
     before = keeper.plan("m")

@@ -1,0 +1,121 @@
+"""The last minutes of a model as its replicas told them, to ask what another policy would have made of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from policies import EVERYONE, Forecast, Load, Plan, RequestView, Telemetry
+
+MINUTES = 5.0
+MOST = 4096  # moments remembered
+FINE = 256  # context tokens within which two moments are alike
+
+Likeness = tuple[int, int, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What one report told of one replica.
+
+    at: seconds since the epoch; requests, context, depth: means over its steps, depth over requests; kind: the class of most tested drafts;
+    seconds: of all its steps, in which tokens were emitted.
+    """
+
+    at: float
+    requests: float
+    waiting: int
+    context: float
+    free_slots: int
+    kind: str
+    depth: float
+    tokens: int
+    steps: int
+    seconds: float
+
+    @classmethod
+    def of(cls, told: Telemetry, at: float) -> Moment | None:
+        """None for a report of no tokens."""
+        count, seconds = len(told.steps), sum(s.seconds for s in told.steps)
+        if not told.tokens or not count:
+            return None
+        rows = sum(s.requests for s in told.steps)
+        kind = max(told.survival, key=lambda name: sum(map(sum, told.survival[name].trials)), default=EVERYONE)
+        depth, context = sum(s.depth * s.drafting for s in told.steps) / rows, sum(s.context for s in told.steps) / count
+        return cls(at, rows / count, told.load.waiting, context, told.load.free_slots, kind, depth, told.tokens, count, seconds)
+
+    @property
+    def likeness(self) -> Likeness:
+        """Moments of the same are decided alike."""
+        return max(1, round(self.requests)), self.waiting, round(self.context / FINE) * FINE, self.kind
+
+
+class Hindsight:
+    """Moments of all replicas, the oldest first."""
+
+    def __init__(self) -> None:
+        self.moments: deque[Moment] = deque(maxlen=MOST)
+
+    def add(self, told: Telemetry, now: float) -> None:
+        """Remember a report."""
+        moment = Moment.of(told, now)
+        if moment is not None:
+            self.moments.append(moment)
+        while self.moments and self.moments[0].at < now - 60 * MINUTES:
+            self.moments.popleft()
+
+    def measured(self) -> dict[str, Any] | None:
+        """What really happened; None if nothing did."""
+        tokens, seconds = sum(m.tokens for m in self.moments), sum(m.seconds for m in self.moments)
+        if not tokens or not seconds:
+            return None
+        depth = sum(m.depth * m.tokens for m in self.moments) / tokens
+        waited = sum(m.seconds * m.requests for m in self.moments)
+        return summary(depth, tokens / seconds, waited / tokens)
+
+    def replayed(self, plan: Plan) -> dict[str, Any] | None:
+        """What that plan should have made of the same moments: the same tokens, at its own depth and pace; None if costs are unmeasured."""
+        forecasts: dict[Likeness, Forecast] = {}
+        depth = seconds = waited = 0.0
+        tokens = 0
+        for moment in self.moments:
+            alike = moment.likeness
+            if alike not in forecasts:
+                forecasts[alike] = foreseen(plan, moment)
+            forecast = forecasts[alike]
+            if not forecast.seconds or not forecast.tokens:
+                return None
+            took = moment.tokens * forecast.seconds / forecast.tokens
+            tokens, seconds, waited = tokens + moment.tokens, seconds + took, waited + took * alike[0]
+            depth += moment.tokens * mean(d.depth for d in forecast.decisions)
+        return summary(depth / tokens, tokens / seconds, waited / tokens) if tokens and seconds else None
+
+    def told(self, now: Plan, proposed: Plan) -> dict[str, Any]:
+        """The last minutes as they were, as the plan in force explains them, and as the proposed one would have made them."""
+        span = self.moments[-1].at - self.moments[0].at if self.moments else 0.0
+        return {
+            "seconds": round(span, 3),
+            "reports": len(self.moments),
+            "measured": self.measured(),
+            "in_force": self.replayed(now),
+            "proposed": self.replayed(proposed),
+        }
+
+
+def foreseen(plan: Plan, moment: Moment) -> Forecast:
+    """What the plan decides at such a moment, and what should come of it."""
+    running, waiting, context, kind = moment.likeness
+    views = [RequestView(str(i), kind=kind) for i in range(running)]
+    return plan.forecast(Load(running, waiting, context, moment.free_slots), views)
+
+
+def summary(depth: float, rate: float, latency: float) -> dict[str, Any]:
+    """Mean draft depth of a request in a step, tokens per second of busy time of a replica, and seconds per token of one request."""
+    return {"depth_mean": round(depth, 3), "tokens_per_second": round(rate, 3), "seconds_per_token": round(latency, 6)}
+
+
+def mean(numbers: Iterable[float]) -> float:
+    found = list(numbers)
+    return sum(found) / len(found) if found else 0.0
