@@ -38,6 +38,7 @@ from services.cli.bench import make_room  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+FEW = 30  # steps looked at, below which a load says nothing
 CPU = "cpu"
 
 Result = dict[str, Any]
@@ -46,7 +47,7 @@ Result = dict[str, Any]
 def main(
     models: Annotated[str, typer.Option("--models", help="Of the list, or demo models as measured on a CPU.")] = ",".join(SHAPES),
     device: Annotated[str, typer.Option("--device", help=f"Of the roofline: {', '.join(DEVICES)}.")] = "h200",
-    requests: Annotated[int, typer.Option("--requests", min=100, help="Under the default policy, over all models, about.")] = 1_100_000,
+    requests: Annotated[int, typer.Option("--requests", min=100, help="Under the default policy, over all models, about.")] = 1_020_000,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Of each model.")] = 100,
     panel: Annotated[int, typer.Option("--panel", min=1, help="Of them, whose traffic all other policies get too.")] = 8,
     running: Annotated[int, typer.Option("--running", min=1, help="Most requests of a replica at once.")] = 128,
@@ -74,7 +75,7 @@ def main(
         whole = {"command": ["python", *sys.argv], "machine": machine(), "settings": settings, "summary": summary(found), "results": found}
         out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         print(line(result), file=sys.stderr, flush=True)
-    draw(found, plot or out.with_suffix(".png"))
+    draw([r | {"alternatives": enough(r["alternatives"])} for r in found], plot or out.with_suffix(".png"))
     print(json.dumps(summary(found), indent=1), file=sys.stderr)
 
 
@@ -119,7 +120,7 @@ def summary(found: Sequence[Result]) -> dict[str, Any]:
 
 def standing(result: Mapping[str, Any]) -> dict[str, Any]:
     """Of each number of running requests: the loss against the best fixed depth, and against the oracle, step by step."""
-    known = result["alternatives"]
+    known = enough(result["alternatives"])
     return {
         "costs": result["costs"],
         "mean_regret": mean_regret(known),
@@ -130,6 +131,11 @@ def standing(result: Mapping[str, Any]) -> dict[str, Any]:
         "deciding_us_of_a_step": result["deciding_us_of_a_step"],
         "by_running": {band: compared(rates) for band, rates in known.items()},
     }
+
+
+def enough(alternatives: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the loads of too few steps."""
+    return {band: rates for band, rates in alternatives.items() if rates["itself"]["steps"] >= FEW}
 
 
 def mean_regret(alternatives: Mapping[str, Any], name: str = "regret") -> float | None:

@@ -54,7 +54,7 @@ def look(name: str, names: Sequence[str]) -> tuple[str, str]:
 
 def speeds(axis: Axes, bands: Mapping[str, Mapping[str, Any]]) -> None:
     """A line for each arm over running requests."""
-    running, names = [int(band) for band in bands], list(next(iter(bands.values())))
+    running, names = [int(band) for band in bands], list(next(iter(bands.values()), ()))
     for name in [*(n for n in names if n != "itself"), "itself"]:
         color, line = look(name, names)
         rates = [arms[name]["tokens_per_second"] / arms["off"]["tokens_per_second"] for arms in bands.values()]

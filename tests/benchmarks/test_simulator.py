@@ -267,7 +267,11 @@ def test_jobs_share_traffic_and_days(tmp_path: Path) -> None:
 def test_a_run_is_summed_up_and_drawn(flown: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     results = json.loads(json.dumps(list(flown.values())))
     results[0]["alternatives"] = results[0]["alternatives_while_new"]
+    few, *_ = bands = results[0]["alternatives"]
+    for number in bands:
+        bands[number]["itself"]["steps"] = simulator.FEW - (number == few)
     found = simulator.summary(results)
+    assert few not in found["by_model"]["llama-2-7b"]["by_running"]
     assert found["requests_through_policy_code"] == 3 * flown["off"]["requests"] and found["replicas"] == 2
     (standing,) = found["by_model"].values()
     assert standing["mean_regret_against_oracle"] > standing["mean_regret"] and "roofline" in standing["costs"]
