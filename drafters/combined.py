@@ -17,9 +17,23 @@ class CombinedDrafter:
 
     def __init__(self, primary: Drafter, ngram: NgramDrafter, strong: int = 4) -> None:
         self.primary, self.ngram, self.strong = primary, ngram, strong
-        self.name, self.version = f"{primary.name}+{ngram.name}", primary.version
-        self.max_depth = max(primary.max_depth, ngram.max_depth)
-        self.max_width = primary.max_width + ngram.max_width
+
+    @property
+    def name(self) -> str:
+        return f"{self.primary.name}+{self.ngram.name}"
+
+    @property
+    def version(self) -> str:
+        """The primary's."""
+        return self.primary.version
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.primary.max_depth, self.ngram.max_depth)
+
+    @property
+    def max_width(self) -> int:
+        return self.primary.max_width + self.ngram.max_width
 
     def draft(self, batch: Sequence[Draft]) -> None:
         """Extend each tree within its budget."""

@@ -9,6 +9,7 @@ from drafters.combined import CombinedDrafter
 from drafters.mlp import MLPSpeculator
 from drafters.ngram import NgramDrafter
 from drafters.tree_draft import MLPDrafter
+from drafters.versions import Versions
 from engine.drafter import Drafter
 
 Kind = Literal["none", "ngram", "mlp", "mlp+ngram"]
@@ -30,7 +31,19 @@ def build_drafter(
         return NgramDrafter()
     if folder is None:
         raise ValueError(f"a drafter of kind {kind!r} needs the folder of a speculator")
+    versions = Versions(load_version(folder, hidden_size=hidden_size, vocab_size=vocab_size, version=version, device=device))
+    return versions if kind == "mlp" else CombinedDrafter(versions, NgramDrafter())
+
+
+def load_version(folder: str | Path, *, hidden_size: int, vocab_size: int, version: str, device: str = "cpu") -> MLPDrafter:
+    """One version of a speculator, ready to draft. Raises CheckpointError as `build_drafter` does."""
     speculator = MLPSpeculator.from_pretrained(folder)
     speculator.check_base(hidden_size, vocab_size)
-    primary = MLPDrafter(speculator.to(device), version)
-    return primary if kind == "mlp" else CombinedDrafter(primary, NgramDrafter())
+    return MLPDrafter(speculator.to(device), version)
+
+
+def versions_of(drafter: Drafter | None) -> Versions | None:
+    """Where the versions of a drafter's speculator are exchanged; None if it has no speculator."""
+    if isinstance(drafter, CombinedDrafter):
+        return versions_of(drafter.primary)
+    return drafter if isinstance(drafter, Versions) else None

@@ -48,10 +48,19 @@ class Kept:
 class Drafter(Protocol):
     """Proposes tokens. A drafter may propose anything: verification by replay makes every draft lossless."""
 
-    name: str
-    version: str
-    max_depth: int
-    max_width: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str:
+        """Of what it drafts with; may change between two steps."""
+        ...
+
+    @property
+    def max_depth(self) -> int: ...
+
+    @property
+    def max_width(self) -> int: ...
 
     def draft(self, batch: Sequence[Draft]) -> None:
         """Extend each tree in place by at most its budget; a tree may be left as it is."""

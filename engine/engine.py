@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import KVStore, Row
+from engine.capture import Recorder
 from engine.drafter import Draft, Drafter, Kept
 from engine.loading import Base
 from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
@@ -115,6 +116,7 @@ class Engine:
 
     drafter None: plain decoding. budgets: how far each request that could draft may do so, asked once per step. prune: shown what was
     drafted, may cut nodes off the trees before they are verified, by anything it likes: replay keeps the text the same.
+    recorder: keeps the features of requests that ask for it.
     slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
     """
 
@@ -125,6 +127,7 @@ class Engine:
         budgets: Budgets | None = None,
         prune: Prune | None = None,
         *,
+        recorder: Recorder | None = None,
         slots: int = 4096,
         chunk: int = 256,
         nodes: int = 32,
@@ -132,7 +135,7 @@ class Engine:
         max_waiting: int = 256,
         block: int = 16,
     ) -> None:
-        self.base, self.drafter, self.budgets, self.prune = base, drafter, budgets, prune
+        self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
         self.store = KVStore(slots)
@@ -207,6 +210,7 @@ class Engine:
             log.exception("a step failed; its %d requests fail with it", len(plans))
             return StepReport((*dropped, *self.fail(plans, error)), load, seconds=time.perf_counter() - started)
         results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
+        self.record(logits, hidden)
         self.pool.make_room()
         return StepReport(
             outcomes=(*dropped, *(outcome for outcome, _ in results if outcome)),
@@ -466,6 +470,8 @@ class Engine:
         text.hidden = hidden[at[-1]]
         if self.drafter is not None:
             self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at)))
+        if self.recorder is not None and text.request.record:
+            self.recorder.keep(text.request, emitted, accepted, at)
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
         fared = tested(tree, path, finish is not None) if tree.drafted else ()
         verified = Verified(text.request.id, tree.drafted_depth(), accepted, fared) if tree.drafted else None
@@ -513,6 +519,8 @@ class Engine:
         del self.texts[text.request.id]
         self.vacate(text)
         self.tell(text.request.id)
+        if self.recorder is not None:
+            self.recorder.end(text.request.id, finish in ("stop", "length"))
         return Outcome(text.request, tuple(tokens), scores, finish, error, text.stats)
 
     def tell(self, news: Kept | str) -> None:
@@ -524,6 +532,16 @@ class Engine:
         except Exception:
             log.exception("the drafter could not take in what happened")
             self.draft_failures += 1
+
+    def record(self, logits: Tensor, hidden: Tensor) -> None:
+        """Let the recorder copy what it keeps of a step; what goes wrong there is no request's affair."""
+        if self.recorder is None:
+            return
+        try:
+            self.recorder.take(logits, hidden)
+        except Exception:
+            log.exception("the features of a step could not be kept")
+            self.recorder.fail()
 
     def fail(self, plans: Sequence[Plan], error: Exception) -> Iterator[Outcome]:
         """End the requests of a step that raised."""

@@ -29,7 +29,8 @@ class Request:
     """One text to continue.
 
     stop: called once for every new token in order; True ends the request with that token (stop strings live in the caller).
-    prediction: tokens the client expects in the answer. limits: opaque to the engine, read by the caller's budgets.
+    prediction: tokens the client expects in the answer. limits: opaque to the engine, read by the caller's budgets. record: whether what
+    the base computed for it is kept for training.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Request:
     prediction: Sequence[int] = ()
     limits: object = None
     priority: Priority = Priority.NORMAL
+    record: bool = False
 
 
 @dataclass(frozen=True, slots=True)
