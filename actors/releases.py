@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from actors.refusals import RegistryConflict as RegistryConflict
+from actors.refusals import UnknownVersion as UnknownVersion
 from actors.store import Value
 from drafters.bundle import BundleError, Manifest, check_base
 from policies import Arm, Verdict, in_canary
@@ -21,18 +23,6 @@ State = Literal["candidate", "canary", "live", "retired", "rejected", "rolled_ba
 Action = Literal["register", "submit", "canary", "promote", "roll_back", "pin", "unpin", "retire"]
 NAME = 256  # characters of a name
 MOST = 64  # versions that a replica may tell about
-
-
-class RegistryConflict(Exception):
-    """The change does not fit the state that holds; the message names that."""
-
-    status = 409
-
-
-class UnknownVersion(Exception):
-    """No such version of the model's speculator is known."""
-
-    status = 404
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -22,11 +23,12 @@ from urllib.parse import urlsplit
 import ray
 import redis
 
-from actors.store import StoreError, check_state, connect, sqlite_path
+from actors.log_contents import STREAM, Purge, create_tables, held_bytes, open_keeping
+from actors.store import StoreError, Value, check_state, connect, sqlite_path
 
-STREAM = "specfleet:requests"
 NAME = "specfleet-request-log"
 SLOWEST = 10.0  # seconds between tries at most
+PATIENCE = 5.0  # seconds that a purge waits for what is to be written before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,11 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What a log keeps: at most `max_records`, and none older than `max_age` seconds (None: no bound)."""
+    """What a log keeps: at most `max_records`, in `max_bytes` of its store, and none older than `max_age` seconds (None: no bound)."""
 
     max_records: int = 1_000_000
     max_age: float | None = None
+    max_bytes: int | None = None
 
 
 class RequestLog(Protocol):
@@ -101,18 +104,13 @@ def open_log(url: str, retention: Retention | None = None) -> RequestLog:
 
 
 class SqliteLog:
-    """One table, `requests(seq, id, model, created, record)`: `record` is JSON text, so `sqlite3 FILE` and json_extract read all of it."""
+    """A table, `requests(seq, id, model, created, record)`: `record` is JSON text, so `sqlite3 FILE` and json_extract read all of it."""
 
     def __init__(self, path: Path, retention: Retention, clock: Callable[[], float] = time.time) -> None:
         self._lock, self._retention, self._clock = threading.Lock(), retention, clock
         try:
             self._db = connect(path)
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS requests (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
-                " model TEXT NOT NULL, created REAL NOT NULL, record TEXT NOT NULL)"
-            )
-            self._db.execute("CREATE INDEX IF NOT EXISTS requests_created ON requests (created)")
-            self._db.execute("CREATE INDEX IF NOT EXISTS requests_model ON requests (model, seq)")
+            create_tables(self._db)
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{path}: {error}") from error
 
@@ -123,6 +121,8 @@ class SqliteLog:
             db.execute("DELETE FROM requests WHERE seq <= (SELECT MAX(seq) FROM requests) - ?", (self._retention.max_records,))
             if self._retention.max_age is not None:
                 db.execute("DELETE FROM requests WHERE created < ?", (self._clock() - self._retention.max_age,))
+            if self._retention.max_bytes is not None:
+                shrink(db, self._retention.max_bytes, max(len(rows), 1))
 
     def read(self, after: str = "", count: int = 100) -> list[tuple[str, RequestRecord]]:
         with self._transaction() as db:
@@ -152,10 +152,17 @@ class SqliteLog:
                 raise StoreError(str(error)) from error
 
 
+def shrink(db: sqlite3.Connection, max_bytes: int, count: int) -> None:
+    """Delete the oldest `count` records, then twice as many and so on, until the rest takes no more than so many bytes."""
+    oldest = "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests ORDER BY seq LIMIT ?)"
+    while held_bytes(db) > max_bytes and db.execute(oldest, (count,)).rowcount:
+        count *= 2
+
+
 class RedisLog:
     """One stream, `specfleet:requests`; an entry has the fields `id`, `model` and `record` (the record as JSON text).
 
-    Retention is approximate: the stream is trimmed by whole nodes (XADD MAXLEN ~, XTRIM MINID ~), so it may hold a few records more. A
+    Retention is approximate: the stream is trimmed by whole nodes (MAXLEN ~, MINID ~), so it may hold a few records more. A
     batch whose answer was lost may be written twice; readers can tell by `id`.
     """
 
@@ -172,6 +179,8 @@ class RedisLog:
             oldest = int((self._clock() - self._retention.max_age) * 1000)
             pipe.xtrim(self._stream, minid=f"{max(oldest, 0)}-0", approximate=True)
         self._call(pipe.execute)
+        if self._retention.max_bytes is not None:
+            self._call(partial(self._shrink, self._retention.max_bytes))
 
     def read(self, after: str = "", count: int = 100) -> list[tuple[str, RequestRecord]]:
         start = f"({after}" if after else "-"
@@ -191,6 +200,12 @@ class RedisLog:
 
     def close(self) -> None:
         self._redis.close()
+
+    def _shrink(self, max_bytes: int) -> None:
+        """Keep as many of the latest entries as so many bytes hold, going by what an entry takes on average."""
+        held = self._redis.memory_usage(self._stream) or 0
+        if held > max_bytes:
+            self._redis.xtrim(self._stream, maxlen=int(self._redis.xlen(self._stream) * max_bytes / held), approximate=True)
 
     def _page(self, last: str, count: int) -> list[tuple[str, dict[str, str]]]:
         page: list[tuple[str, dict[str, str]]] = self._call(lambda: self._redis.xrevrange(self._stream, max=last, count=count))
@@ -327,12 +342,19 @@ def _discard(log: RequestLog | None) -> None:
 class RequestLogActor:
     """The Ray actor's body: owns the writer of one log. Make it with `start_request_log`."""
 
-    def __init__(self, url: str, max_records: int = 1_000_000, max_age: float | None = None, capacity: int = 10_000) -> None:
+    def __init__(
+        self,
+        url: str,
+        max_records: int = 1_000_000,
+        max_age: float | None = None,
+        max_bytes: int | None = None,
+        capacity: int = 10_000,
+    ) -> None:
         def opener() -> RequestLog:
-            return open_log(url, Retention(max_records, max_age))
+            return open_log(url, Retention(max_records, max_age, max_bytes))
 
         check_state(url)
-        self._opener, self._writer = opener, LogWriter(opener, capacity)
+        self._url, self._opener, self._writer = url, opener, LogWriter(opener, capacity)
         self._lost: dict[str, int] = {}
 
     async def append(self, records: Iterable[RequestRecord], lost: int = 0, source: str = "") -> None:
@@ -356,6 +378,18 @@ class RequestLogActor:
         """Wait until what was appended is written or dropped; False if that took longer."""
         return await asyncio.to_thread(self._writer.flush, timeout)
 
+    async def contents(self) -> Value:
+        """What the store holds: `Contents` as JSON. StoreError."""
+        return await asyncio.to_thread(self._contents)
+
+    async def purge(self, purge: Purge) -> int:
+        """Delete records, with those that came before this call and are not written yet; how many there were. StoreError."""
+        return await asyncio.to_thread(self._purge, purge)
+
+    async def purges(self) -> list[Value]:
+        """Every purge, oldest first. StoreError."""
+        return await asyncio.to_thread(self._purges)
+
     async def close(self) -> None:
         """Write what is queued and stop."""
         await asyncio.to_thread(self._writer.close)
@@ -364,11 +398,25 @@ class RequestLogActor:
         with contextlib.closing(self._opener()) as log:
             return log.tail(n, model)
 
+    def _contents(self) -> Value:
+        with contextlib.closing(open_keeping(self._url)) as keeping:
+            return keeping.contents().to_json()
+
+    def _purge(self, purge: Purge) -> int:
+        if not self._writer.flush(PATIENCE):
+            raise StoreError(f"records could not be written within {PATIENCE:g} s, so they could not be purged either")
+        with contextlib.closing(open_keeping(self._url)) as keeping:
+            return keeping.purge(purge)
+
+    def _purges(self) -> list[Value]:
+        with contextlib.closing(open_keeping(self._url)) as keeping:
+            return keeping.purges()
+
 
 def start_request_log(url: str, name: str = NAME, namespace: str = "specfleet", **settings: Any) -> Any:
     """The handle of the named request log actor, started if there is none; it is restarted whenever it dies.
 
-    settings: `max_records`, `max_age` (seconds), `capacity` (records queued). ValueError if the URL names no store.
+    settings: `max_records`, `max_age` (seconds), `max_bytes`, `capacity` (records queued). ValueError if the URL names no store.
     """
     check_state(url)
     actor = ray.remote(RequestLogActor).options(

@@ -165,6 +165,7 @@ class KeySettings(Section):
     key: SecretStr | None = Field(default=None, min_length=8, description="The key itself; best given through the environment.")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, as 64 lower-case hex digits.")
     admin: bool = Field(default=False, description="Whether it opens /admin.")
+    store: bool = Field(default=True, description="Whether its finished requests may go to the request log.")
     limits: Limits | None = Field(default=None, description="Limits of this key; none: those of the gateway.")
 
     @model_validator(mode="after")
@@ -194,6 +195,9 @@ class RequestLogSettings(Section):
     url: str = Field(default="sqlite:///.specfleet/requests.db", description="sqlite:///FILE or redis://HOST:PORT/DB.")
     max_records: Positive = Field(default=100_000, description="Records kept; the oldest go first.")
     max_age_s: float = Field(default=30 * 86400.0, gt=0, le=10 * 366 * 86400, description="Seconds that a record is kept.")
+    max_bytes: Bytes = Field(
+        default="1GiB", validate_default=True, description="Room in the store: bytes, or a number and a unit; the oldest records go first."
+    )
 
 
 class StateSettings(Section):

@@ -39,6 +39,6 @@ def policy_actor(settings: Settings) -> Named:
 
 def log_actor(settings: Settings) -> Named:
     log = settings.request_log
-    kept = {"max_records": log.max_records, "max_age": log.max_age_s}
+    kept = {"max_records": log.max_records, "max_age": log.max_age_s, "max_bytes": int(log.max_bytes)}
     start = partial(start_request_log, log.url, name=LOG_ACTOR, namespace=settings.ray.namespace, **kept)
     return Named(LOG_ACTOR, settings.ray.namespace, start)

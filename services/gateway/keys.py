@@ -19,11 +19,12 @@ ANONYMOUS = "anonymous"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The holder of a key: name, what it may use, and whether /admin is open to it."""
+    """The holder of a key: name, what it may use, whether /admin is open to it, and whether its requests may be logged."""
 
     name: str
     admin: bool
     limits: Limits
+    store: bool = True
 
 
 class Keyring:
@@ -32,7 +33,7 @@ class Keyring:
     def __init__(self, keys: Sequence[KeySettings], limits: Limits) -> None:
         self.open = not keys
         self._everyone = Caller(ANONYMOUS, True, limits)
-        self._callers = [(digest(key), Caller(key.name, key.admin, key.limits or limits)) for key in keys]
+        self._callers = [(digest(key), Caller(key.name, key.admin, key.limits or limits, key.store)) for key in keys]
 
     def caller(self, request: Request) -> Caller:
         """Who sent a request. Raises ApiError 401."""
