@@ -106,7 +106,7 @@ async def swept(url: str, compared: Sequence[Arm], points: Sequence[Point], habi
         (prompts,) = texts([Served(model, served.kind)], PROMPTS).values()
         bench = Bench(streams, served, prompts, compared, habits)
         for point in points:
-            sheet.add(await measured(bench, point, lambda _: None))
+            sheet.add(await measured(bench, point, sheet.say))
 
 
 def chosen_workload(name: str) -> Workload:

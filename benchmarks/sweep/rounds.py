@@ -110,14 +110,14 @@ class Bench:
 
 
 async def measured(bench: Bench, point: Point, tick: Callable[[str], None]) -> dict[str, Any]:
-    """One point, as JSON. tick: told what is being done."""
+    """One point, as JSON. tick: told what has been done."""
     begun, cells = time.monotonic(), list[Cell]()
     for arm in bench.arms:
-        tick(f"{arm.name} warms up")
         await bench.warm(point, arm)
+    tick("warmed up")
     async for found in bench.rounds(point):
         cells += found
-        tick(f"round {found[0].round}")
+        tick(f"round {found[0].round} of {bench.habits.counted(point)}, {len(found)} policies")
     return entry(point, bench.arms, cells) | {"took_seconds": round(time.monotonic() - begun, 1)}
 
 
