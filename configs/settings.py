@@ -38,6 +38,10 @@ Bytes = Annotated[
     ByteSize, Field(ge=2**12, le=2**50), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 2**12}]})
 ]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Confidence = Annotated[float, Field(ge=0.5, lt=1, allow_inf_nan=False)]
+AtLeast0 = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Objective = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "tv", "acceptance", "lk_hybrid"]
 
 
 class Section(BaseModel):
@@ -118,6 +122,60 @@ class SamplingDefaults(Section):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=10, description="1 is off.")
 
 
+class CaptureSettings(Section):
+    """What a replica keeps of its answers for training. All of it is dropped, oldest first, when nobody takes it."""
+
+    share: float = Field(default=0.25, gt=0, le=1, allow_inf_nan=False, description="Share of requests kept, by a hash of their ids.")
+    top: int = Field(default=8, ge=1, le=128, description="Most likely tokens kept with their log-probabilities at every place.")
+    longest: int = Field(default=2048, ge=2, le=2**20, description="Tokens of an answer kept, its first ones.")
+    running_bytes: Bytes = Field(default="64MiB", validate_default=True, description="Memory for what is kept of running requests.")
+    waiting_bytes: Bytes = Field(default="64MiB", validate_default=True, description="Memory for finished ones until the trainer has them.")
+
+
+class GateSettings(Section):
+    """What a candidate must show on held-out requests before traffic sees it."""
+
+    least: int = Field(default=100, ge=2, le=2**20, description="Held-out requests below which nothing passes.")
+    margin: AtLeast0 = Field(default=0.0, description="Expected tokens per step by which it must surely be better.")
+    confidence: Confidence = Field(default=0.95, description="Of the two-sided interval that must lie above the margin.")
+
+
+class TrainerSettings(Section):
+    """Where a model's trainer runs, and when it makes way."""
+
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads.")
+    num_cpus: float = Field(default=0.01, ge=0.001, le=1024, description="CPUs that Ray reserves for it.")
+    num_gpus: float = Field(default=0.0, ge=0, le=64, description="GPUs that Ray reserves for it.")
+    running: int | None = Field(
+        default=0, ge=0, le=2**20, description="Running requests of the model up to which it works; none: it has a device of its own."
+    )
+    quiet_s: Seconds = Field(default=1.0, description="Seconds without more of them before it goes on.")
+    checkpoint_s: Seconds = Field(default=60.0, description="Seconds between two checkpoints.")
+
+
+class ModelRefreshSettings(Section):
+    """How one model's speculator is refreshed from its own traffic; see docs/refresh.md. Off, nothing is kept and nothing trained."""
+
+    enabled: bool = Field(default=False, description="Whether it is.")
+    capture: CaptureSettings = Field(default_factory=CaptureSettings, description="What replicas keep.")
+    buffer_bytes: Bytes = Field(default="256MiB", validate_default=True, description="Memory for what the trainer remembers.")
+    held_out: Share = Field(default=0.2, description="Share of it that no training sees, to judge by.")
+    objective: Objective = Field(default="forward_kl", description="What training minimises.")
+    positions: Literal["all", "rejected"] = Field(default="rejected", description="Places trained on: all, or those where drafts failed.")
+    rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="Learning rate.")
+    requests: int = Field(default=16, ge=1, le=4096, description="Requests in one training step.")
+    window: int = Field(default=64, ge=1, le=2**16, description="Places of each request in one training step.")
+    steps: int = Field(default=200, ge=1, le=2**20, description="Training steps of a round at most.")
+    interval: int = Field(default=40, ge=1, le=2**20, description="Training steps between two measurements.")
+    patience: int = Field(default=2, ge=1, le=1024, description="Measurements without gain that end a round.")
+    least_gain: AtLeast0 = Field(default=0.02, description="Tokens per step that a candidate must gain.")
+    least_tokens: int = Field(default=8192, ge=0, le=2**40, description="Fresh answer tokens that a round waits for.")
+    least_held: int = Field(default=8, ge=1, le=2**20, description="Held-out requests that a round needs to choose by.")
+    gate: GateSettings = Field(default_factory=GateSettings, description="What lets a candidate pass.")
+    trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Where training runs.")
+
+
 class ModelSettings(Section):
     """One served model: its base, its speculator and its share of the machine."""
 
@@ -142,12 +200,15 @@ class ModelSettings(Section):
     policy: dict[str, Any] = Field(
         default_factory=lambda: {"kind": "goodput"}, description="The first speculation policy, tunable while running."
     )
-    log: bool = Field(default=True, description="Whether finished requests go to the request log.")
+    log: bool = Field(default=True, description="Whether finished requests go to the request log; without it nothing is trained on either.")
+    refresh: ModelRefreshSettings = Field(default_factory=ModelRefreshSettings, description="Refreshing the speculator from traffic.")
 
     @model_validator(mode="after")
     def drafted(self) -> Self:
         if self.drafter.startswith("mlp") and self.speculator is None:
             raise ValueError(f"drafter {self.drafter} needs a speculator (a folder or hub id); without one use ngram or none")
+        if self.refresh.enabled and not self.drafter.startswith("mlp"):
+            raise ValueError(f"refresh.enabled needs a drafter with a speculator (mlp or mlp+ngram), not {self.drafter}")
         return self
 
 
@@ -206,6 +267,35 @@ class StateSettings(Section):
     url: str = Field(default="sqlite:///.specfleet/state.db", description="sqlite:///FILE or redis://HOST:PORT/DB.")
 
 
+class CanarySettings(Section):
+    """How a new version is tried on traffic; see docs/refresh-releases.md."""
+
+    share: Share = Field(default=0.1, description="Share of requests that it serves.")
+    least: int = Field(default=50, ge=2, le=2**30, description="Requests of either version before anything is decided.")
+    most: int = Field(default=2000, ge=2, le=2**30, description="Its requests after which the better mean decides.")
+    confidence: Confidence = Field(default=0.95, description="That no decision before that is wrong.")
+    tolerance: AtLeast0 = Field(default=0.02, description="Kept tokens per draft by which it may be worse and still be promoted.")
+    effect: float = Field(default=0.1, gt=0, le=1e6, allow_inf_nan=False, description="Difference in them that is found soonest.")
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if self.most < self.least:
+            raise ValueError(f"most must be at least least ({self.least})")
+        return self
+
+
+class RefreshSettings(Section):
+    """Versions of speculators: where they are kept and how a new one is released. What is trained is said for each model."""
+
+    artefacts: str = Field(
+        default=".specfleet/bundles", min_length=1, description="Folder or URL (s3://..) of all versions, for all machines."
+    )
+    cache: str = Field(default=".specfleet/cache", min_length=1, description="Folder for those that this machine used last.")
+    work: str = Field(default=".specfleet/training", min_length=1, description="Folder for traces and progress of trainers.")
+    automatic: bool = Field(default=True, description="Whether a candidate that passed its gate becomes a canary by itself.")
+    canary: CanarySettings = Field(default_factory=CanarySettings, description="How it is tried.")
+
+
 class RaySettings(Section):
     """The Ray cluster to run on."""
 
@@ -232,6 +322,7 @@ class Settings(BaseSettings):
     keys: tuple[KeySettings, ...] = Field(default=(), description="API keys; none: open, on loopback only.")
     request_log: RequestLogSettings = Field(default_factory=RequestLogSettings, description="Finished requests.")
     state: StateSettings = Field(default_factory=StateSettings, description="Policies and their history.")
+    refresh: RefreshSettings = Field(default_factory=RefreshSettings, description="Versions of speculators and their release.")
     ray: RaySettings = Field(default_factory=lambda: RaySettings(), description="The cluster.")
 
     @classmethod
@@ -346,7 +437,9 @@ def anchored(settings: Settings, folder: Path) -> Settings:
     models = tuple(model.model_copy(update=places(model, folder)) for model in settings.models)
     log = settings.request_log.model_copy(update={"url": stored(settings.request_log.url, folder)})
     state = settings.state.model_copy(update={"url": stored(settings.state.url, folder)})
-    return settings.model_copy(update={"models": models, "request_log": log, "state": state})
+    kept = {name: kept_at(getattr(settings.refresh, name), folder) for name in ("artefacts", "cache", "work")}
+    refresh = settings.refresh.model_copy(update=kept)
+    return settings.model_copy(update={"models": models, "request_log": log, "state": state, "refresh": refresh})
 
 
 def places(model: ModelSettings, folder: Path) -> dict[str, str | None]:
@@ -361,6 +454,11 @@ def local(name: str, folder: Path) -> str:
     """An existing folder of that name, absolute; otherwise the name unchanged, which is then a hub id."""
     places = (folder / Path(name).expanduser(), ROOT / name)
     return next((str(place.resolve()) for place in places if place.is_dir()), name)
+
+
+def kept_at(place: str, folder: Path) -> str:
+    """A folder, absolute; URLs unchanged."""
+    return place if "://" in place else str((folder / Path(place).expanduser()).resolve())
 
 
 def stored(url: str, folder: Path) -> str:

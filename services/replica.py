@@ -23,13 +23,13 @@ from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
 from policies import Plan
 from services.host import ModelHost
+from services.peers import Peer
 from services.pilot import Pilot
 from services.protocol import Item, Job, ModelStatus
 from services.vitals import VitalSigns
 
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
-PATIENCE_S = 2.0  # seconds to wait for another actor
 FIRST_PLAN_S = 20.0  # seconds to wait for a policy actor that is just starting
 RETRY_S = 15.0  # seconds between attempts to load
 MOST_RECORDS = 4096  # finished requests kept while the request log is away
@@ -192,26 +192,6 @@ class Outbox:
         while len(self.records) > self.most:
             self.records.popleft()
             self.lost += 1
-
-
-class Peer:
-    """Another actor, which may be away: looked up when first needed, and again after every failure."""
-
-    def __init__(self, find: Callable[[], Any]) -> None:
-        self.find = find
-        self.handle: Any = None
-
-    async def call(self, method: str, *arguments: object) -> Any:
-        """Call a method and wait at most PATIENCE_S. Raises whatever went wrong."""
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                self.handle = self.handle or await asyncio.to_thread(self.find)
-                return await getattr(self.handle, method).remote(*arguments)
-        except TimeoutError:
-            raise  # slow, or just starting: the handle is still right
-        except BaseException:
-            self.handle = None
-            raise
 
 
 def replica_name() -> str:

@@ -13,6 +13,7 @@ from actors.policy import PolicyConflict, PolicyError, UnknownModel
 from actors.store import StoreError
 from services.gateway.errors import ApiError, refused
 from services.gateway.fleet import Change
+from services.peers import Finder
 
 T = TypeVar("T")
 LOG = logging.getLogger("specfleet.gateway")
@@ -26,7 +27,7 @@ class RayDesk:
     """
 
     def __init__(self, find: Callable[[], Any], find_log: Callable[[], Any]) -> None:
-        self._find, self._find_log = find, find_log
+        self._find, self._find_log = Finder(find), Finder(find_log)
 
     async def load(self) -> Mapping[str, Any]:
         """The policy actor's report, and as request_log the counts of the request log's actor; null while that is away."""
@@ -51,15 +52,16 @@ class RayDesk:
     async def _log(self) -> Mapping[str, int] | None:
         try:
             async with asyncio.timeout(ANSWER_S):
-                counts: Mapping[str, int] = await (await asyncio.to_thread(self._find_log)).stats.remote()
+                counts: Mapping[str, int] = await (await self._find_log()).stats.remote()
                 return counts
         except (TimeoutError, ValueError, RayError):
             return None
 
     async def _actor(self) -> Any:
         try:
-            return await asyncio.to_thread(self._find)
-        except (ValueError, RayError):
+            async with asyncio.timeout(ANSWER_S):
+                return await self._find()
+        except (TimeoutError, ValueError, RayError):
             raise away() from None
 
 
