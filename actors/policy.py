@@ -380,6 +380,6 @@ def start_policy(
     """
     check_state(state_url)
     actor = ray.remote(PolicyActor).options(
-        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0
+        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0.01
     )
     return actor.remote(state_url, dict(models or {}), settings)

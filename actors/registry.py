@@ -453,6 +453,6 @@ def start_registry(
     check_state(state_url)
     check_artefacts(artefacts_url)
     actor = ray.remote(RegistryActor).options(
-        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0
+        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0.01
     )
     return actor.remote(state_url, artefacts_url, cache, settings)

@@ -420,6 +420,6 @@ def start_request_log(url: str, name: str = NAME, namespace: str = "specfleet", 
     """
     check_state(url)
     actor = ray.remote(RequestLogActor).options(
-        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0
+        name=name, namespace=namespace, get_if_exists=True, lifetime="detached", max_restarts=-1, max_task_retries=0, num_cpus=0.01
     )
     return actor.remote(url, **settings)

@@ -417,7 +417,7 @@ def start_trainer(
     resources, ..). ValueError if the URL names no place.
     """
     check_artefacts(artefacts_url)
-    placed = {"num_cpus": 0, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0} | options
+    placed = {"num_cpus": 0.01, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0} | options
     actor = ray.remote(TrainerActor).options(name=f"{NAME}-{model}", namespace=namespace, get_if_exists=True, **placed)
     handle = ray.get_actor(registry, namespace=namespace)
     return actor.remote(model, base, folder, version, artefacts_url, work, handle, settings or TrainerSettings())
