@@ -26,13 +26,7 @@ class Terms(BaseModel):
 
 def admin(edge: Edge) -> APIRouter:
     """The routes."""
-
-    def operator(request: Request) -> Caller:
-        caller = edge.keys.admin(request)
-        edge.limiter.admit(caller)
-        return caller
-
-    Operator = Annotated[Caller, Depends(operator)]
+    Operator = Annotated[Caller, Depends(edge.operator)]
     router = APIRouter(prefix="/admin", tags=["admin"])
 
     @router.get("/load")

@@ -17,12 +17,16 @@ from starlette.exceptions import HTTPException
 
 from configs.settings import Settings
 from services.gateway.admin import admin
+from services.gateway.admin_log import log
+from services.gateway.admin_speculators import speculators
+from services.gateway.admin_training import training
 from services.gateway.chat import ChatKind
 from services.gateway.completions import CompletionKind
 from services.gateway.edge import Edge, edge
 from services.gateway.errors import ApiError, body, refused, response
 from services.gateway.fleet import Fleet, PolicyDesk
 from services.gateway.middleware import Outermost
+from services.gateway.refresh import Refresh
 from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.protocol import ModelStatus
 
@@ -31,16 +35,19 @@ COMPONENT = "#/components/schemas/{model}"
 OPEN = "open: no API keys are configured, so everybody on this machine, and nobody else, may do everything"
 
 
-def create_app(settings: Settings, fleet: Fleet, desk: PolicyDesk, clock: Callable[[], float] = time.monotonic) -> FastAPI:
-    """The gateway over a fleet and a policy desk. clock: monotonic seconds, for limits and metrics."""
-    door = edge(settings, fleet, desk, clock)
+def create_app(
+    settings: Settings, fleet: Fleet, desk: PolicyDesk, refresh: Refresh, clock: Callable[[], float] = time.monotonic
+) -> FastAPI:
+    """The gateway over a fleet, a policy desk and those of the refresh loop. clock: monotonic seconds, for limits and metrics."""
+    door = edge(settings, fleet, desk, refresh, clock)
     app = FastAPI(title="Specfleet", version="1", lifespan=watching(door), redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_middleware(Outermost, metrics=door.metrics)
     add_errors(app)
     add_generation(app, door)
     add_models(app, door)
     add_health(app, door)
-    app.include_router(admin(door))
+    for routes in (admin, speculators, training, log):
+        app.include_router(routes(door))
     describe(app)
     return app
 
@@ -151,7 +158,9 @@ def add_health(app: FastAPI, door: Edge) -> None:
     @app.get("/metrics", tags=["health"])
     async def metrics() -> Response:
         """Prometheus text."""
-        content = door.metrics.exposition(door.fleet.statuses(), await reported(door))
+        statuses = door.fleet.statuses()
+        load, door.metrics.refresh.states = await asyncio.gather(reported(door), door.refresh.survey(statuses))
+        content = door.metrics.exposition(statuses, load)
         return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -11,6 +11,7 @@ from configs.settings import Settings
 from services.gateway.app import create_app
 from services.gateway.ray_desk import RayDesk
 from services.gateway.ray_fleet import RayFleet
+from services.gateway.ray_refresh import ray_refresh
 from services.named import log_actor, policy_actor
 
 
@@ -29,4 +30,4 @@ def gateway_app(settings: Settings) -> FastAPI:
     handles = {model.name: serve.get_deployment_handle(model.name, application_name) for model in settings.models}
     patience = {model.name: model.replicas.cold_start_s for model in settings.models if model.replicas.sleeps}
     desk = RayDesk(policy_actor(settings), log_actor(settings))
-    return create_app(settings, RayFleet(handles, settings.gateway.poll_s, patience), desk)
+    return create_app(settings, RayFleet(handles, settings.gateway.poll_s, patience), desk, ray_refresh(settings, log_actor(settings)))

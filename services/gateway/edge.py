@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 from starlette.requests import Request
@@ -19,6 +19,7 @@ from services.gateway.fleet import Fleet, PolicyDesk
 from services.gateway.keys import Caller, Keyring
 from services.gateway.limits import Limiter, read_before
 from services.gateway.metrics import Metrics, Watch
+from services.gateway.refresh import Refresh
 from services.gateway.reply import Reply, until
 from services.gateway.schemas import Generation
 from services.gateway.shapes import Kind
@@ -35,6 +36,7 @@ class Edge:
     settings: Settings
     fleet: Fleet
     desk: PolicyDesk
+    refresh: Refresh
     keys: Keyring
     limiter: Limiter
     metrics: Metrics
@@ -51,9 +53,16 @@ class Edge:
         request.state.model = body.model
         identity = kind.prefix + request.state.id
         job = kind.job(body, identity, caller.name, self.settings.model(body.model).sampling, self.settings.gateway)
+        job = replace(job, store=job.store and caller.store)
         self.up(status)
         answer = answering(kind, job, status, body.include_usage or not body.stream)
         return Reply(answer, self.observed(job, caller, deadline), stream=bool(body.stream))
+
+    def operator(self, request: Request) -> Caller:
+        """Who sent an admin request. Raises ApiError 401, 403 or 429."""
+        caller = self.keys.admin(request)
+        self.limiter.admit(caller)
+        return caller
 
     def room(self) -> None:
         """Raises ApiError 503 when the gateway itself has its fill of requests."""
@@ -88,10 +97,10 @@ class Edge:
                     yield item
 
 
-def edge(settings: Settings, fleet: Fleet, desk: PolicyDesk, clock: Callable[[], float] = time.monotonic) -> Edge:
+def edge(settings: Settings, fleet: Fleet, desk: PolicyDesk, refresh: Refresh, clock: Callable[[], float] = time.monotonic) -> Edge:
     """An edge with fresh limits and metrics."""
     keys = Keyring(settings.keys, settings.gateway.limits)
-    return Edge(settings, fleet, desk, keys, Limiter(clock), Metrics(), clock)
+    return Edge(settings, fleet, desk, refresh, keys, Limiter(clock), Metrics(), clock)
 
 
 def parsed(kind: Kind, content: bytes) -> Generation:

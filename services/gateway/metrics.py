@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.gateway.metrics_refresh import RefreshStates, VersionCounts
 from services.protocol import Item, ModelStatus, Piece
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -37,8 +38,9 @@ class Metrics:
         self.state = Gauge("specfleet_model_state", "1 for the state a model is in.", ("model", "state"), registry=self.registry)
         self.memory = Gauge("specfleet_kv_bytes", "Memory for keys and values.", ("model", "part"), registry=self.registry)
         self.load = Gauge("specfleet_load", "What the replicas report.", ("model", "quantity"), registry=self.registry)
-        self.log = LogCounts()
-        self.registry.register(self.log)
+        self.log, self.versions, self.refresh = LogCounts(), VersionCounts(), RefreshStates()
+        for collector in (self.log, self.versions, self.refresh):
+            self.registry.register(collector)
 
     def _gauge(self, name: str, meaning: str) -> Gauge:
         return Gauge(name, meaning, ("model",), registry=self.registry)
@@ -128,6 +130,7 @@ class Watch:
             metrics.steps.labels(model).inc(piece.speculation.steps)
             metrics.drafted.labels(model).inc(piece.speculation.drafted)
             metrics.accepted.labels(model).inc(piece.speculation.accepted)
+            metrics.versions.add(model, piece.speculation)
 
 
 def quantities(load: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

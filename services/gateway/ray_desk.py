@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 
 from actors.policy import PolicyConflict, PolicyError, UnknownModel
+from actors.refusals import RegistryConflict, UnknownVersion
 from actors.store import StoreError
 from services.gateway.errors import ApiError, refused
 from services.gateway.fleet import Change
@@ -76,19 +77,23 @@ async def answered(call: Awaitable[T]) -> T:
         raise away() from None
 
 
-def told(error: Exception) -> ApiError:
-    """What the actor raised, as the client reads it."""
+def told(error: Exception, actor: str = "policy actor") -> ApiError:
+    """What an actor raised, as the client reads it."""
     match error:
         case PolicyError():
             return refused(400, f"Invalid {error.field or 'policy'}: {error}.", param=error.field or None, code="invalid_value")
         case UnknownModel():
             return refused(404, f"{error}.", param="model", code="model_not_found")
-        case PolicyConflict():
+        case UnknownVersion():
+            return refused(404, f"{error}.", param="version", code="version_not_found")
+        case PolicyConflict() | RegistryConflict():
             return refused(409, f"{error}.", param="expected_version", code="version_conflict")
         case StoreError():
             return refused(503, f"The change could not be stored: {error}.", code="store_away", retry_after=5.0)
-    LOG.error("the policy actor failed", exc_info=error)
-    return refused(500, "The policy actor failed; its log says why.", code="internal_error")
+    if getattr(error, "status", None) == 503:
+        return refused(503, f"The {actor} cannot do it now: {error}.", code="try_again", retry_after=5.0)
+    LOG.error("the %s failed", actor, exc_info=error)
+    return refused(500, f"The {actor} failed; its log says why.", code="internal_error")
 
 
 def away() -> ApiError:

@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+from actors.store import StateStore
 from services.gateway.errors import refused
 from services.gateway.fleet import Change
+from services.gateway.ray_refresh import RayLog, RaySpeculators, RayTraining
+from services.gateway.refresh import Refresh
 from services.protocol import Accepted, Failure, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
 
 Script = Callable[[Job], AsyncGenerator[Item, None]]
@@ -66,6 +69,18 @@ class FakeDesk:
 
     async def history(self, model: str) -> Sequence[Mapping[str, Any]]:
         return [{"who": "root", "from": None, "to": {"kind": "goodput"}}]
+
+
+def nothing() -> Refresh:
+    """The desks of a service in which nothing is refreshed and nobody is reached."""
+
+    def find() -> Any:
+        raise ValueError("no actor of that name")
+
+    def opener() -> StateStore:
+        raise AssertionError("nothing is stored")
+
+    return Refresh(RaySpeculators(find, ()), RayTraining({}, opener), RayLog(find, {}))
 
 
 def choices(job: Job) -> int:

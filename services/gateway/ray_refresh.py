@@ -1,0 +1,205 @@
+"""The desks of the refresh loop over named actors: the registry, every model's trainer, the request log."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.log_contents import Purge
+from actors.policy import UnknownModel
+from actors.store import StateStore, StoreError, Value, open_state
+from configs.settings import Settings
+from services.gateway.errors import ApiError, refused
+from services.gateway.ray_desk import ANSWER_S, told
+from services.gateway.refresh import Pause, Refresh, Release, State
+from services.peers import Finder
+
+REGISTRY = "specfleet-registry"
+TRAINER = "specfleet-trainer"  # before the model's name
+CONTENTS_S, PURGE_S = 30.0, 120.0  # seconds in which every record of the log is looked at
+
+
+class Absent(LookupError):
+    """There is no such actor, or it does not know the model."""
+
+
+class Contact:
+    """A named actor, looked up anew at every call, so that one that was started again is found too."""
+
+    def __init__(self, who: str, code: str, find: Callable[[], Any]) -> None:
+        """who, code: its name in errors, in words and for programs. find: looks it up, ValueError if there is none."""
+        self.who, self.code, self.find = who, code, Finder(find)
+
+    async def call(self, method: str, *arguments: object, patience: float = ANSWER_S) -> Any:
+        """The actor's answer within so many seconds. Raises Absent, ApiError."""
+        try:
+            async with asyncio.timeout(patience):
+                return await getattr(await self.find(), method).remote(*arguments)
+        except RayTaskError as error:
+            if isinstance(error.cause, UnknownModel):
+                raise Absent from None
+            raise told(error.cause, self.who) from None
+        except ValueError:
+            raise Absent from None
+        except (TimeoutError, RayError):
+            raise self.away() from None
+
+    def away(self) -> ApiError:
+        return refused(503, f"The {self.who} is away.", code=f"{self.code}_away", retry_after=1.0)
+
+
+class RaySpeculators:
+    """The registry. find: looks its actor up, ValueError if there is none. refreshed: models that it is to know, sooner or later."""
+
+    def __init__(self, find: Callable[[], Any], refreshed: Collection[str]) -> None:
+        self._registry, self._refreshed = Contact("speculator registry", "registry", find), refreshed
+
+    async def state(self, model: str) -> State:
+        found = await self._ask(model, "state", model)
+        return unknown(model) if found is None else {"state": "on", **found}
+
+    async def history(self, model: str) -> Sequence[State]:
+        return list(await self._ask(model, "history", model) or ())
+
+    async def change(self, release: Release) -> State:
+        method, arguments = call(release)
+        if (found := await self._ask(release.model, method, *arguments)) is None:
+            raise off(release.model)
+        return dict(found)
+
+    async def _ask(self, model: str, method: str, *arguments: object) -> Any:
+        """The registry's answer; None for a model that is not refreshed."""
+        try:
+            return await self._registry.call(method, *arguments)
+        except Absent:
+            if model in self._refreshed:
+                raise self._registry.away() from None
+            return None
+
+
+def unknown(model: str) -> State:
+    """The state of a model that is not refreshed."""
+    return {"state": "off", "model": model, "revision": 0, "live": None, "pinned": False, "canary": None, "versions": [], "replicas": {}}
+
+
+def call(release: Release) -> tuple[str, tuple[object, ...]]:
+    """The registry's method for a change, and its arguments."""
+    r = release
+    match r.action:
+        case "unpin":
+            return "unpin", (r.model, r.who, r.why, r.expected)
+        case "rollback":
+            return "rollback", (r.model, r.who, r.why, r.version, r.expected)
+        case "canary":
+            return "start_canary", (r.model, r.version, r.who, r.why, r.share, r.expected)
+    return r.action, (r.model, r.version, r.who, r.why, r.expected)
+
+
+class RayTraining:
+    """The trainers of the models that are refreshed; who paused one and when is a stream of the state store.
+
+    finds: by model, what looks its trainer up, ValueError if it is not there. opener: of the state store.
+    """
+
+    def __init__(
+        self, finds: Mapping[str, Callable[[], Any]], opener: Callable[[], StateStore], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._trainers = {model: Contact(f"trainer of {model}", "trainer", find) for model, find in finds.items()}
+        self._open, self._clock = opener, clock
+
+    async def state(self, model: str) -> State:
+        return stated(await self._ask(model, "status")) if model in self._trainers else {"state": "off", "model": model}
+
+    async def history(self, model: str) -> Sequence[State]:
+        return list(await self._stored(lambda store: store.entries(stream(model))))
+
+    async def pause(self, pause: Pause) -> State:
+        """The change is recorded before it is made, so that none goes unrecorded. One that changes nothing is not recorded."""
+        if pause.model not in self._trainers:
+            raise off(pause.model)
+        before = bool((await self._ask(pause.model, "status"))["paused"])
+        if before != pause.paused:
+            await self._stored(lambda store: store.append(stream(pause.model), self._entry(pause, before)))
+        return stated(await self._ask(pause.model, "pause", pause.paused))
+
+    async def _ask(self, model: str, method: str, *arguments: object) -> Any:
+        trainer = self._trainers[model]
+        try:
+            return await trainer.call(method, *arguments)
+        except Absent:
+            raise trainer.away() from None
+
+    def _entry(self, pause: Pause, before: bool) -> Value:
+        change = {"from": {"paused": before}, "to": {"paused": pause.paused}}
+        return {"at": self._clock(), "who": pause.who, "why": pause.why, **change}
+
+    async def _stored(self, act: Callable[[StateStore], Any]) -> Any:
+        try:
+            return await asyncio.to_thread(lambda: act(self._open()))
+        except StoreError as error:
+            raise told(error, "state store") from None
+
+
+def stream(model: str) -> str:
+    """The stream of what was done to a model's training."""
+    return f"training/{model}"
+
+
+def stated(status: Mapping[str, Any]) -> State:
+    return {"state": "paused" if status["paused"] else "on", **status}
+
+
+class RayLog:
+    """The request log. find: looks its actor up, or starts it."""
+
+    def __init__(self, find: Callable[[], Any], retention: Mapping[str, float]) -> None:
+        self._log, self._retention = Contact("request log", "log", find), dict(retention)
+
+    async def state(self) -> State:
+        contents, counts = await asyncio.gather(self._ask("contents", patience=CONTENTS_S), self._ask("stats"))
+        return {**contents, "retention": self._retention, "writer": counts}
+
+    async def history(self) -> Sequence[State]:
+        return list(await self._ask("purges"))
+
+    async def purge(self, purge: Purge) -> int:
+        return int(await self._ask("purge", purge, patience=PURGE_S))
+
+    async def _ask(self, method: str, *arguments: object, patience: float = ANSWER_S) -> Any:
+        try:
+            return await self._log.call(method, *arguments, patience=patience)
+        except Absent:
+            raise self._log.away() from None
+
+
+def off(model: str) -> ApiError:
+    return refused(409, f"The speculator of {model} is not refreshed, so there is nothing to change.", param="model", code="refresh_off")
+
+
+def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
+    """The desks of a service. Registry and trainers are not started here, they come with the models. log: finds the request log."""
+    find = partial(ray.get_actor, namespace=settings.ray.namespace)
+    refreshed = [model.name for model in settings.models if model.refresh.enabled]
+    trainers = {name: partial(find, f"{TRAINER}-{name}") for name in refreshed}
+    kept = settings.request_log
+    retention = {"max_records": kept.max_records, "max_bytes": int(kept.max_bytes), "max_age_s": kept.max_age_s}
+    training = RayTraining(trainers, Once(partial(open_state, settings.state.url)))
+    return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention))
+
+
+class Once:
+    """Opens a store when it is first needed."""
+
+    def __init__(self, opener: Callable[[], StateStore]) -> None:
+        self._open = opener
+        self._store: StateStore | None = None
+
+    def __call__(self) -> StateStore:
+        self._store = self._store or self._open()
+        return self._store

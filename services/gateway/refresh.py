@@ -1,0 +1,98 @@
+"""What keeps speculators fresh, as the gateway sees it: registry, trainers and request log, a small protocol each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from actors.log_contents import Purge
+from services.gateway.errors import ApiError
+
+Action = Literal["promote", "pin", "unpin", "rollback", "canary", "retire"]
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A wanted change of which version serves. who: name of the key.
+
+    version: what it is about; a rollback may leave it open, and unpinning has none. share: of requests that a canary gets, none: the
+    registry's own. expected: make the change only at this revision.
+    """
+
+    model: str
+    action: Action
+    who: str
+    why: str = ""
+    version: str | None = None
+    share: float | None = None
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A wanted pause of a model's training, or its end. who: name of the key."""
+
+    model: str
+    paused: bool
+    who: str
+    why: str = ""
+
+
+class SpeculatorDesk(Protocol):
+    """The registry. Every method raises ApiError: 400, 404, 409 for what it refuses, 503 while it is away."""
+
+    async def state(self, model: str) -> State:
+        """`state` is on, or off for a model whose speculator is not refreshed."""
+        ...
+
+    async def history(self, model: str) -> Sequence[State]: ...
+
+    async def change(self, release: Release) -> State: ...
+
+
+class TrainingDesk(Protocol):
+    """The trainers. Every method raises ApiError: 409 for a model without one, 503 while it is away."""
+
+    async def state(self, model: str) -> State:
+        """`state` is on, paused, or off for a model that has no trainer."""
+        ...
+
+    async def history(self, model: str) -> Sequence[State]: ...
+
+    async def pause(self, pause: Pause) -> State: ...
+
+
+class LogDesk(Protocol):
+    """The request log. Every method raises ApiError: 503 while it is away."""
+
+    async def state(self) -> State: ...
+
+    async def history(self) -> Sequence[State]: ...
+
+    async def purge(self, purge: Purge) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """All three."""
+
+    speculators: SpeculatorDesk
+    training: TrainingDesk
+    log: LogDesk
+
+    async def survey(self, models: Iterable[str]) -> dict[str, tuple[State, State]]:
+        """The states of speculators and training by model; `state` is away where nobody answers."""
+        names = tuple(models)
+        asked = [known(desk.state(name)) for name in names for desk in (self.speculators, self.training)]
+        told = await asyncio.gather(*asked)
+        return {name: (told[2 * i], told[2 * i + 1]) for i, name in enumerate(names)}
+
+
+async def known(answer: Awaitable[State]) -> State:
+    try:
+        return await answer
+    except ApiError:
+        return {"state": "away"}

@@ -1,0 +1,301 @@
+"""The operator's side of the refresh loop over HTTP, with the real registry, trainer and log behind the real desks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from actors.registry import NAME as REGISTRY_NAME
+from actors.releases import ReplicaReport
+from actors.trainer import NAME as TRAINER_NAME
+from policies import Arm
+from services.gateway import ray_refresh
+from services.gateway.metrics_refresh import LATEST, VersionCounts
+from services.gateway.refresh import Release
+from services.protocol import SpeculationReport
+from tests.gateway.loop import Loop
+from tests.gateway.test_access import ROOT, TEXT, USER, bearer
+
+READS = ["speculators/echo", "speculators/echo/history", "training/echo", "training/echo/history", "log", "log/history"]
+CHANGES = [
+    *(("POST", f"speculators/echo/v/{action}") for action in ("promote", "pin", "canary", "retire")),
+    *(("POST", f"speculators/echo/{action}") for action in ("rollback", "unpin")),
+    ("PATCH", "training/echo"),
+    ("DELETE", "log?all=true"),
+]
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Loop:
+    return Loop(tmp_path)
+
+
+@pytest.fixture
+def served(loop: Loop, make: Callable[..., Any]) -> Any:
+    return make(loop.desks, keys=[USER, ROOT])
+
+
+@pytest.fixture
+async def root(served: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with served.client(headers=bearer("root-key-1")) as http:
+        yield http
+
+
+def reported(loop: Loop, **more: Any) -> ReplicaReport:
+    """What a replica says that follows the registry."""
+    now = loop.keeper.assignment("echo")
+    assert now.live is not None
+    placements = [now.live, *([now.canary.placement] if now.canary else [])]
+    loaded = {placement.version: placement.checksum for placement in placements}
+    return ReplicaReport("r1", "echo", now.revision, now.live.version, loaded, salt=now.canary.salt if now.canary else "", **more)
+
+
+async def test_all_of_it_needs_an_admin_key(served: Any, loop: Loop) -> None:
+    async with served.client() as http:
+        for method, path in [*(("GET", path) for path in READS), *CHANGES]:
+            for key, status in (("user-key-1", 403), ("wrong", 401)):
+                answer = await http.request(method, f"/admin/{path}", headers=bearer(key), json={"paused": True})
+                assert answer.status_code == status, answer.text
+    assert len(loop.keeper.history("echo")) == 4 and not loop.trainer.paused
+
+
+async def test_versions_and_what_replicas_run(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.keeper.report(reported(loop, errors={loop.v[3]: "a byte differs"}))
+    state = (await root.get("/admin/speculators/echo")).json()
+    assert (state["state"], state["live"], state["revision"]) == ("on", loop.v[0], 4)
+    assert [v["state"] for v in state["versions"]] == ["live", "candidate", "candidate", "rejected"]
+    assert state["versions"][1]["gate"]["difference"] == 0.1
+    assert state["replicas"]["r1"]["agrees"] and state["replicas"]["r1"]["errors"] == {loop.v[3]: "a byte differs"}
+
+
+async def test_promote_pin_roll_back_and_their_history(root: httpx.AsyncClient, loop: Loop) -> None:
+    _, one, two, _ = loop.v
+    for path, params, live in (
+        (f"{one}/promote", {"why": "faster", "expected_version": 4}, one),
+        (f"{two}/pin", {}, two),
+        ("unpin", {}, two),
+        ("rollback", {"why": "worse", "version": two}, one),
+    ):
+        answer = await root.post(f"/admin/speculators/echo/{path}", params=params)
+        assert answer.status_code == 200 and answer.json()["live"] == live, answer.text
+    history = (await root.get("/admin/speculators/echo/history")).json()["history"][4:]
+    assert [(c["action"], c["who"], c["why"]) for c in history] == [
+        ("promote", "root", "faster"),
+        ("pin", "root", ""),
+        ("unpin", "root", ""),
+        ("roll_back", "root", "worse"),
+    ]
+    assert history[0]["from"] == loop.v[0] and history[0]["to"] == one and history[0]["at"] == loop.clock.now
+
+
+async def test_a_canary_of_a_share_and_a_candidate_withdrawn(root: httpx.AsyncClient, loop: Loop) -> None:
+    answer = await root.post(f"/admin/speculators/echo/{loop.v[1]}/canary", params={"share": 0.3})
+    assert answer.json()["canary"] == loop.v[1] and answer.json()["state"] == "canary"
+    assert (await root.get("/admin/speculators/echo")).json()["canary"]["share"] == 0.3
+    assert (await root.post(f"/admin/speculators/echo/{loop.v[2]}/retire")).json()["state"] == "retired"
+    assert (await root.post("/admin/speculators/echo/rollback")).json()["live"] == loop.v[0]
+    assert (await root.get("/admin/speculators/echo")).json()["canary"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code", "param"),
+    [
+        ("echo/{0}/promote", 409, "version_conflict", "expected_version"),
+        ("echo/{3}/promote", 409, "version_conflict", "expected_version"),
+        ("echo/{1}/promote?expected_version=3", 409, "version_conflict", "expected_version"),
+        ("echo/nothing/pin", 404, "version_not_found", "version"),
+        ("echo/rollback?version=nothing", 409, "version_conflict", "expected_version"),
+        ("echo/unpin", 409, "version_conflict", "expected_version"),
+        ("echo/{1}/canary?share=1", 400, "invalid_value", "share"),
+        ("echo/{1}/canary?share=nan", 400, "invalid_value", "share"),
+        ("echo/{1}/promote?share=0.5", 400, "invalid_value", "share"),
+        ("echo/{1}/promote?expected_version=-1", 400, "invalid_value", "expected_version"),
+        ("gpt/{1}/promote", 404, "model_not_found", "model"),
+        ("gpt/rollback", 404, "model_not_found", "model"),
+        ("echo/{1}/explode", 404, "not_found", None),
+    ],
+)
+async def test_what_is_refused(root: httpx.AsyncClient, loop: Loop, path: str, status: int, code: str, param: str | None) -> None:
+    answer = await root.post(f"/admin/speculators/{path.format(*loop.v)}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
+    assert len(loop.keeper.history("echo")) == 4
+
+
+async def test_of_two_promotions_at_once_one_is_made(root: httpx.AsyncClient, loop: Loop) -> None:
+    asked = [root.post(f"/admin/speculators/echo/{v}/promote", params={"expected_version": 4}) for v in loop.v[1:3]]
+    assert sorted(answer.status_code for answer in await asyncio.gather(*asked)) == [200, 409]
+
+
+async def test_a_model_that_is_not_refreshed(root: httpx.AsyncClient) -> None:
+    speculators, training = [(await root.get(f"/admin/{room}/slow")).json() for room in ("speculators", "training")]
+    assert speculators["state"] == training["state"] == "off" and speculators["versions"] == []
+    assert (await root.get("/admin/speculators/slow/history")).json() == {"model": "slow", "history": []}
+    for answer in (
+        await root.post("/admin/speculators/slow/v1/promote"),
+        await root.post("/admin/speculators/slow/rollback"),
+        await root.patch("/admin/training/slow", json={"paused": True}),
+    ):
+        assert answer.status_code == 409 and answer.json()["error"]["code"] == "refresh_off", answer.text
+
+
+@pytest.mark.parametrize("trouble", ["away", "absent"])
+async def test_who_is_away_is_asked_again_later(root: httpx.AsyncClient, loop: Loop, trouble: str) -> None:
+    for actor in (loop.registry_actor, loop.trainer_actor, loop.log_actor):
+        setattr(actor, trouble, True)
+    codes = {"speculators": "registry_away", "training": "trainer_away", "log": "log_away"}
+    asked = [("GET", path) for path in READS if path != "training/echo/history"]
+    for method, path in [*asked, *CHANGES]:
+        answer = await root.request(method, f"/admin/{path}", json={"paused": True} if method == "PATCH" else None)
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
+        assert answer.json()["error"]["code"] == codes[path.partition("/")[0].partition("?")[0]]
+    metrics = (await root.get("/metrics")).text
+    assert 'specfleet_training_phase{model="echo",phase="away"} 1.0' in metrics
+
+
+async def test_a_store_that_is_away_changes_nothing(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.store.broken = True
+    for answer in (
+        await root.post(f"/admin/speculators/echo/{loop.v[1]}/promote"),
+        await root.patch("/admin/training/echo", json={"paused": True}),
+        await root.get("/admin/training/echo/history"),
+    ):
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "store_away"
+    assert not loop.trainer.paused and (await root.get("/admin/speculators/echo")).json()["live"] == loop.v[0]
+
+
+async def test_what_an_actor_fails_at_is_not_told(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.trainer_actor.body = None
+    answer = await root.get("/admin/training/echo")
+    assert answer.status_code == 500 and "NoneType" not in answer.text and "trainer of echo" in answer.text
+
+
+async def test_training_is_paused_and_resumed_and_that_is_recorded(root: httpx.AsyncClient, loop: Loop) -> None:
+    assert (await root.get("/admin/training/echo")).json()["state"] == "on"
+    for paused in (True, True, False):
+        state = (await root.patch("/admin/training/echo", params={"why": "night"}, json={"paused": paused})).json()
+        assert state["paused"] is paused is loop.trainer.paused and state["state"] == ("paused" if paused else "on")
+    history = (await root.get("/admin/training/echo/history")).json()["history"]
+    assert history == [
+        {"at": 77.0, "who": "root", "why": "night", "from": {"paused": old}, "to": {"paused": not old}} for old in (False, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"), [(b"{}", "paused"), (b'{"paused": 1}', "paused"), (b'{"paused": true, "x": 1}', "x"), (b"[]", None), (b"{", None)]
+)
+async def test_bad_wishes_for_training(root: httpx.AsyncClient, loop: Loop, body: bytes, param: str | None) -> None:
+    answer = await root.patch("/admin/training/echo", content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param and not loop.trainer.paused
+    assert (await root.patch("/admin/training/gpt", json={"paused": True})).status_code == 404
+
+
+async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop) -> None:
+    await loop.logged()
+    state = (await root.get("/admin/log")).json()
+    assert (state["records"], state["oldest"], state["newest"]) == (3, 100.0, 300.0)
+    assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
+    answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
+    assert answer.json() == {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0}
+    assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
+    assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
+    assert (await root.delete("/admin/log", params={"all": "true"})).json()["purged"] == 1
+    assert (await root.get("/admin/log")).json()["records"] == 0
+    history = (await root.get("/admin/log/history")).json()["history"]
+    assert [(p["who"], p["records"]) for p in history] == [("root", 1), ("root", 1), ("root", 0), ("root", 1)]
+    assert history[0]["why"] == "asked for" and history[0]["before"] == 150.0 and history[1]["request"] == "cmpl-3"
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("", None),
+        ("why=tidy", None),
+        ("all=true&model=echo", None),
+        ("before=yesterday", "before"),
+        ("before=2026-01-01T00:00:00", "before"),
+        ("model=", "model"),
+        ("modle=echo", "modle"),
+    ],
+)
+async def test_a_purge_must_say_what_it_means(root: httpx.AsyncClient, loop: Loop, query: str, param: str | None) -> None:
+    await loop.logged()
+    answer = await root.delete(f"/admin/log?{query}")
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert (await root.get("/admin/log")).json()["records"] == 3
+
+
+async def test_a_key_that_is_not_logged(make: Callable[..., Any]) -> None:
+    gateway = make(keys=[USER | {"store": False}, ROOT])
+    async with gateway.client() as http:
+        for key in ("user-key-1", "root-key-1"):
+            for body in (TEXT, TEXT | {"store": True}, TEXT | {"store": False}):
+                assert (await http.post("/v1/completions", json=body, headers=bearer(key))).status_code == 200
+    assert [job.store for job in gateway.fleet.jobs] == [False, False, False, True, True, False]
+
+
+def found(text: str) -> dict[tuple[str, ...], float]:
+    """(metric, label values in order of their names) -> value."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
+    live, one, _, rejected = loop.v
+    loop.keeper.start_canary("echo", one, "trainer", "it passed the gate", 0.25)
+    arms = {live: Arm.of(10, 5), one: Arm.of(10, 7)}
+    loop.keeper.report(reported(loop, errors={rejected: "a byte differs"}, arms=arms))
+    await root.post("/v1/completions", json=TEXT)
+    told = found((await root.get("/metrics")).text)
+    info = {labels[2:]: value for labels, value in told.items() if labels[0] == "specfleet_speculator_info"}
+    assert info == {("r1", "live", live): 1, ("r1", "canary", one): 1, ("r1", "failed", rejected): 1}
+    for name, labels, value in (
+        ("speculator_agrees", ("echo", "r1"), 1),
+        ("speculator_versions", ("echo", "candidate"), 1),
+        ("speculator_versions", ("echo", "rolled_back"), 0),
+        ("speculator_revision", ("echo",), 5),
+        ("speculator_pinned", ("echo",), 0),
+        ("speculator_canary_share", ("echo",), 0.25),
+        ("speculator_candidates", ("echo", "passed"), 2),
+        ("speculator_candidates", ("echo", "rejected"), 1),
+        ("speculator_gate_difference", ("echo", rejected), -0.1),
+        ("training_phase", ("echo", "training"), 1),
+        ("training_phase", ("echo", "waiting"), 0),
+        ("training_phase", ("slow", "off"), 1),
+        ("training_traces_total", ("echo", "seen"), 80),
+        ("training_rounds_total", ("echo",), 1),
+        ("training_step", ("echo",), 3),
+        ("version_steps_total", ("echo", "v1"), 2),
+        ("version_tokens_total", ("echo", "v1"), 3),
+    ):
+        assert told[(f"specfleet_{name}", *labels)] == pytest.approx(value), name
+    status = loop.trainer.status()
+    assert told["specfleet_training_buffer_bytes", "echo"] == status["traces"]["bytes"] > 0
+    assert told["specfleet_training_loss", "0", "echo"] == pytest.approx(status["losses"][0])
+    assert told["specfleet_speculator_canary_difference", "echo"] == pytest.approx(0.2)
+
+
+def test_only_the_latest_versions_are_told_of() -> None:
+    counts = VersionCounts()
+    for i in range(100):
+        counts.add("echo", SpeculationReport("mlp", f"v{i}", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+        counts.add("echo", SpeculationReport("mlp", "v0", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+    samples = {s.labels["version"]: s.value for metric in counts.collect() for s in metric.samples if s.name.endswith("steps_total")}
+    assert samples == {"v0": 101} | {f"v{i}": 1 for i in range(100 - LATEST + 1, 100)}
+
+
+def test_the_actors_are_asked_by_the_methods_that_they_have(loop: Loop) -> None:
+    for action in ("promote", "pin", "unpin", "rollback", "canary", "retire"):
+        method, arguments = ray_refresh.call(Release("echo", action, "me", "why", "v", 0.5, 7))  # type: ignore[arg-type]
+        assert callable(getattr(loop.keeper, method)) and arguments[0] == "echo" and arguments[-1] == 7
+    assert (ray_refresh.REGISTRY, ray_refresh.TRAINER) == (REGISTRY_NAME, TRAINER_NAME)
