@@ -30,12 +30,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The engine's load at one step. context: tokens held by running requests. free: slots that drafts may use."""
+    """The engine's load at one step. context: tokens held by running requests. free: slots that drafts may use.
+
+    decoding: requests that draw a token in this step. prompt: rows of its forward, before drafts, beyond one for each of those.
+    """
 
     running: int
     waiting: int
     context: int
     free: int
+    decoding: int = 0
+    prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +198,7 @@ class Engine:
         dropped = list(self.drop_cancelled())
         self.admit()
         plans = self.plan()
-        load = self.load()
+        load = self.load(plans)
         if not plans:
             return StepReport(tuple(dropped), load, seconds=time.perf_counter() - started)
         context = sum(len(p.text.table) for p in plans)
@@ -225,9 +230,10 @@ class Engine:
             draft_seconds=draft_seconds,
         )
 
-    def load(self) -> Load:
-        context = sum(len(t.table) for t in self.running)
-        return Load(len(self.running), len(self.waiting), context, len(self.pool.free))
+    def load(self, plans: Sequence[Plan]) -> Load:
+        context, decoding = sum(len(t.table) for t in self.running), sum(p.complete for p in plans)
+        prompt = sum(len(p.tree) for p in plans) - decoding
+        return Load(len(self.running), len(self.waiting), context, len(self.pool.free), decoding, prompt)
 
     def drop_cancelled(self) -> Iterator[Outcome]:
         cancelled, self.cancelled = self.cancelled, {}

@@ -1,8 +1,9 @@
 """What a step costs, learned from measured steps: off, forward and drafting apart, each by robust windows of the latest samples.
 
 Depth 0 is measured: only steps in which nothing drafted speak for it. The forward of a drafting step (its seconds less the drafting) is
-kept by (requests, rows); drafting by (drafting requests, depth). A cell is the median of its window, so outliers do not count and old
-samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells.
+kept by (requests, rows); drafting by (drafting requests, depth, width). A cell is the median of its window, so outliers do not count and
+old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
+prompt adds to a step is another, so that steps beside which prompts are read speak as well.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ FRESH = 2000  # steps after which a sample gives way to newer ones, however few
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
 
-Row = tuple[float, float, float, int]  # x (rows, requests or depth), context, seconds, step of the model at which it was learned
-Key = tuple[int, int]
+RECKONED = 0.05  # change of the price of prompt rows from which medians are taken anew
+
+Row = tuple[float, float, float, float, int]  # x (rows, requests or depth), context, seconds, prompt rows, step at which it was learned
+Moments = tuple[float, float, float]
+Key = tuple[int, ...]
 
 
 def bucket(n: int) -> int:
@@ -36,9 +40,10 @@ def bucket(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: median x, context and seconds of its window, how many samples it holds, and what they say of the pull of context.
+    """One cell: median x, context and seconds of its window, and how many samples it holds. Seconds are those without prompt rows.
 
-    moments: sums over the window of c*c, c*t and t*t, deviations of context and (winsorised) seconds from their medians; 0 for few samples.
+    context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
+    its median, and t that of seconds, winsorised; 0 for few samples.
     """
 
     key: Key
@@ -46,19 +51,28 @@ class Cell:
     context: float
     seconds: float
     count: int
-    moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    context_moments: Moments = (0.0, 0.0, 0.0)
+    prompt_moments: Moments = (0.0, 0.0, 0.0)
 
     @classmethod
-    def of(cls, key: Key, rows: Sequence[Row]) -> Cell:
-        context, seconds = median(r[1] for r in rows), median(r[2] for r in rows)
-        moments = _moments(rows, context, seconds) if len(rows) >= 4 else (0.0, 0.0, 0.0)
-        return cls(key, median(r[0] for r in rows), context, seconds, len(rows), moments)
+    def of(cls, key: Key, rows: Sequence[Row], price: float) -> Cell:
+        """price: seconds that a prompt row adds."""
+        plain = [seconds - price * prompt for _, _, seconds, prompt, _ in rows]
+        context, seconds = median(r[1] for r in rows), median(plain)
+        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), len(rows))
+        if len(rows) < 4:
+            return made
+        by_context = _moments([r[1] for r in rows], plain, 0.0)
+        by_prompt = _moments([r[3] for r in rows], [r[2] for r in rows], price) if any(r[3] for r in rows) else (0.0, 0.0, 0.0)
+        return replace(made, context_moments=by_context, prompt_moments=by_prompt)
 
 
-def _moments(rows: Sequence[Row], middle: float, centre: float) -> tuple[float, float, float]:
-    """Winsorised at 3 MAD."""
-    bound = 3 * 1.4826 * median(abs(r[2] - centre) for r in rows)
-    pairs = [(c - middle, max(-bound, min(bound, t - centre))) for _, c, t, _ in rows]
+def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) -> Moments:
+    """What the slope known so far does not explain is winsorised at 3 MAD."""
+    middle, rest = median(causes), [t - slope * c for c, t in zip(causes, seconds, strict=True)]
+    centre = median(rest)
+    bound = 3 * 1.4826 * median(abs(t - centre) for t in rest)
+    pairs = [(c - middle, max(-bound, min(bound, t - centre)) + slope * (c - middle)) for c, t in zip(causes, rest, strict=True)]
     return sum(c * c for c, _ in pairs), sum(c * t for c, t in pairs), sum(t * t for _, t in pairs)
 
 
@@ -68,18 +82,19 @@ class Window:
     def __init__(self, key: Key, rows: Iterable[Row] = (), size: int = WINDOW) -> None:
         self.key, self.rows = key, deque(rows, maxlen=size)
         self.cell: Cell | None = None
+        self.price = 0.0  # of prompt rows, when the median was taken
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        while len(self.rows) > TRUSTED and self.rows[0][3] < row[3] - FRESH:
+        while len(self.rows) > TRUSTED and self.rows[0][-1] < row[-1] - FRESH:
             self.rows.popleft()
         self.cell = None
-    def median(self) -> Cell:
-        if self.cell is None:
-            self.cell = Cell.of(self.key, self.rows)
+    def median(self, price: float) -> Cell:
+        if self.cell is None or abs(price - self.price) > RECKONED * self.price:
+            self.cell, self.price = Cell.of(self.key, self.rows, price), price
         return self.cell
 
 
@@ -106,21 +121,23 @@ class Cells:
             out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
 
-    def cells(self) -> list[Cell]:
-        return [window.median() for _, window in sorted(self.windows.items())]
+    def cells(self, price: float) -> list[Cell]:
+        return [window.median(price) for _, window in sorted(self.windows.items())]
 
     def to_list(self) -> list[Any]:
-        return [[list(key), [list(row[:3]) for row in window.rows]] for key, window in self.windows.items()]
+        return [[list(key), [list(row[:4]) for row in window.rows]] for key, window in self.windows.items()]
 
     @classmethod
-    def from_list(cls, data: Iterable[Any]) -> Cells:
-        """The table that `to_list` wrote. ValueError if it is not one."""
+    def from_list(cls, data: Iterable[Any], numbers: int) -> Cells:
+        """The table that `to_list` wrote, with keys of that many numbers. ValueError if it is not one."""
         made = cls()
-        for (a, b), rows in data:
-            for x, context, seconds in rows:
-                if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds)):
+        for key, rows in data:
+            if len(key) != numbers:
+                raise ValueError("not a cost table")
+            for x, context, seconds, prompt in rows:
+                if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
                     raise ValueError("not a cost table")
-                made.add((int(a), int(b)), (float(x), float(context), float(seconds), 0))
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0))
         return made
 
 
@@ -130,6 +147,7 @@ class CostModel:
     def __init__(self) -> None:
         self.off, self.forward, self.draft = (Cells() for _ in TABLES)
         self.steps = 0
+        self.price = 0.0  # seconds that a prompt row adds
 
     def add(self, sample: StepSample) -> bool:
         """Learn from one step. False, and nothing learned, if it cannot be true."""
@@ -138,14 +156,15 @@ class CostModel:
         self.steps += 1
         if sample.drafting:
             self._add_drafting(sample)
-        elif not sample.depth and not sample.prefill:
-            self.off.add((bucket(sample.requests), 0), (sample.requests, sample.context, sample.seconds, self.steps))
+        elif not sample.depth:
+            row = (sample.requests, sample.context, sample.seconds, sample.prefill, self.steps)
+            self.off.add((bucket(sample.requests), 0), row)
         return True
 
     def _add_drafting(self, s: StepSample) -> None:
-        self.draft.add((bucket(s.drafting), s.depth), (s.depth, 0.0, s.draft_seconds, self.steps))
-        if not s.prefill:
-            self.forward.add((bucket(s.requests), bucket(s.rows)), (s.rows, s.context, s.seconds - s.draft_seconds, self.steps))
+        self.draft.add((bucket(s.drafting), s.depth, s.width), (s.depth, 0.0, s.draft_seconds, 0.0, self.steps))
+        rows = s.rows - s.prefill
+        self.forward.add((bucket(s.requests), bucket(rows)), (rows, s.context, s.seconds - s.draft_seconds, s.prefill, self.steps))
 
     @classmethod
     def merged(cls, models: Sequence[CostModel]) -> CostModel:
@@ -166,8 +185,11 @@ class CostModel:
 
     def table(self) -> CostTable:
         """The medians, to publish."""
-        off, forward, draft = (tuple(getattr(self, name).cells()) for name in TABLES)
-        return CostTable(off, forward, draft, _slope([*off, *forward]))
+        off, forward, draft = (tuple(getattr(self, name).cells(self.price)) for name in TABLES)
+        both = [*off, *forward]
+        self.price = _slope([c.prompt_moments for c in both], both, math.inf)
+        most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
+        return CostTable(off, forward, draft, _slope([c.context_moments for c in both], both, most), self.price)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).to_list() for name in TABLES}
@@ -176,20 +198,19 @@ class CostModel:
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         """The model that `to_dict` wrote. ValueError if it is not one."""
         try:
-            return cls._by_table(lambda name: Cells.from_list(data[name]))
+            return cls._by_table(lambda name: Cells.from_list(data[name], 3 if name == "draft" else 2))
         except (KeyError, TypeError) as error:
             raise ValueError("not a cost model") from error
 
 
-def _slope(cells: Sequence[Cell]) -> float:
-    """Seconds per context token: least squares on deviations within cells, shrunk by its own error; never negative."""
-    spread, shared, squares = (sum(cell.moments[i] for cell in cells) for i in range(3))
+def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> float:
+    """Seconds per unit of a cause: least squares on deviations within cells, shrunk by its own error; never negative, at most `most`."""
+    spread, shared, squares = (sum(m[i] for m in moments) for i in range(3))
     count = sum(cell.count for cell in cells if cell.count >= 4)
     if spread <= 0:
         return 0.0
     slope = shared / spread
     error = max(squares - slope * shared, 0.0) / count / spread
-    most = min((0.8 * cell.seconds / cell.context for cell in cells if cell.context > 0), default=0.0)
     return min(slope - error / slope, most) if slope * slope > error and slope > 0 else 0.0
 
 
@@ -197,13 +218,14 @@ def _slope(cells: Sequence[Cell]) -> float:
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token.
+    slope: seconds per context token; prompt: seconds per row of a prompt read beside.
     """
 
     off_cells: tuple[Cell, ...] = ()
     forward_cells: tuple[Cell, ...] = ()
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
+    prompt: float = 0.0
     curves: dict[object, Curve | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def off(self, requests: int, context: float = 0) -> float | None:
@@ -214,6 +236,10 @@ class CostTable:
         curve = self._curve("off", lambda: self.off_cells)
         return None if curve is None else curve.at(requests) + self.slope * context
 
+    def beside(self, context: float, prompt: float) -> float:
+        """What context and the prompts read in it add to a step."""
+        return self.slope * context + self.prompt * prompt
+
     def off_count(self, requests: int) -> int:
         """Samples of depth 0 at about that many requests (within a quarter)."""
         return sum(c.count for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests)
@@ -223,12 +249,13 @@ class CostTable:
         seconds = self._forward(requests, rows)
         return None if seconds is None else seconds + self.slope * context
 
-    def draft(self, drafting: int, depth: int) -> float:
-        """Drafting to that depth for that many requests; 0 while nothing was measured."""
-        if not self.draft_cells or depth <= 0 or drafting <= 0:
+    def draft(self, drafting: int, depth: int, width: int = 1) -> float:
+        """Drafting to that depth and width for that many requests; of a width that was not measured, as of chains; 0 without any."""
+        cells = [c for c in self.draft_cells if c.key[2] == width] or [c for c in self.draft_cells if c.key[2] == 1]
+        if not cells or depth <= 0 or drafting <= 0:
             return 0.0
-        near = min({c.key[0] for c in self.draft_cells}, key=lambda n: abs(math.log(n / drafting)))
-        curve = self._curve(("draft", near), lambda: [c for c in self.draft_cells if c.key[0] == near], [(0.0, 0.0, 1.0)], slope=0.0)
+        near = min({c.key[0] for c in cells}, key=lambda n: abs(math.log(n / drafting)))
+        curve = self._curve(("draft", near, width), lambda: [c for c in cells if c.key[0] == near], [(0.0, 0.0, 1.0)], slope=0.0)
         return curve.at(depth) if curve else 0.0
 
     def _off_cell(self, requests: int) -> Cell | None:

@@ -25,15 +25,17 @@ ENOUGH = 3  # samples of depth 0 from which it counts as measured
 LASTING = 16  # steps that a choice of depths holds while the number of requests stays
 
 Group = tuple[str, int, int, int]  # requests alike: class, deepest allowed, level, priority
+Offer = tuple[int, list[float], Sequence[float]]  # requests of a group; by price, the worth each gains and the rows each takes
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Depths by group, and what they are expected to yield in one step: tokens, and rows verified beyond one a request."""
+    """Depths by group and the width of all drafts, and what they are expected to yield in one step: tokens, rows beyond one a request."""
 
     depths: dict[Group, int]
     tokens: float
     rows: float
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class GoodputPolicy(BaseModel):
 
     kind: Literal["goodput"] = Field(default="goodput", description="Maximise expected tokens per second of the whole step.")
     max_depth: int = Field(default=8, ge=0, le=64, description="Deepest draft the policy may choose; 0 drafts nothing.")
-    max_width: int = Field(default=1, ge=1, le=64, description="Candidate paths drafted; those that pay are verified.")
+    max_width: int = Field(default=4, ge=1, le=64, description="Most candidate paths the policy may choose; 1 drafts chains only.")
     margin: float = Field(default=0.01, ge=0, le=1, description="Fraction by which drafting must beat the measured depth 0 to be chosen.")
     probe_every: int = Field(default=100, ge=20, le=1_000_000, description="Steps between probes of depth 0; of other depths as often.")
     start_depth: int = Field(default=3, ge=0, le=64, description="Depth while nothing was measured yet.")
@@ -72,10 +74,11 @@ class GoodputPolicy(BaseModel):
                 return made
         arena = Arena(self, load, requests, knowledge)
         if not knowledge.measured:
-            return arena.decisions(arena.start())
+            return arena.decisions(arena.start(), 1)
         choice = arena.best()
         knowledge.memo["standing"] = Standing(choice, step, running)
-        return arena.decisions(arena.explore(choice, step // self.probe_every) if exploring else choice.depths)
+        depths, width = arena.explore(choice, step // self.probe_every) if exploring else (choice.depths, choice.width)
+        return arena.decisions(depths, width)
 
     def holds(self, step: int, requests: int, knowledge: Knowledge) -> int:
         """The first step after that one at which something else may be decided for the same requests."""
@@ -99,8 +102,8 @@ class GoodputPolicy(BaseModel):
     def ordinary(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> tuple[list[Decision], Choice]:
         """What is decided at that load on a step that probes nothing, and what it should yield."""
         arena = Arena(self, load, requests, knowledge)
-        choice = arena.best() if knowledge.measured else arena.outlook(arena.start(), 0)
-        return arena.decisions(choice.depths), choice
+        choice = arena.best() if knowledge.measured else arena.outlook(arena.start(), 0, 1)
+        return arena.decisions(choice.depths, choice.width), choice
 
     def prune(
         self, load: Load, requests: Sequence[RequestView], drafts: Sequence[Sequence[Node]], knowledge: Knowledge, step: int
@@ -127,9 +130,11 @@ class GoodputPolicy(BaseModel):
                 survival *= table[depth if depth < len(table) else -1][bin]
                 found.append((depth + 1, survival))
                 offers.append((-weight * survival, i, j))
-            asked = max(asked, len(found))
+            asked = max([asked, *(depth for depth, _ in found)])
         running = max(load.running, len(requests), 1)
-        spent = knowledge.draft(len(drafts), asked) + knowledge.cost.slope * load.context
+        standing = knowledge.memo.get("standing")
+        width = standing.choice.width if standing else 1
+        spent = knowledge.draft(len(drafts), asked, width) + knowledge.cost.beside(load.context, load.prompt)
         offers.sort()
         forwards = knowledge.forwards(running, running + rows + len(offers))
         count = climb(worth + running - len(requests), [-o[0] for o in offers], forwards, rows, spent)
@@ -152,21 +157,22 @@ class GoodputPolicy(BaseModel):
         cap = min(cap, limits.max_depth)
         return (request.kind, cap, request.level, request.priority) if cap > 0 else None
 
-    def width(self, limits: Limits) -> int:
-        """Candidate paths that go with a depth."""
-        return max(min(self.max_width, limits.max_width), 1)
+    def widths(self, limits: Limits) -> list[int]:
+        """The widths that may be chosen: 1, 2, 4, .. and the widest."""
+        widest = max(min(self.max_width, limits.max_width), 1)
+        return [*(1 << i for i in range(6) if 1 << i < widest), widest]
 
     def _again(self, choice: Choice, requests: Sequence[RequestView], knowledge: Knowledge) -> list[Decision] | None:
         """A choice applied anew; None if a request is of no group that it knows."""
         if choice.depths and not any(choice.depths.values()):
             return [OFF] * len(requests)
-        limits, width, made = knowledge.limits, self.width(knowledge.limits), []
+        limits, made = knowledge.limits, []
         for request in requests:
             group = self.group(request, limits)
             depth = 0 if group is None else choice.depths.get(group)
             if depth is None:
                 return None
-            made.append(decision(depth, width))
+            made.append(decision(depth, choice.width))
         return made
 
 
@@ -189,24 +195,24 @@ def decision(depth: int, width: int) -> Decision:
 
 
 class Arena:
-    """One choice of depths: the groups that choose freely, beside the requests that do not."""
+    """One choice of depths and width: the groups that choose freely, beside the requests that do not."""
 
     def __init__(self, policy: GoodputPolicy, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> None:
         self.policy, self.load, self.knowledge = policy, load, knowledge
-        self.width = policy.width(knowledge.limits)
         self.requests = max(load.running, len(requests), 1)
         self.member = [policy.group(r, knowledge.limits) for r in requests]
         self.groups = Counter(g for g in self.member if g is not None)
-        fixed = [(r, settled(r, knowledge.limits, self.width)) for r in requests if r.mode == "fixed" and deepest(r, knowledge.limits)]
+        fixed = [(r, settled(r, knowledge.limits, 1)) for r in requests if r.mode == "fixed" and deepest(r, knowledge.limits)]
         self.fixed_count, self.fixed_nodes = len(fixed), sum(d.nodes for _, d in fixed)
         self.fixed_depth = max((d.depth for _, d in fixed), default=0)
-        self.fixed_tokens = sum(self.yielded(r.kind, r.level, d.depth, 0)[0] for r, d in fixed)
+        self.fixed_tokens = sum(self.yielded(r.kind, r.level, d.depth, 0, 1)[0] for r, d in fixed)
         self.worth = sum(policy.weight(r.priority) for r in requests) + self.requests - len(requests)
-        self.extra = knowledge.cost.slope * load.context
+        self.extra = knowledge.cost.beside(load.context, load.prompt)
 
-    def yielded(self, kind: str, level: int, depth: int, price: int) -> tuple[float, float]:
+    def yielded(self, kind: str, level: int, depth: int, price: int, width: int) -> tuple[float, float]:
         """Draft tokens kept and nodes verified of one request's draft."""
-        yields = self.knowledge.yields(kind, level)
+        yields = self.knowledge.yields(kind, level, width) or self.knowledge.yields(kind, level)
+        assert yields is not None
         d = min(depth, len(yields.tokens)) - 1
         return yields.tokens[d][price], yields.rows[d][price]
 
@@ -214,32 +220,36 @@ class Arena:
         """A moderate depth, shallower the more requests share the step."""
         start = self.policy.start_depth
         depth = max(1, start // (1 + self.requests // 16)) if start else 0
-        return self._within({g: min(g[1], depth) for g in self.groups})
+        return self._within({g: min(g[1], depth) for g in self.groups}, 1)
 
     def best(self, drafting: bool = False) -> Choice:
-        """The depths of highest goodput; off unless drafting beats it by the margin (never off if `drafting`)."""
+        """Depths and width of highest goodput; off unless drafting beats it by the margin (never off if `drafting`)."""
         rate = 0.0 if drafting else self._off_rate() * (1 + self.policy.margin)
-        depths, price = dict.fromkeys(self.groups, 0), 0
-        for top in range(1, max((g[1] for g in self.groups), default=0) + 1):
-            order, offers = self._offers(top)
-            for count, k, reached in self._rates(offers, top):
-                if reached > rate:
-                    rate, price = reached, k
-                    depths = {g: min(g[1], top) if i < count else 0 for i, g in enumerate(order)}
-        return self.outlook(self._within(depths), price)
+        depths, price, best = dict.fromkeys(self.groups, 0), 0, 1
+        for width in self.policy.widths(self.knowledge.limits):
+            for top in range(1, max((g[1] for g in self.groups), default=0) + 1):
+                order, offers = self._offers(top, width)
+                for count, k, reached in self._rates(offers, top, width):
+                    if reached > rate:
+                        rate, price, best = reached, k, width
+                        depths = {g: min(g[1], top) if i < count else 0 for i, g in enumerate(order)}
+        return self.outlook(self._within({g: depths.get(g, 0) for g in self.groups}, best), price, best)
 
-    def _offers(self, top: int) -> tuple[list[Group], list[tuple[int, list[float], Sequence[float]]]]:
-        """Groups, the most rewarding first, with their size and, by price, the worth they gain and the rows they take."""
+    def _offers(self, top: int, width: int) -> tuple[list[Group], list[Offer]]:
+        """Groups that may draft that wide, the most rewarding first, with what they offer."""
         found = []
         for group, size in self.groups.items():
-            yields, d = self.knowledge.yields(group[0], group[2]), min(top, group[1]) - 1
-            weight = self.policy.weight(group[3])
-            found.append((group, (size, [weight * t for t in yields.tokens[d]], yields.rows[d])))
+            yields = self.knowledge.yields(group[0], group[2], width)
+            if yields is not None:
+                d, weight = min(top, group[1]) - 1, self.policy.weight(group[3])
+                found.append((group, (size, [weight * t for t in yields.tokens[d]], yields.rows[d])))
         found.sort(key=lambda offer: -offer[1][1][0])
         return [group for group, _ in found], [offer for _, offer in found]
 
-    def _rates(self, offers: Sequence[tuple[int, list[float], Sequence[float]]], top: int) -> list[tuple[int, int, float]]:
+    def _rates(self, offers: Sequence[Offer], top: int, width: int) -> list[tuple[int, int, float]]:
         """(groups that draft, price, goodput) for the first 1, 2, .. groups at every price whose rows fit."""
+        if not offers:
+            return []
         out = []
         room, depth = self.load.free_slots, max(top, self.fixed_depth)
         tokens = [self.worth + self.fixed_tokens] * len(offers[0][1])
@@ -249,12 +259,12 @@ class Arena:
             tokens = [t + size * g for t, g in zip(tokens, gains, strict=True)]
             rows = [r + size * n for r, n in zip(rows, taken, strict=True)]
             drafting += size
-            spent = self.knowledge.draft(drafting, depth) + self.extra
+            spent = self.knowledge.draft(drafting, depth, width) + self.extra
             out += [(count, k, t / (_between(forwards, r) + spent)) for k, (t, r) in enumerate(zip(tokens, rows, strict=True)) if r <= room]
         return out
 
     @staticmethod
-    def _most(offers: Sequence[tuple[int, list[float], Sequence[float]]]) -> int:
+    def _most(offers: Sequence[Offer]) -> int:
         return int(sum(size * taken[0] for size, _, taken in offers)) + 1
 
     def _off_rate(self) -> float:
@@ -265,40 +275,43 @@ class Arena:
         forward = know.forwards(self.requests, self.requests + self.fixed_nodes)[self.fixed_nodes]
         return (self.worth + self.fixed_tokens) / (forward + know.draft(self.fixed_count, self.fixed_depth) + self.extra)
 
-    def explore(self, best: Choice, turn: int) -> dict[Group, int]:
-        """By turns: the best depths with nothing pruned, a neighbour of them, one of all depths up to twice as deep.
+    def explore(self, best: Choice, turn: int) -> tuple[dict[Group, int], int]:
+        """Depths and width, by turns: the best ones with nothing pruned, a neighbour, one of all depths up to twice as deep, another width.
 
-        While off: the best drafting depths, or depth 1. So nothing is judged by old samples.
+        While off: the best drafting depths, or depth 1.
         """
-        depths = best.depths
+        depths, width = best.depths, best.width
         if not any(depths.values()):
             found = self.best(drafting=True).depths if turn % 2 else dict.fromkeys(depths, 1)
-            return self._within({g: max(d, 1) for g, d in found.items()})
-        if turn % 3 == 0:
-            return depths
-        if turn % 3 == 1:
-            deep = 1 + turn // 3 % (2 * max(depths.values()) + 1)
-            return self._within({g: min(g[1], deep) if d else 0 for g, d in depths.items()})
-        shift = 1 if turn % 2 else -1
-        return self._within({g: max(1, min(g[1], d + shift)) if d else 0 for g, d in depths.items()})
+            return self._within({g: max(d, 1) for g, d in found.items()}, 1), 1
+        others = [w for w in self.policy.widths(self.knowledge.limits) if w != width]
+        if turn % 4 == 3 and others:
+            width = others[turn // 4 % len(others)]
+        elif turn % 4 == 1:
+            deep = 1 + turn // 4 % (2 * max(depths.values()) + 1)
+            depths = {g: min(g[1], deep) if d else 0 for g, d in depths.items()}
+        elif turn % 4 == 2:
+            shift = 1 if turn // 4 % 2 else -1
+            depths = {g: max(1, min(g[1], d + shift)) if d else 0 for g, d in depths.items()}
+        return self._within(depths, width), width
 
-    def outlook(self, depths: dict[Group, int], price: int) -> Choice:
+    def outlook(self, depths: dict[Group, int], price: int, width: int) -> Choice:
         """Those depths with the tokens and rows they should yield."""
         tokens, rows = float(self.requests) + self.fixed_tokens, float(self.fixed_nodes)
         for group, depth in depths.items():
             if depth:
-                gained, taken = self.yielded(group[0], group[2], depth, price)
+                gained, taken = self.yielded(group[0], group[2], depth, price, width)
                 tokens, rows = tokens + self.groups[group] * gained, rows + self.groups[group] * taken
-        return Choice(depths, tokens, rows)
+        return Choice(depths, tokens, rows, width)
 
-    def decisions(self, depths: dict[Group, int]) -> list[Decision]:
+    def decisions(self, depths: dict[Group, int], width: int) -> list[Decision]:
         """One wish per request, in order; fixed ones are the plan's to fill in."""
-        return [OFF if group is None else decision(depths[group], self.width) for group in self.member]
+        return [OFF if group is None else decision(depths[group], width) for group in self.member]
 
-    def _within(self, depths: dict[Group, int]) -> dict[Group, int]:
+    def _within(self, depths: dict[Group, int], width: int) -> dict[Group, int]:
         """The depths, lowered until their nodes fit in the free slots."""
         room = self.load.free_slots
-        while any(depths.values()) and sum(d * self.groups[g] for g, d in depths.items()) * self.width > room:
+        while any(depths.values()) and sum(d * self.groups[g] for g, d in depths.items()) * width > room:
             top = max(depths.values())
             depths = {g: min(d, top - 1) for g, d in depths.items()}
         return depths

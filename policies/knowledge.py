@@ -52,12 +52,12 @@ class Knowledge:
         found: Rates = self.memo[key]
         return found
 
-    def yields(self, kind: str, level: int) -> Yields:
-        """What drafting yields for requests of a class and level, as deep as the drafter goes."""
-        key = ("yields", kind, level)
+    def yields(self, kind: str, level: int, width: int = 1) -> Yields | None:
+        """What drafting yields for requests of a class and level, as deep as the drafter goes; None for a width that was hardly tried."""
+        key = ("yields", kind, level, width)
         if key not in self.memo:
-            self.memo[key] = Yields.of(self.curve(kind), self.table(kind, level), max(self.limits.max_depth, 1))
-        found: Yields = self.memo[key]
+            self.memo[key] = Yields.of(self.curve(kind), self.table(kind, level), max(self.limits.max_depth, 1), width)
+        found: Yields | None = self.memo[key]
         return found
 
     def forwards(self, requests: int, rows: int) -> list[float]:
@@ -77,9 +77,9 @@ class Knowledge:
             self.memo[key] = self.cost.off(requests) or 0.0
         return float(self.memo[key])
 
-    def draft(self, drafting: int, depth: int) -> float:
+    def draft(self, drafting: int, depth: int, width: int = 1) -> float:
         """Drafting seconds."""
-        key = ("draft", drafting, depth)
+        key = ("draft", drafting, depth, width)
         if key not in self.memo:
-            self.memo[key] = self.cost.draft(drafting, depth)
+            self.memo[key] = self.cost.draft(drafting, depth, width)
         return float(self.memo[key])

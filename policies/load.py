@@ -17,16 +17,19 @@ MOST_EVIDENCE = EVEN * 64  # so that a request whose text changes is followed
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One replica now. running: requests in the step; waiting: queued; context: cached tokens they read; free_slots: KV slots left."""
+    """One replica now. running: requests that draw a token in the step; waiting: queued; context: cached tokens they read; free_slots: KV
+    slots left; prompt: rows of prompts in the step.
+    """
 
     running: int = 0
     waiting: int = 0
     context: int = 0
     free_slots: int = 1 << 30
+    prompt: int = 0
 
     def sane(self) -> bool:
         """True if every field is a finite, non-negative count of a believable size."""
-        return all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in (self.running, self.waiting, self.context, self.free_slots))
+        return all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in (self.running, self.waiting, self.context, self.free_slots, self.prompt))
 
 
 @dataclass(frozen=True, slots=True)

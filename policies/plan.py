@@ -88,7 +88,7 @@ class Plan:
         seconds = off = self.cost.off(running, load.context)
         if drafting:
             seconds = self.cost.forward(running, running + rows, load.context)
-            seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth)
+            seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth, max(d.width for d in decisions))
         return Forecast(tuple(decisions), tokens, running + rows, seconds, float(running), off)
 
     def _ordinary(self, load: Load, requests: Sequence[RequestView]) -> tuple[list[Decision], float, float]:
@@ -101,6 +101,7 @@ class Plan:
         for request, decided in zip(requests, decisions, strict=True):
             if decided.depth:
                 yields = self.knowledge.yields(request.kind, request.level)
+                assert yields is not None
                 d = min(decided.depth, len(yields.tokens)) - 1
                 tokens, rows = tokens + yields.tokens[d][0], rows + yields.rows[d][0]
         return decisions, tokens, rows
@@ -114,9 +115,8 @@ class Plan:
         return wish if wish is OFF else clip(wish, request, self.knowledge.limits)
 
     def _width(self) -> int:
-        """Width of a request that fixes its depth only."""
-        policy = self.policy
-        return policy.max_width if isinstance(policy, GoodputPolicy) else getattr(policy, "width", 1)
+        """Width of a request that fixes its depth only: that of the policy where it fixes one, otherwise a chain."""
+        return getattr(self.policy, "width", 1)
 
 
 def _fit(decisions: list[Decision], requests: Sequence[RequestView], free_slots: int) -> list[Decision]:

@@ -13,9 +13,10 @@ SHORTEST = 1e-7  # seconds; no forward is faster
 class StepSample:
     """One step.
 
-    requests: in the step; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
+    requests: that drew a token; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
     tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: wall time of the whole step, drafting
-    included; draft_seconds: drafting alone; prefill: forced prompt tokens in the forward, 0 for a pure decoding step.
+    included; draft_seconds: drafting alone; prefill: rows of prompts among the rows, 0 for a pure decoding step; width: most candidate
+    paths allowed to any request.
     """
 
     requests: int
@@ -26,12 +27,13 @@ class StepSample:
     seconds: float
     draft_seconds: float = 0.0
     prefill: int = 0
+    width: int = 1
 
     def sane(self) -> bool:
         """True if the numbers can belong to one real step: finite, ordered, consistent."""
         try:
-            numbers = (self.requests, self.drafting, self.rows, self.context, self.depth, self.seconds, self.draft_seconds, self.prefill)
-            return all(map(math.isfinite, numbers)) and self._counts() and self._times()
+            counts = (self.requests, self.drafting, self.rows, self.context, self.depth, self.prefill, self.width)
+            return all(map(math.isfinite, (*counts, self.seconds, self.draft_seconds))) and self._counts() and self._times()
         except TypeError:  # something is no number
             return False
 
@@ -41,7 +43,8 @@ class StepSample:
             and 0 <= self.drafting <= self.requests <= self.rows <= 1 << 24
             and 0 <= self.context <= 1 << 40
             and 0 <= self.depth <= 256
-            and 0 <= self.prefill <= self.rows
+            and 0 <= self.prefill <= self.rows - self.requests
+            and 0 <= self.width <= 256
             and not (self.drafting and not self.depth)
         )
 

@@ -16,11 +16,11 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-DEEPEST = 64
+DEEPEST = WIDEST = 64
 EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidence
 BINS = len(EDGES) + 2
 CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))  # of the bins from 1 on
-PROFILES = 32  # latest drafts remembered whole
+PROFILES = 32  # latest drafts of a width remembered whole
 REPORTED = 16  # of them in one report
 OWN = 8.0  # pseudo-trials of a bin over all depths in its rate at one depth
 SURE = 0.999  # no keep rate is believed beyond this, or below its complement
@@ -36,14 +36,15 @@ def bin_of(confidence: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One draft as it was drawn, before anything was pruned: how deep it was allowed to go, and its nodes, parents first."""
+    """One draft as it was drawn, before anything was pruned: how deep and wide it was allowed to be, and its nodes, parents first."""
 
     allowed: int
     nodes: tuple[Node, ...] = ()
+    width: int = 1
 
     def sane(self) -> bool:
         """True if this can be a draft."""
-        size = 0 <= self.allowed <= DEEPEST and len(self.nodes) <= 1024
+        size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and len(self.nodes) <= 1024
         return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))
 
 
@@ -153,7 +154,7 @@ class Survival:
         self.survived = [[0.0] * BINS]
         self.predicted = [0.0] * BINS
         self.judged = [[0.0, 0.0] for _ in range(BINS)]  # trials and survivors that a prediction went with
-        self.profiles: deque[Profile] = deque(maxlen=PROFILES)
+        self.profiles: dict[int, deque[Profile]] = {}  # by width
 
     def add(self, counts: DepthCounts, steps: int = 1) -> None:
         """Forget as `steps` engine steps warrant, then take in counts. ValueError, and nothing changed, if they are not sane."""
@@ -172,7 +173,8 @@ class Survival:
                 self.predicted[b] += predicted
                 self.judged[b][0] += sum(row[b] for row in counts.trials)
                 self.judged[b][1] += sum(row[b] for row in counts.survived)
-        self.profiles.extend(counts.profiles)
+        for profile in counts.profiles:
+            self.profiles.setdefault(profile.width, deque(maxlen=PROFILES)).append(profile)
 
     def fade(self, factor: float) -> None:
         """Keep only `factor` of the evidence."""
@@ -192,7 +194,8 @@ class Survival:
             trials, survived = self._at(d)
             prior = (sum(survived) + self.weight * prior) / (sum(trials) + self.weight)
             keep.append(prior)
-        return SurvivalCurve(tuple(keep), self._rates(keep), tuple(self.profiles), sum(self._at(1)[0]), self._error())
+        profiles = tuple(profile for latest in self.profiles.values() for profile in latest)
+        return SurvivalCurve(tuple(keep), self._rates(keep), profiles, sum(self._at(1)[0]), self._error())
 
     def _at(self, depth: int) -> tuple[list[float], list[float]]:
         return (self.trials[depth], self.survived[depth]) if depth < len(self.trials) else ([0.0] * BINS, [0.0] * BINS)
@@ -252,7 +255,7 @@ def pooled(estimates: Sequence[Survival], depth: int, tolerance: float = 0.15) -
         tuple(_agreed([c.rates[d][b] for c in curves], [w[d][b] for w in weights], tolerance) for b in range(BINS)) for d in range(depth)
     )
     share = max(PROFILES // len(curves), 1)
-    profiles = tuple(p for c in curves for p in c.profiles[-share:])[:PROFILES]
+    profiles = tuple(p for e in estimates for latest in e.profiles.values() for p in list(latest)[-share:])[: 4 * PROFILES]
     return SurvivalCurve(keep, rates, profiles, sum(c.evidence for c in curves), median(c.error for c in curves))
 
 

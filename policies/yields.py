@@ -25,10 +25,16 @@ class Yields:
     tokens: tuple[Row, ...]
 
     @classmethod
-    def of(cls, curve: SurvivalCurve, table: Rates, depth: int) -> Yields:
-        """The yields of drafts 1..depth deep, for requests whose keep rates are `table` (see `SurvivalCurve.table`)."""
-        mean = Profile(0)
-        drafts = [*curve.profiles, *[mean] * max(0, FEWEST - len(curve.profiles))]
+    def of(cls, curve: SurvivalCurve, table: Rates, depth: int, width: int = 1) -> Yields | None:
+        """The yields of drafts 1..depth deep, for requests whose keep rates are `table` (see `SurvivalCurve.table`).
+
+        None for wide drafts of which too few were seen; chains are then taken to be like all drafts.
+        """
+        drafts = [profile for profile in curve.profiles if profile.width == width]
+        if len(drafts) < FEWEST:
+            if width > 1:
+                return None
+            drafts += [Profile(0)] * (FEWEST - len(drafts))
         counts, sums = [[0.0] * len(PRICES) for _ in range(depth)], [[0.0] * len(PRICES) for _ in range(depth)]
         for draft in drafts:
             for d, s in survivals(draft, table, depth):
@@ -41,7 +47,7 @@ class Yields:
 def survivals(draft: Profile, table: Rates, depth: int) -> list[tuple[int, float]]:
     """(depth, survival) of a draft's nodes down to `depth`.
 
-    Where the draft was not allowed to go on, it is taken to go on with drafts of unknown confidence; where it ended by itself, it ends.
+    Where a chain was not allowed to go on, it is taken to go on with tokens of unknown confidence; where it ended by itself, it ends.
     """
     out: list[tuple[int, float]] = []
     for parent, bin in draft.nodes:
@@ -49,7 +55,7 @@ def survivals(draft: Profile, table: Rates, depth: int) -> list[tuple[int, float
         out.append((d + 1, s * rate(table, d, bin)))
     deepest, s = max(out, default=(0, 1.0))
     found = [node for node in out if node[0] <= depth]
-    if deepest == draft.allowed:
+    if deepest == draft.allowed and draft.width == 1:
         for d in range(deepest, depth):
             s *= rate(table, d, 0)
             found.append((d + 1, s))

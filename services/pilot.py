@@ -35,6 +35,7 @@ class Order:
     budgets: list[Budget]
     drafting: int
     depth: int
+    width: int
 
     def stands(self, plan: Plan, step: int, running: int, names: list[str]) -> bool:
         """Whether it is still what that plan decides for these requests."""
@@ -56,9 +57,9 @@ class Pilot:
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
         self.order: Order | None = None
-        self.drafting = self.depth = 0  # of this step: requests that draft, and how deep at most
+        self.drafting = self.depth = self.width = 0  # of this step: requests that draft, and how deep and wide at most
         self.last_depth = 0
-        self.drawn: list[tuple[str, int, Nodes]] = []  # of this step: class of request, depth allowed, draft
+        self.drawn: list[tuple[str, Budget, Nodes]] = []  # of this step: class of request, budget, draft
 
     def take(self, drafter: Drafter | None) -> None:
         """Fly this drafter from now on."""
@@ -78,9 +79,9 @@ class Pilot:
         begun = perf_counter()
         names = [c.request.id for c in candidates]
         order = self.order
-        if order is None or not order.stands(self.plan, self.steps, load.running, names):
+        if order is None or not order.stands(self.plan, self.steps, load.decoding, names):
             order = self.order = self.decide(load, names, candidates)
-        self.drafting, self.depth = order.drafting, order.depth
+        self.drafting, self.depth, self.width = order.drafting, order.depth, order.width
         self.deciding += perf_counter() - begun
         return order.budgets
 
@@ -90,9 +91,9 @@ class Pilot:
         self.views = {c.request.id: self.view(c) for c in candidates}
         decisions = plan.decide(seen(load), list(self.views.values()), self.steps)
         budgets = [Budget.of(d.depth, d.width) for d in decisions]
-        depth = max((d.depth for d in decisions), default=0)
-        until = plan.holds(self.steps, load.running)
-        return Order(plan, names, load.running, until, budgets, sum(d.depth > 0 for d in decisions), depth)
+        depth, width = (max((getattr(d, name) for d in decisions), default=0) for name in ("depth", "width"))
+        until = plan.holds(self.steps, load.decoding)
+        return Order(plan, names, load.decoding, until, budgets, sum(d.depth > 0 for d in decisions), depth, width)
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
         """Cut off the drafted nodes that the plan does not think worth verifying."""
@@ -102,13 +103,13 @@ class Pilot:
         for draft, nodes in zip(drafts, self.plan.prune(seen(load), views, shapes, self.steps), strict=True):
             if nodes is not None:
                 draft.tree.cut([draft.tree.forced + node for node in nodes])
-        self.drawn = [(v.kind, d.budget.depth, nodes) for v, d, nodes in zip(views, drafts, shapes, strict=True)]
+        self.drawn = [(v.kind, d.budget, nodes) for v, d, nodes in zip(views, drafts, shapes, strict=True)]
         self.deciding += perf_counter() - begun
 
     def observe(self, report: StepReport) -> None:
         """Remember what a step cost and how its drafts fared."""
-        drawn, drafting, depth = self.drawn, self.drafting, self.depth
-        self.drawn, self.drafting, self.depth = [], 0, 0
+        drawn, drafting, depth, width = self.drawn, self.drafting, self.depth, self.width
+        self.drawn, self.drafting, self.depth, self.width = [], 0, 0, 0
         if not report.requests:
             return
         with self.lock:
@@ -118,23 +119,23 @@ class Pilot:
             self.last_depth = depth
             self.tokens += report.emitted
             self.load = seen(report.load)
-            self.samples.append(sample(report, drafting, depth))
+            self.samples.append(sample(report, drafting, depth, width))
             if drawn:
                 self.tally(report, drawn)
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
         """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
         with self.lock:
-            self.samples.append(sample(report, drafting, depth))
+            self.samples.append(sample(report, drafting, depth, 1))
 
-    def tally(self, report: StepReport, drawn: Sequence[tuple[str, int, Nodes]]) -> None:
+    def tally(self, report: StepReport, drawn: Sequence[tuple[str, Budget, Nodes]]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
         knowledge, policy = self.plan.knowledge, self.plan.policy
         shrinkage = policy.shrinkage if isinstance(policy, GoodputPolicy) else SHRINKAGE
-        for kind, allowed, nodes in drawn:
+        for kind, budget, nodes in drawn:
             counts = self.counts(kind)
             if counts.curious:
-                counts.drew(Profile(allowed, nodes))
+                counts.drew(Profile(budget.depth, nodes, budget.width))
         for verified in report.verified:
             view = self.views[verified.request]
             counts, table = self.counts(view.kind), knowledge.table(view.kind, view.level)
@@ -193,7 +194,7 @@ class Pilot:
 
 def seen(load: Load) -> PolicyLoad:
     """The engine's load as a policy sees it."""
-    return PolicyLoad(load.running, load.waiting, load.context, load.free)
+    return PolicyLoad(load.decoding, load.waiting, load.context, load.free, load.prompt)
 
 
 def kind(request: Request) -> str:
@@ -208,14 +209,15 @@ def shape(tree: Tree) -> Nodes:
     return tuple([(p - first if p >= first else -1, bin_of(c)) for p, c in zip(tree.parents[first:], tree.confidence, strict=True)])
 
 
-def sample(report: StepReport, drafting: int, depth: int) -> StepSample:
+def sample(report: StepReport, drafting: int, depth: int, width: int) -> StepSample:
     return StepSample(
-        requests=report.requests,
+        requests=report.load.decoding,
         drafting=drafting,
         rows=report.rows,
         context=report.context,
         depth=depth,
         seconds=report.seconds,
         draft_seconds=report.draft_seconds,
-        prefill=report.prefill,
+        prefill=report.load.prompt,
+        width=width,
     )

@@ -121,7 +121,10 @@ class Replica:
         decoding = [t for t in self.running if not t.unread]
         reading = self.read()
         ready = [t for t in reading if not t.unread]
-        load = Load(len(self.running), len(self.waiting), self.context, max(0, self.costs.slots - self.context))
+        free = max(0, self.costs.slots - self.context)
+        drawing = len(decoding) + len(ready)
+        prompt = len(decoding) + sum(reading.values()) - drawing
+        load = Load(len(self.running), len(self.waiting), self.context, free, drawing, prompt)
         step = Step(load, len(decoding) + len(reading), decoding, sum(reading.values()), len(ready))
         drafts = self.flyer.drafts(step) if decoding else Drafts(())
         forward, drafting = self.seconds(step, drafts)

@@ -180,7 +180,7 @@ def test_a_clock_without_requests_goes_to_the_next_one() -> None:
 
 def situation(runs: list[int], context: int = 0) -> Step:
     some = [replace_at(text(f"r{i}", [run] * 9)) for i, run in enumerate(runs)]
-    return Step(Load(len(runs), 0, context, 1 << 20), len(runs), some, 0, 0)
+    return Step(Load(len(runs), 0, context, 1 << 20, len(runs)), len(runs), some, 0, 0)
 
 
 def replace_at(found: Text) -> Text:

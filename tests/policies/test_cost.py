@@ -113,12 +113,21 @@ def test_drafting_is_learned_by_depth_apart_from_the_forward():
     assert table.draft(3, 2) == pytest.approx(0.004) and table.draft(2, 0) == 0 and table.draft(0, 3) == 0
 
 
-def test_prompt_chunks_stay_out_of_decoding_costs():
-    model = learned(off(2, 0.01))
-    model.add(replace(off(2, 0.5), rows=400, prefill=399))
-    model.add(replace(drafting(2, 3, 0.5), rows=400, prefill=392))
-    table = model.table()
-    assert table.off(2) == pytest.approx(0.01) and not table.forward_cells
+def test_prompts_read_beside_are_taken_off_and_priced():
+    """At high load almost every step reads some prompt: what it adds is told apart from what decoding costs."""
+    rng, model = random.Random(3), CostModel()
+    for i in range(400):
+        prompt, n = rng.choice((0, 16, 64, 64)), rng.choice((8, 16))
+        seconds = (0.01 + 1e-4 * n + 5e-5 * prompt) * rng.lognormvariate(0, 0.03)
+        model.add(replace(off(n, seconds), rows=n + prompt, prefill=prompt))
+        if i % 2:
+            model.add(replace(drafting(n, 3, seconds + 0.004, 0.001), rows=4 * n + prompt, prefill=prompt))
+        if i % 40 == 39:
+            table = model.table()
+    assert table.prompt == pytest.approx(5e-5, rel=0.1)
+    assert [table.off(n) for n in (8, 16)] == pytest.approx([0.0108, 0.0116], rel=0.04)
+    assert table.forward(16, 64) == pytest.approx(0.0146, rel=0.04)
+    assert table.beside(0, 10) == pytest.approx(5e-4, rel=0.1)
 
 
 def test_steps_in_which_nothing_was_proposed_are_not_depth_0():
@@ -163,7 +172,15 @@ def test_survives_the_trip_through_json():
     assert copy.to_dict() == model.to_dict() and copy.table() == model.table()
 
 
-@pytest.mark.parametrize("data", [{}, {"off": 3}, {"off": [[[1, 0], [[1, 0, math.nan]]]], "forward": [], "draft": []}])
+DAMAGED = [
+    {},
+    {"off": 3},
+    {"off": [[[1, 0], [[1, 0, math.nan, 0]]]], "forward": [], "draft": []},
+    {"off": [], "forward": [], "draft": [[[1, 0], [[1, 0, 1, 0]]]]},
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
 def test_a_damaged_snapshot_is_refused(data):
     with pytest.raises(ValueError):
         CostModel.from_dict(data)
@@ -179,7 +196,7 @@ def test_replicas_weigh_the_same_and_a_liar_is_outvoted():
 def test_the_table_is_bounded():
     cells = Cells()
     for i in range(3 * CELLS):
-        cells.add((i, 0), (i, 0, 1, i))
+        cells.add((i, 0), (i, 0, 1, 0, i))
     assert len(cells.windows) == CELLS and (0, 0) not in cells.windows
 
 

@@ -32,7 +32,7 @@ def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, re
 def test_a_neighbour_that_slows_the_machine_now_and_then_does_not_mislead(seconds, keep):
     replica = Replica(Machine(seconds, keep, neighbour=3.0), seed=5)
     replica.run(8, 1000)
-    assert replica.run(8, 400) > 0.93
+    assert replica.run(8, 400) > 0.9
 
 
 def test_goes_deep_when_rows_are_free():
