@@ -436,6 +436,9 @@ class RegistryActor:
     async def history(self, model: str, count: int | None = None) -> list[Value]:
         return self._keeper.history(model, count)
 
+    async def close(self) -> None:
+        """Nothing is unsaved: every change is in the store before it is made."""
+
 
 def start_registry(
     state_url: str,

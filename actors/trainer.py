@@ -368,12 +368,14 @@ class TrainerActor:
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache")
-        registrar = Registrar(registry, model, artefacts, base, version)
-        live = MLPSpeculator.from_pretrained(folder)
+        registrar = Registrar(registry, model, artefacts, base, "")
         try:
-            live, version = registrar.serving() or (live, version)
+            found = registrar.serving()
         except (ray.exceptions.RayError, ArtefactError, BundleError) as error:
             log.warning("%s: which version serves is not known yet: %s", model, error)
+            found = None
+        live, version = found or (MLPSpeculator.from_pretrained(folder), version)
+        registrar.version = version
         keeper = TrainerKeeper(model, base, live, version, artefacts, Path(work), settings)
         self._worker = Worker(keeper, registrar.submit, registrar.serving)
         self._worker.start()

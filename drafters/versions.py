@@ -57,6 +57,11 @@ class Versions:
         return max(drafter.max_width for drafter in self.drafters)
 
     @property
+    def beside(self) -> Drafter | None:
+        """The canary's drafter."""
+        return self.canary.drafter if self.canary else None
+
+    @property
     def drafters(self) -> list[Drafter]:
         return [self.live, self.canary.drafter] if self.canary else [self.live]
 

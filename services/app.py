@@ -23,6 +23,7 @@ from services.autoscaling import routing, scaling
 from services.cluster import QUIET, begin, end
 from services.gateway.deployment import ingress
 from services.named import log_actor, policy_actor
+from services.refresh_actors import refresh_plan
 from services.replica import ModelReplica
 
 GATEWAY = "gateway"
@@ -76,7 +77,7 @@ def model_application(model: ModelSettings, settings: Settings) -> serve.Applica
         request_router_config=routing(),
         **scaling(model),
     )
-    return deployment.bind(model, policy_actor(settings), log_actor(settings))
+    return deployment.bind(model, policy_actor(settings), log_actor(settings), refresh_plan(settings, model))
 
 
 def gateway_application(settings: Settings, models: Mapping[str, serve.Application]) -> serve.Application:

@@ -14,6 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from configs.settings import LOOPBACK, Settings
 from services.named import Named, log_actor, policy_actor
+from services.refresh_actors import registry_actor, trainer_actor
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 MIB = 2**20
@@ -61,7 +62,10 @@ def end(settings: Settings) -> None:
     else:
         with contextlib.suppress(TimeoutError):  # a replica may still owe an answer; Serve goes on without us
             serve.delete(settings.ray.application)
-    for actor, last_call in ((policy_actor(settings), "save"), (log_actor(settings), "close")):
+    for model in settings.models:
+        if model.refresh.enabled:
+            dismiss(trainer_actor(settings, model), "close")
+    for actor, last_call in ((policy_actor(settings), "save"), (log_actor(settings), "close"), (registry_actor(settings), "close")):
         dismiss(actor, last_call)
     ray.shutdown()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -16,11 +15,17 @@ import torch
 
 from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
-from drafters.registry import build_drafter
+from drafters.bundle import fingerprint
+from drafters.registry import build_drafter, load_version, versions_of
+from drafters.traces import Trace
+from drafters.versions import Canary, Versions
+from engine.capture import Features, Recorder
+from engine.drafter import Drafter
 from engine.engine import Engine
 from engine.loading import load_base
 from engine.request import Outcome, Overloaded, Priority, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
+from policies import in_canary
 from services.hub import local_copy
 from services.pilot import Pilot
 from services.profile import profile
@@ -49,7 +54,9 @@ class Choice:
 class ModelHost:
     """Serves one model. `load` blocks for as long as the weights take; until it is done every job is answered with 503.
 
-    record: called with every finished request that may be logged.
+    record: called with every finished request that may be logged. To be set before `start`: capture, called in the engine's thread with
+    what the base computed for a sample of them, None to keep nothing; counted, called there with (version, drafts, kept tokens) of
+    every request that ended while two versions were compared.
     """
 
     def __init__(self, settings: ModelSettings, pilot: Pilot, record: Callable[[RequestRecord], None] = lambda _: None) -> None:
@@ -58,6 +65,10 @@ class ModelHost:
         self.failure: str | None = None
         self.tokenizer: Tokenizer | None = None
         self.runner: EngineRunner | None = None
+        self.capture: Callable[[Trace], None] | None = None
+        self.counted: Callable[[str, int, int], None] = lambda version, drafts, kept: None
+        self.speculator: Path | None = None  # the folder of the configured speculator
+        self.configured_version = ""
 
     # -- life ---------------------------------------------------------------------------------------------------------------
 
@@ -79,16 +90,18 @@ class ModelHost:
         if s.threads:
             torch.set_num_threads(s.threads)
         base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), Path(s.packed_weights) if s.packed_weights else None)
-        speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
-        version = fingerprint(speculator) if speculator else ""
+        self.speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
+        version = self.configured_version = fingerprint(self.speculator) if self.speculator else ""
         drafter = build_drafter(
-            s.drafter, speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
+            s.drafter, self.speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
         )
+        if (versions := versions_of(drafter)) is not None:
+            versions.ended = self.counted
         self.pilot.take(drafter)
         e = s.engine
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
-        sizes = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
-        engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, slots=slots, **sizes)
+        sizes: dict[str, Any] = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
+        engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, recorder=self.recorder(), slots=slots, **sizes)
         warm_up(engine)
         if not self.pilot.plan.knowledge.measured:
             profile(engine, self.pilot)
@@ -122,6 +135,77 @@ class ModelHost:
         assert self.runner is not None
         engine = self.runner.engine
         return min(engine.base.context, engine.pool.capacity, self.settings.engine.max_context or engine.base.context)
+
+    # -- versions of the speculator -----------------------------------------------------------------------------------------
+
+    @property
+    def versions(self) -> Versions | None:
+        """Where versions are exchanged; None without a speculator, and until the model is loaded."""
+        return versions_of(self.runner.engine.drafter) if self.runner is not None else None
+
+    def load_version(self, folder: Path, version: str) -> Drafter:
+        """Another version of the speculator, ready to draft beside the one that does. Blocks. Raises CheckpointError."""
+        assert self.runner is not None
+        base, where = self.runner.engine.base, device(self.settings.device)
+        return load_version(folder, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=where)
+
+    def load_configured(self) -> Drafter:
+        """The version that the model was configured with. Blocks. Raises CheckpointError."""
+        assert self.speculator is not None
+        return self.load_version(self.speculator, self.configured_version)
+
+    async def swap(self, live: Drafter, canary: Canary | None, done: Callable[[], None] = lambda: None) -> None:
+        """Draft with these from the next step on; requests in flight go on with them. done: called between the same two steps.
+
+        Raises EngineDied.
+        """
+        runner, versions = self.runner, self.versions
+        assert runner is not None and versions is not None
+
+        def exchange() -> None:
+            versions.swap(live, canary, runner.engine.texts.keys())
+            self.pilot.take(runner.engine.drafter)
+            done()
+
+        await runner.between(exchange)
+
+    def version_of(self, request: str) -> str:
+        """The version that drafts for a request."""
+        versions = self.versions
+        return versions.serving(request).version if versions is not None else self.pilot.version
+
+    # -- features for training ----------------------------------------------------------------------------------------------
+
+    def recorder(self) -> Recorder | None:
+        c = self.settings.refresh.capture
+        return Recorder(self.keep, c.top, c.longest, int(c.running_bytes)) if self.capture is not None else None
+
+    def recorded(self, job: Job, request: str) -> bool:
+        """Whether a request's features are kept: it may be logged, and belongs to the sample."""
+        return self.capture is not None and self.may_log(job) and in_canary(request, "capture", self.settings.refresh.capture.share)
+
+    def keep(self, found: Features) -> None:
+        """Hand a finished request's features on. Of the prompt only what its penalties need. Runs in the engine's thread."""
+        if self.capture is None:
+            return
+        request = found.request
+        before = list(request.prompt) if request.params.repetition_penalty != 1 else []
+        trace = Trace(
+            request=request.id,
+            model=self.settings.name,
+            tag="",
+            version=self.version_of(request.id),
+            params=request.params,
+            prompt_length=len(before),
+            position=len(request.prompt),
+            tokens=torch.cat([torch.tensor(before, dtype=torch.int32), found.tokens]),
+            hidden=found.hidden,
+            top_ids=found.top_ids,
+            top_logprobs=found.top_logprobs,
+            accepted=found.accepted,
+            at=time.time(),
+        )
+        self.capture(trace)
 
     # -- one job ------------------------------------------------------------------------------------------------------------
 
@@ -183,7 +267,8 @@ class ModelHost:
         ids, prefix = prompt
         answer = Answer(self.tokenizer, ids, job.stop)
         params, priority = self.params(job, ids, seed), Priority[job.priority.upper()]
-        request = Request(f"{job.id}-{index}", ids, params, answer.push, prediction, job.speculation, priority)
+        name = f"{job.id}-{index}"
+        request = Request(name, ids, params, answer.push, prediction, job.speculation, priority, self.recorded(job, name))
         return Choice(index, request, answer, prefix)
 
     def params(self, job: Job, prompt: Sequence[int], seed: int) -> SamplingParams:
@@ -244,14 +329,16 @@ class ModelHost:
         stats, count = outcome.stats, len(choice.tokens)
         assert stats is not None
         usage = Usage(len(choice.request.prompt), count, stats.cached, stats.accepted, stats.drafted - stats.accepted)
-        report = SpeculationReport(
-            self.pilot.drafter_name, self.pilot.version, stats.steps, stats.drafted, stats.accepted, count, stats.depth_sum, stats.depth_max
-        )
+        name, version = self.pilot.drafter_name, self.version_of(choice.request.id)
+        report = SpeculationReport(name, version, stats.steps, stats.drafted, stats.accepted, count, stats.depth_sum, stats.depth_max)
         return usage, report
+
+    def may_log(self, job: Job) -> bool:
+        return self.settings.log and job.store
 
     def log(self, job: Job, choice: Choice, outcome: Outcome) -> None:
         """Offer a finished request to the log unless the model or the request says no."""
-        if not (self.settings.log and job.store) or outcome.finish not in ("stop", "length") or outcome.stats is None:
+        if not self.may_log(job) or outcome.finish not in ("stop", "length") or outcome.stats is None:
             return
         p, stats = choice.request.params, outcome.stats
         sampling: dict[str, Any] = {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k, "min_p": p.min_p}
@@ -267,7 +354,7 @@ class ModelHost:
                 sampling=sampling,
                 finish_reason=outcome.finish,
                 drafter=self.pilot.drafter_name,
-                speculator_version=self.pilot.version,
+                speculator_version=self.version_of(choice.request.id),
                 steps=stats.steps,
                 drafted=stats.drafted,
                 accepted=stats.accepted,
@@ -362,11 +449,3 @@ def dtype(name: str, device_name: str) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device(device_name) == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def fingerprint(folder: Path) -> str:
-    """A short digest of a speculator's weights, the version that answers and logs name."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]

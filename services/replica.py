@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import ray
@@ -23,9 +21,12 @@ from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
 from policies import Plan
 from services.host import ModelHost
+from services.outbox import Outbox
 from services.peers import Peer
 from services.pilot import Pilot
 from services.protocol import Item, Job, ModelStatus
+from services.refresh import Refresh
+from services.refresh_actors import RefreshPlan
 from services.vitals import VitalSigns
 
 log = logging.getLogger(__name__)
@@ -38,18 +39,27 @@ MOST_RECORDS = 4096  # finished requests kept while the request log is away
 class ModelReplica:
     """One replica of one model.
 
-    policy_actor, log_actor: callables that look the named actors up, or start them. Both may be away at any time.
+    policy_actor, log_actor: callables that look the named actors up, or start them. Both may be away at any time. refresh: how its
+    speculator is refreshed, None if it is not.
     """
 
-    def __init__(self, settings: ModelSettings, policy_actor: Callable[[], Any], log_actor: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        policy_actor: Callable[[], Any],
+        log_actor: Callable[[], Any],
+        refresh: RefreshPlan | None = None,
+    ) -> None:
         self.policy, self.request_log = Peer(policy_actor), Peer(log_actor)
         self.settings = settings
         first = Plan.of(0, settings.name, parse_policy(settings.policy))
         self.pilot = Pilot(replica_name(), first)
         self.vitals = VitalSigns()
-        self.outbox = Outbox(MOST_RECORDS)
+        self.outbox: Outbox[RequestRecord] = Outbox(MOST_RECORDS)
         self.host = ModelHost(settings, self.pilot, self.outbox.put)
-        self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write)]
+        self.refresh = Refresh(settings, refresh, self.host, self.pilot.replica) if refresh is not None else None
+        beside = (self.refresh.follow, self.refresh.deliver) if self.refresh is not None else ()
+        self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write, *beside)]
 
     # -- what the gateway calls ---------------------------------------------------------------------------------------------
 
@@ -157,41 +167,6 @@ class ModelReplica:
         if hasattr(self, "host"):
             await asyncio.to_thread(self.host.stop)
             await self.flush()
-
-
-class Outbox:
-    """Finished requests on their way to the request log, at most `most`; the oldest is lost when there are more. For all threads."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.lost = most, 0
-        self.lock = threading.Lock()
-        self.records: deque[RequestRecord] = deque()
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def put(self, record: RequestRecord) -> None:
-        with self.lock:
-            self.records.append(record)
-            self.trim()
-
-    def take(self) -> list[RequestRecord]:
-        """All that waits, oldest first."""
-        with self.lock:
-            batch = list(self.records)
-            self.records.clear()
-            return batch
-
-    def give_back(self, batch: Sequence[RequestRecord]) -> None:
-        """Put what was taken and not delivered before what came meanwhile."""
-        with self.lock:
-            self.records.extendleft(reversed(batch))
-            self.trim()
-
-    def trim(self) -> None:
-        while len(self.records) > self.most:
-            self.records.popleft()
-            self.lost += 1
 
 
 def replica_name() -> str:

@@ -93,6 +93,15 @@ class EngineRunner:
 
         self.commands.put(end)
 
+    async def between(self, call: Callable[[], T]) -> T:
+        """Call in the engine's thread between two steps, and return what it did. Raises what it raised, or EngineDied."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self.gate:
+            if self.closed:
+                raise EngineDied(f"the engine has stopped: {self.death}")
+            self.commands.put(lambda: self.carry_out(call, answer))
+        return await answer
+
     async def items(self, ticket: Ticket[T]) -> AsyncIterator[T]:
         """A request's items until it ended. Raises EngineDied if the engine did, and what `translate` raised."""
         last = False
@@ -140,6 +149,12 @@ class EngineRunner:
             self.hop(resolve, accepted, error)
         else:
             self.hop(resolve, accepted, None)
+
+    def carry_out(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        try:
+            self.hop(resolve, answer, None, call())
+        except Exception as error:
+            self.hop(resolve, answer, error)
 
     def deliver(self, report: StepReport) -> None:
         """Hand all outcomes of a step over in one hop."""
@@ -189,10 +204,10 @@ def unpack(parcels: Sequence[tuple[Ticket[Any], object, bool]]) -> None:
         ticket.items.put_nowait((item, last))
 
 
-def resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+def resolve(future: asyncio.Future[Any], error: Exception | None, result: object = None) -> None:
     if future.done():
         return
     if error is None:
-        future.set_result(None)
+        future.set_result(result)
     else:
         future.set_exception(error)
