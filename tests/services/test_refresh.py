@@ -1,0 +1,348 @@
+"""A replica's part in the refresh beside a real registry, without Ray: versions change under streams in flight, and what cannot be loaded
+changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from actors.artefacts import Artefacts
+from actors.policy import parse_policy
+from actors.registry import RegistryKeeper, RegistrySettings
+from actors.store import StoreError, open_state
+from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings
+from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
+from drafters.mlp import MLPSpeculator
+from drafters.traces import Trace
+from drafters.walk import expected_tokens
+from policies import CanaryRule, Plan, Verdict, in_canary
+from services import refresh
+from services.host import ModelHost
+from services.pilot import Pilot
+from services.protocol import Job
+from services.refresh import Refresh
+from services.refresh_actors import RefreshPlan
+from tests.services.folders import write_model
+from tests.services.test_host import TOKEN_BYTES, answer, last
+
+PASSED = Verdict(True, 150, 2.0, 2.1, 0.1, 0.05, 0.15, "better")
+RULE = CanaryRule(share=0.5, least=1000)
+
+
+class Local:
+    """An actor of this process: a keeper's methods as an actor's handle has them. away: it raises what a dead one does."""
+
+    def __init__(self, keeper: Any) -> None:
+        self.keeper, self.away, self.told = keeper, False, []
+
+    def __getattr__(self, name: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            if self.away:
+                raise ConnectionError("the actor died")
+            self.told.append((name, *arguments))
+            return getattr(self.keeper, name)(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+class Stand:
+    """A registry with a place for bundles, one replica, and what it captured."""
+
+    def __init__(self, folder: Path, root: Path, **changes: Any) -> None:
+        self.folder, self.root, self.now = folder, root, 0.0
+        self.place = Artefacts(str(root / "place"), root / "made")
+        settings = RegistrySettings(automatic=False, rule=RULE)
+        self.keeper = RegistryKeeper(
+            open_state(f"sqlite:///{root}/state.db"), Artefacts(str(root / "place"), root / "checked"), lambda: self.now, settings
+        )
+        self.registry = Local(self.keeper)
+        self.trainer = Local(SimpleNamespace(add=lambda traces: None, load=lambda source, running: None))
+        self.settings = model_settings(folder, **changes)
+        plan = Plan.of(0, "toy", parse_policy({"kind": "fixed", "depth": 3, "width": 3}))
+        self.records: list[Any] = []
+        self.host = ModelHost(self.settings, Pilot("r1", plan), self.records.append)
+        wanted = RefreshPlan(lambda: self.registry, lambda *_: lambda: self.trainer, str(root / "place"), root / "cache")
+        self.refresh = Refresh(self.settings, wanted, self.host, "r1", lambda: self.now)
+
+    async def beat(self, count: int = 1) -> None:
+        """What `follow` does, at once."""
+        for _ in range(count):
+            for act in (self.refresh.report, self.refresh.register, self.refresh.change):
+                await self.refresh.attempt(act, "it")
+            self.now += 0.25
+
+    def version(self, seed: int, submit: bool = True, **changes: Any) -> Bundle:
+        """Another speculator, published and a candidate."""
+        torch.manual_seed(seed)
+        config = MLPSpeculator.from_pretrained(self.folder / "speculator").config
+        made = MLPSpeculator(config)
+        base = self.refresh.configured.base
+        origin = dict(model="toy", base=base.name, base_revision=base.revision, created=float(seed)) | changes
+        bundle = write_bundle(self.root / "written", made, Origin(**origin))
+        self.place.publish(bundle)
+        if submit:
+            told = self.keeper.submit("toy", self.url(bundle), bundle.manifest, PASSED, "trainer")
+            assert told["state"] == "candidate", self.keeper.state("toy")["versions"][-1]["why"]
+        return bundle
+
+    def url(self, bundle: Bundle) -> str:
+        return f"{self.root}/place/toy/{bundle.manifest.version}"
+
+    def shown(self) -> dict[str, Any]:
+        return self.keeper.state("toy")["replicas"]["r1"]
+
+    async def text(self, name: str, **fields: Any) -> str:
+        _, texts = await answer(self.host, job(name, **fields))
+        return texts[0]
+
+
+def job(name: str, **fields: Any) -> Job:
+    return Job(id=name, model="toy", prompts=("The quick",), **{"max_tokens": 30, "seed": 3, "ignore_eos": True, **fields})
+
+
+def model_settings(folder: Path, share: float = 1.0, **changes: Any) -> ModelSettings:
+    sizes = EngineSettings(kv_bytes=4096 * TOKEN_BYTES, max_running=8)
+    wanted = ModelRefreshSettings(enabled=True, capture=CaptureSettings(share=share, top=4))
+    named = dict(name="toy", base=str(folder), speculator=str(folder / "speculator"))
+    return ModelSettings(**named, engine=sizes, threads=1, packed_weights=None, refresh=wanted, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+async def stand(folder, tmp_path) -> AsyncIterator[Stand]:
+    made = Stand(folder, tmp_path)
+    await made.host.start()
+    await made.beat(2)
+    yield made
+    made.host.stop()
+    made.host.runner.engine.check()
+
+
+async def test_the_configured_speculator_is_what_the_registry_learns_first(stand):
+    configured = fingerprint(stand.folder / "speculator")
+    (entry,) = stand.keeper.history("toy")
+    assert (entry["action"], entry["to"]) == ("register", configured)
+    assert stand.shown()["agrees"] and stand.shown()["serving"] == configured and not stand.shown()["errors"]
+    await stand.beat(4)
+    assert len(stand.keeper.history("toy")) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_texts_are_the_same_while_versions_change_under_streams(stand, temperature):
+    wanted = dict(temperature=temperature, max_tokens=120)
+    expected = [await stand.text(f"before-{i}", seed=i, **wanted) for i in range(4)]
+    bundles = [stand.version(seed) for seed in (1, 2)]
+    drafters = [stand.host.load_version(b.folder, b.manifest.version) for b in bundles]
+    swaps = 0
+
+    async def flip() -> None:
+        nonlocal swaps
+        while True:
+            beside = refresh.Canary(drafters[swaps % 2], lambda request: in_canary(request, "s", 0.5)) if swaps % 3 else None
+            await stand.host.swap(drafters[(swaps + 1) % 2], beside)
+            swaps += 1
+
+    flipping = asyncio.create_task(flip())
+    found = await asyncio.gather(*(stand.text(f"during-{i}", seed=i, **wanted) for i in range(4)))
+    flipping.cancel()
+    assert found == expected and swaps > 20 and stand.host.runner.engine.draft_failures == 0
+    assert stand.host.pilot.version in {b.manifest.version for b in bundles}
+
+
+async def test_a_promotion_and_a_rollback_reach_the_replica(stand):
+    before = await stand.text("a")
+    bundle = stand.version(1)
+    version, old = bundle.manifest.version, stand.host.configured_version
+    stand.keeper.promote("toy", version, "operator", "try it")
+    await stand.beat(2)
+    assert stand.host.pilot.version == version and stand.shown()["loaded"] == {version: bundle.manifest.checksum}
+    assert stand.shown()["agrees"] and await stand.text("b") == before
+    assert stand.records[-1].speculator_version == version
+    stand.keeper.rollback("toy", "operator", "no")
+    await stand.beat(2)
+    assert stand.host.pilot.version == old and stand.shown()["agrees"] and await stand.text("c") == before
+
+
+async def test_a_canary_serves_its_share_and_is_counted(stand):
+    version, live = stand.version(1).manifest.version, stand.host.configured_version
+    stand.keeper.start_canary("toy", version, "operator")
+    await stand.beat()
+    chosen = stand.keeper.assignment("toy")
+    answers = [await answer(stand.host, job(f"r{i}", seed=i)) for i in range(12)]
+    served = [last(items).speculation.version for items, _ in answers]
+    assert served == [chosen.serving(f"r{i}-0").version for i in range(12)] and set(served) == {version, live}
+    assert [r.speculator_version for r in stand.records] == served
+    await stand.beat()
+    arms = stand.refresh.tally.arms
+    assert {v: arm.requests for v, arm in arms.items()} == {v: served.count(v) for v in served}
+    assert sum(arm.kept for arm in arms.values()) == sum(last(items).usage.accepted for items, _ in answers)
+    canary = stand.keeper.state("toy")["canary"]
+    assert (canary["candidate_requests"], canary["live_requests"]) == (served.count(version), served.count(live))
+    assert set(stand.shown()["loaded"]) == {version, live}
+    stand.keeper.promote("toy", version, "operator")
+    await stand.beat(2)
+    assert stand.refresh.tally.read() == ("", {}) and set(stand.refresh.loaded) == {version}
+
+
+async def test_another_replica_of_the_same_name_space_counts_afresh(stand, folder, tmp_path):
+    version = stand.version(1).manifest.version
+    stand.keeper.start_canary("toy", version, "operator")
+    await stand.beat()
+    for i in range(6):
+        await stand.text(f"r{i}")
+    await stand.beat()
+    counted = stand.keeper.state("toy")["canary"]
+    other = ModelHost(stand.settings, Pilot("r2", stand.host.pilot.plan))
+    again = Refresh(stand.settings, stand.refresh.plan, other, "r2", lambda: stand.now)
+    await other.start()
+    await again.report()
+    await again.change()
+    assert other.versions.beside.version == version and other.version_of("r1-0") == stand.host.version_of("r1-0")
+    await again.report()
+    assert stand.keeper.state("toy")["canary"] == counted and set(stand.keeper.state("toy")["replicas"]) == {"r1", "r2"}
+    other.stop()
+
+
+def truncate(bundle: Path) -> None:
+    file = next(bundle.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-99])
+
+
+def vanish(bundle: Path) -> None:
+    shutil.rmtree(bundle)
+
+
+@pytest.mark.parametrize(("harm", "reason"), [(truncate, "truncated"), (vanish, "no bundle")])
+async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(stand, harm, reason):
+    before, bundle = await stand.text("a"), stand.version(1)
+    harm(Path(stand.url(bundle)))
+    stand.keeper.promote("toy", bundle.manifest.version, "operator")
+    await stand.beat(3)
+    shown = stand.shown()
+    assert reason in shown["errors"][bundle.manifest.version] and not shown["agrees"]
+    assert shown["serving"] == stand.host.configured_version and await stand.text("b") == before
+    stand.keeper.rollback("toy", "operator", "cannot be loaded")
+    await stand.beat(2)
+    assert stand.shown()["agrees"] and not stand.shown()["errors"]
+
+
+async def test_a_canary_that_cannot_be_loaded_is_rolled_back_with_the_reason(stand):
+    bundle = stand.version(1)
+    truncate(Path(stand.url(bundle)))
+    stand.keeper.start_canary("toy", bundle.manifest.version, "operator")
+    await stand.beat(3)
+    last_change = stand.keeper.history("toy")[-1]
+    assert last_change["action"] == "roll_back" and "truncated" in last_change["why"] and stand.keeper.assignment("toy").canary is None
+    assert stand.host.version_of("x") == stand.host.configured_version and stand.shown()["agrees"]
+
+
+@pytest.mark.parametrize("changes", [dict(vocab_size=99), dict(emb_dim=32)], ids=["vocabulary", "width"])
+async def test_a_version_for_another_base_is_refused(stand, changes, tmp_path):
+    config = MLPSpeculator.from_pretrained(stand.folder / "speculator").config
+    shape = {name: getattr(config, name) for name in ("emb_dim", "inner_dim", "vocab_size", "n_predict", "n_candidates")}
+    made = MLPSpeculator(type(config)(**(shape | changes), top_k_tokens_per_head=config.top_k_tokens_per_head))
+    bundle = write_bundle(tmp_path / "odd", made, Origin(model="toy", base="x", created=0))
+    stand.place.publish(bundle)
+    chosen = stand.keeper.assignment("toy")
+    placement = type(chosen.live)(bundle.manifest.version, stand.url(bundle), bundle.manifest.checksum)
+    stand.refresh.assign(type(chosen)("toy", chosen.revision, placement))
+    await stand.refresh.change()
+    assert "wrong" in stand.refresh.failures.errors[bundle.manifest.version]
+    assert stand.host.pilot.version == stand.host.configured_version and await stand.text("a")
+
+
+async def test_a_place_that_is_away_is_asked_again_before_it_is_an_error(stand, monkeypatch):
+    bundle = stand.version(1)
+    version = bundle.manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (_ for _ in ()).throw(OSError("no route")))
+    await stand.beat()
+    assert not stand.refresh.failures.errors and stand.host.pilot.version != version
+    for _ in range(2):
+        stand.now += refresh.RETRY_S
+        await stand.beat()
+    await stand.beat()
+    assert "no route" in stand.shown()["errors"][version]
+    monkeypatch.undo()
+    stand.now += refresh.RETRY_S
+    await stand.beat(2)
+    assert stand.host.pilot.version == version and stand.shown()["agrees"] and not stand.shown()["errors"]
+
+
+async def test_nothing_happens_while_the_registry_or_its_store_is_away(stand, monkeypatch):
+    before = await stand.text("a")
+    stand.registry.away = True
+    await stand.beat(3)
+    assert await stand.text("b") == before
+    stand.registry.away = False
+    version = stand.version(1).manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    monkeypatch.setattr(stand.keeper._store, "entries", lambda *_: (_ for _ in ()).throw(StoreError("away")))
+    await stand.beat(2)
+    assert stand.host.pilot.version == version and await stand.text("c") == before
+
+
+async def test_what_is_captured_is_what_a_trainer_replays(stand):
+    await stand.text("a", temperature=0.7, max_tokens=25)
+    await stand.text("b", temperature=0.0, repetition_penalty=1.2, max_tokens=25)
+    first, second = stand.refresh.traces.take()
+    runner = stand.host.runner.engine.base
+    for trace, record in zip((first, second), stand.records, strict=True):
+        trace.check(runner.vocab_size, runner.hidden_size)
+        assert tuple(trace.answer.tolist()) == record.output and trace.params.seed == record.seed
+        assert trace.position == len(record.prompt) and trace.version == stand.host.configured_version
+        again = Trace.from_bytes(trace.to_bytes())
+        assert again.tokens.tolist() == trace.tokens.tolist() and again.hidden.dtype == torch.bfloat16
+        assert expected_tokens(MLPSpeculator.from_pretrained(stand.folder / "speculator"), again) >= 1
+    assert first.prompt_length == 0 and second.prompt_length == len(stand.records[1].prompt)
+
+
+async def test_nothing_is_captured_of_requests_that_are_not_to_be_stored(stand):
+    await stand.text("no", store=False)
+    await stand.text("yes")
+    assert [t.request for t in stand.refresh.traces.take()] == ["yes-0"]
+
+
+async def test_a_model_without_a_log_captures_nothing(folder, tmp_path):
+    stand = Stand(folder, tmp_path, log=False)
+    await stand.host.start()
+    await stand.beat(2)
+    await stand.text("a")
+    assert stand.host.runner.engine.recorder is None and stand.refresh.trainer is None and not len(stand.refresh.traces)
+    stand.host.stop()
+
+
+async def test_a_share_is_captured(folder, tmp_path):
+    stand = Stand(folder, tmp_path, share=0.4)
+    await stand.host.start()
+    names = [f"r{i}" for i in range(20)]
+    await asyncio.gather(*(stand.text(name, max_tokens=3) for name in names))
+    kept = {t.request for t in stand.refresh.traces.take()}
+    assert kept == {f"{n}-0" for n in names if in_canary(f"{n}-0", "capture", 0.4)} and 0 < len(kept) < 20
+    stand.host.stop()
+
+
+async def test_a_trainer_that_is_away_loses_traces_and_nothing_waits(stand, monkeypatch):
+    monkeypatch.setattr("ray.put", lambda value: value)
+    await stand.text("a")
+    stand.trainer.away = True
+    await stand.refresh.attempt(stand.refresh.send, "the trainer")
+    assert stand.refresh.traces.lost == 1 and not len(stand.refresh.traces)
+    stand.trainer.away = False
+    await stand.text("b")
+    await stand.refresh.send()
+    await stand.refresh.tell_load()
+    await stand.refresh.tell_load()
+    (added, load) = stand.trainer.told
+    assert Trace.from_bytes(added[1][0]).request == "b-0" and load == ("load", "r1", 0)
