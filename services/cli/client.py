@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import httpx
 
@@ -69,6 +70,12 @@ class Client:
             raise Problem(f"No service answers at {self.url}. Start one with: specfleet serve") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Problem(f"{self.url}: {error or type(error).__name__}") from None
+
+
+def query(terms: Mapping[str, Any]) -> str:
+    """The terms that are given, behind a question mark; empty if none is."""
+    given = {name: value for name, value in terms.items() if value not in (None, "")}
+    return f"?{urlencode(given)}" if given else ""
 
 
 def authorization(key: str | None) -> dict[str, str]:

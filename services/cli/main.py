@@ -12,11 +12,14 @@ from services.cli.bench import bench
 from services.cli.chat import chat
 from services.cli.demo import app as demo
 from services.cli.generate import generate
+from services.cli.log import app as log
 from services.cli.policy import app as policy
 from services.cli.problem import Problem
 from services.cli.serve import serve
+from services.cli.speculators import app as speculators
 from services.cli.status import status
 from services.cli.train import train
+from services.cli.training import app as training
 
 
 class Commands(TyperGroup):
@@ -43,6 +46,9 @@ app.command()(chat)
 app.command()(generate)
 app.command()(status)
 app.add_typer(policy, name="policy")
+app.add_typer(speculators, name="speculators")
+app.add_typer(training, name="training")
+app.add_typer(log, name="log")
 app.command()(train)
 app.add_typer(demo, name="demo")
 app.command()(bench)

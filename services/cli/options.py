@@ -11,6 +11,11 @@ Mode = Literal["auto", "off", "fixed"]
 Url = Annotated[str, typer.Option("--url", help="Address of the running service.")]
 Key = Annotated[str | None, typer.Option("--key", help="API key, for a service that has keys.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Why = Annotated[str, typer.Option("--why", help="A note for the history.", show_default=False)]
+Revision = Annotated[
+    int | None,
+    typer.Option("--expected-version", min=0, help="Change this revision only, fail at another.", show_default=False),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus mass, above 0 and at most 1.")]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import typer
 
 from services.cli import options
-from services.cli.client import URL, Client, Json
+from services.cli.client import URL, Client, Json, query
 from services.cli.problem import Problem
-from services.cli.screen import emit_json, remark, show, table
+from services.cli.screen import emit_json, moment, present, remark, show, table
 
 app = typer.Typer(no_args_is_help=True, help="See and change how deep a model drafts, while it serves.")
 
@@ -36,7 +35,7 @@ def change(
     fields: Annotated[list[str], typer.Argument(help="A JSON object, or fields as NAME=VALUE.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the outcome, change nothing.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the whole policy instead of the given fields.")] = False,
-    why: Annotated[str, typer.Option("--why", help="A note for the history.", show_default=False)] = "",
+    why: options.Why = "",
     expected_version: Annotated[
         int | None, typer.Option("--expected-version", min=0, help="Change this version only, and fail when the policy is at another.")
     ] = None,
@@ -70,9 +69,7 @@ def path(model: str) -> str:
 
 def terms(dry_run: bool, why: str, expected_version: int | None) -> str:
     """How a change is to be made, as a query; empty for a plain change."""
-    given = {"dry_run": "true" if dry_run else None, "why": why or None, "expected_version": expected_version}
-    query = urlencode({name: value for name, value in given.items() if value is not None})
-    return f"?{query}" if query else ""
+    return query({"dry_run": "true" if dry_run else None, "why": why, "expected_version": expected_version})
 
 
 def policy_fields(arguments: Sequence[str]) -> Json:
@@ -99,25 +96,8 @@ def assignment(argument: str) -> tuple[str, Any]:
         return name, value
 
 
-def present(title: str, answer: Json, as_json: bool) -> None:
-    if as_json:
-        emit_json(answer)
-    else:
-        show(table(title, ["field", "value"], [[name, value] for name, value in flat(answer)]))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) for every leaf."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def row(entry: Mapping[str, Any]) -> list[Any]:
-    when = datetime.fromtimestamp(entry["at"], UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return [entry["version"], when, entry["who"], entry.get("why"), difference(entry["from"], entry["to"])]
+    return [entry["version"], moment(entry["at"]), entry["who"], entry.get("why"), difference(entry["from"], entry["to"])]
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.box import SIMPLE
@@ -49,6 +50,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         built.add_row(*(cell(value) for value in row))
     return built
+
+
+def present(title: str, answer: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(answer)
+    else:
+        show(table(title, ["field", "value"], [[name, value] for name, value in flat(answer)]))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) for every leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def moment(seconds: float) -> str:
+    """Seconds since the epoch as this machine's local time."""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def cell(value: Any) -> str:

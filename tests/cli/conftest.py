@@ -23,6 +23,7 @@ from services.gateway.fleet import Change
 from services.protocol import ModelStatus
 from tests.conftest import wait_until
 from tests.gateway.fake import FakeFleet
+from tests.gateway.loop import Loop
 
 ADMIN, CLIENT = "key-of-the-operator", "key-of-a-client"
 
@@ -59,6 +60,7 @@ class Service:
     url: str
     fleet: FakeFleet
     keeper: PolicyKeeper
+    loop: Loop
     keys: tuple[str, str] = (ADMIN, CLIENT)
 
 
@@ -91,12 +93,13 @@ def service(tmp_path: Path) -> Iterator[Service]:
     for model in fleet.states:
         keeper.register(model)
     keeper.report(telemetry("echo"))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings(fleet), fleet, Desk(keeper)), port=0, log_level="error"))
+    loop = Loop(tmp_path / "loop")
+    server = uvicorn.Server(uvicorn.Config(create_app(settings(fleet), fleet, Desk(keeper), loop.desks), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield Service(f"http://127.0.0.1:{port}", fleet, keeper)
+    yield Service(f"http://127.0.0.1:{port}", fleet, keeper, loop)
     server.should_exit = True
     thread.join(10)
 
