@@ -186,7 +186,7 @@ def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
     """The desks of a service. Registry and trainers are not started here, they come with the models. log: finds the request log."""
     find = partial(ray.get_actor, namespace=settings.ray.namespace)
     refreshed = [model.name for model in settings.models if model.refresh.enabled]
-    trainers = {name: partial(find, f"{TRAINER}-{name}") for name in refreshed}
+    trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in settings.models if model.refresh.enabled and model.log}
     kept = settings.request_log
     retention = {"max_records": kept.max_records, "max_bytes": int(kept.max_bytes), "max_age_s": kept.max_age_s}
     training = RayTraining(trainers, Once(partial(open_state, settings.state.url)))
