@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.schema import DeploymentStatusOverview
 
+from actors.artefacts import check_artefacts
 from actors.policy import PolicyError, parse_policy
 from configs.problems import ConfigError
 from configs.settings import ModelSettings, Settings, load_settings
@@ -46,8 +47,9 @@ def build(args: AppArgs) -> serve.Application:
 
 
 def application(settings: Settings) -> serve.Application:
-    """The application of a fleet. Raises ConfigError for a policy that is none."""
+    """The application of a fleet. Raises ConfigError for a policy that is none, and for versions kept where none can be."""
     check_policies(settings)
+    check_refresh(settings)
     models = {model.name: model_application(model, settings) for model in settings.models}
     return gateway_application(settings, models)
 
@@ -58,6 +60,14 @@ def check_policies(settings: Settings) -> None:
             parse_policy(model.policy)
         except PolicyError as error:
             raise ConfigError("configuration", [f"models[{index}].policy.{error}"]) from None
+
+
+def check_refresh(settings: Settings) -> None:
+    if any(model.refresh.enabled for model in settings.models):
+        try:
+            check_artefacts(settings.refresh.artefacts)
+        except ValueError as error:
+            raise ConfigError("configuration", [f"refresh.artefacts: {error}"]) from None
 
 
 def model_application(model: ModelSettings, settings: Settings) -> serve.Application:

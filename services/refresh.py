@@ -105,6 +105,7 @@ class Refresh:
         self.failures = Failures()
         self.loaded: dict[str, Version] = {}
         self.told = (-1, 0.0)  # the load that the trainer was told last, and when
+        self.troubles: dict[str, str] = {}  # what went wrong last, by who was asked
         host.capture = self.traces.put if settings.log else None
         host.counted = self.tally.ended
 
@@ -115,23 +116,28 @@ class Refresh:
         while True:
             await asyncio.sleep(REPORT_S)
             if self.host.versions is not None:
-                await self.attempt(self.report, "the registry")
-                await self.attempt(self.register, "the registry")
-                await self.attempt(self.change, "the engine")
+                await self.attempt(self.report, "reporting to the registry")
+                await self.attempt(self.register, "registration")
+                await self.attempt(self.change, "a change of versions")
 
     async def deliver(self) -> None:
         """Tell the trainer how busy this replica is, and hand it what was captured, again and again."""
         while True:
             await asyncio.sleep(REPORT_S)
             if self.trainer is not None:
-                await self.attempt(self.tell_load, "the trainer")
-                await self.attempt(self.send, "the trainer")
+                await self.attempt(self.tell_load, "telling the trainer the load")
+                await self.attempt(self.send, "handing over to the trainer")
 
-    async def attempt(self, act: Callable[[], Awaitable[None]], who: str) -> None:
+    async def attempt(self, act: Callable[[], Awaitable[None]], what: str) -> None:
+        """Do it; what goes wrong is logged when it is news, and tried again at the next turn."""
+        trouble = ""
         try:
             await act()
         except Exception as error:
-            log.warning("%s: %s is away (%s: %s)", self.settings.name, who, type(error).__name__, str(error).partition("\n")[0])
+            trouble = f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
+        if trouble and trouble != self.troubles.get(what, ""):
+            log.warning("%s: %s is held up (%s); serving goes on", self.settings.name, what, trouble)
+        self.troubles[what] = trouble
 
     # -- towards the registry -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,7 +11,14 @@ from pydantic import BaseModel
 
 from actors.store import sqlite_path
 from configs.problems import ConfigError
-from configs.settings import ROOT, Settings, load_settings
+from configs.settings import ROOT, ModelRefreshSettings, ModelSettings, Settings, load_settings
+from drafters.objectives import ObjectiveName
+from drafters.places import Positions
+from drafters.refresh import RefreshSettings
+from drafters.replay import BufferSettings
+from policies import CanaryRule
+from policies.gate import GateRule
+from services.refresh_actors import trainer_settings
 
 KEYS = {"SPECFLEET_KEYS__OPERATOR__KEY": "operator-secret", "SPECFLEET_KEYS__CLIENTS__SHA256": "ab" * 32}
 MODEL = {"name": "one", "base": "org/base", "drafter": "ngram"}
@@ -34,6 +41,7 @@ def test_demo() -> None:
 def test_production() -> None:
     settings = load_settings(ROOT / "configs" / "production.yaml", KEYS)
     assert len(settings.models) == 4 and all(model.speculator and model.num_gpus for model in settings.models)
+    assert all(model.refresh.enabled and model.log for model in settings.models) and settings.refresh.artefacts.startswith("/")
     assert settings.keys[0].admin and settings.keys[0].key.get_secret_value() == "operator-secret"
     assert "operator-secret" not in repr(settings)
 
@@ -164,3 +172,29 @@ def test_every_field_is_described() -> None:
     for section in (Settings, *BaseModel.__subclasses__()):
         if section.__module__ == "configs.settings":
             walk(section)
+
+
+def test_refresh_is_off_unless_asked_for_and_needs_a_speculator(tmp_path: Path) -> None:
+    assert not any(model.refresh.enabled for model in load_settings(environ={}).models)
+    with pytest.raises(ConfigError, match=r"refresh\.enabled needs a drafter with a speculator"):
+        load(tmp_path, {"models": [MODEL | {"refresh": {"enabled": True}}]})
+    with pytest.raises(ConfigError, match="most must be at least"):
+        load(tmp_path, {"models": [MODEL], "refresh": {"canary": {"least": 60, "most": 50}}})
+
+
+def test_where_versions_are_kept(tmp_path: Path) -> None:
+    made = load(tmp_path, {"models": [MODEL], "refresh": {"artefacts": "s3://fleet/bundles", "cache": "near"}}).refresh
+    assert (made.artefacts, made.cache, made.work) == ("s3://fleet/bundles", f"{tmp_path}/near", f"{tmp_path}/.specfleet/training")
+
+
+def test_what_is_trained_on_is_what_drafters_know() -> None:
+    fields = ModelRefreshSettings.model_fields
+    assert get_args(fields["objective"].annotation) == get_args(ObjectiveName)
+    assert get_args(fields["positions"].annotation) == get_args(Positions)
+
+
+def test_defaults_are_those_of_the_rooms_below() -> None:
+    settings = Settings(models=[ModelSettings(**MODEL | {"drafter": "mlp", "speculator": "org/spec", "refresh": {"enabled": True}})])
+    known = trainer_settings(settings.models[0].refresh)
+    assert (known.refresh, known.rule, known.buffer) == (RefreshSettings(), GateRule(), BufferSettings())
+    assert CanaryRule(**settings.refresh.canary.model_dump()) == CanaryRule()
