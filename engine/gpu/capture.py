@@ -53,7 +53,7 @@ def capture(replay: Replay[Any], pool: Pool) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(aside)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle):
+    with torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="thread_local"):  # another thread may load weights meanwhile
         replay.result = replay.call()
     pool.handle = graph.pool()
     return graph
