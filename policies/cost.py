@@ -3,7 +3,8 @@
 Depth 0 is measured: only steps in which nothing drafted speak for it. The forward of a drafting step (its seconds less the drafting) is
 kept by (requests, rows); drafting by (drafting requests, depth, width). A cell is the median of its window, so outliers do not count and
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
-prompt adds to a step is another, so that steps beside which prompts are read speak as well.
+prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's usual pace, and
+what is published is at its present one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from statistics import median
 from typing import Any
 
 from policies.curve import Curve, Point
-from policies.step import StepSample
+from policies.pace import STRETCH, Stretch
+from policies.step import SHORTEST, StepSample
 
 TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
@@ -26,7 +28,7 @@ TRUSTED = 3  # samples from which a cell is believed alone
 
 RECKONED = 0.05  # change of the price of prompt rows from which medians are taken anew
 
-Row = tuple[float, float, float, float, int]  # x (rows, requests or depth), context, seconds, prompt rows, step at which it was learned
+Row = tuple[float, float, float, float, int, Stretch]  # x (rows, requests or depth), context, seconds, prompt rows, step and its stretch
 Moments = tuple[float, float, float]
 Key = tuple[int, ...]
 
@@ -57,14 +59,20 @@ class Cell:
     @classmethod
     def of(cls, key: Key, rows: Sequence[Row], price: float) -> Cell:
         """price: seconds that a prompt row adds."""
-        plain = [seconds - price * prompt for _, _, seconds, prompt, _ in rows]
+        usual = [seconds / stretch.pace for _, _, seconds, _, _, stretch in rows]
+        plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
         made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), len(rows))
         if len(rows) < 4:
             return made
         by_context = _moments([r[1] for r in rows], plain, 0.0)
-        by_prompt = _moments([r[3] for r in rows], [r[2] for r in rows], price) if any(r[3] for r in rows) else (0.0, 0.0, 0.0)
+        by_prompt = _moments([r[3] for r in rows], usual, price) if any(r[3] for r in rows) else (0.0, 0.0, 0.0)
         return replace(made, context_moments=by_context, prompt_moments=by_prompt)
+
+
+def _at(cell: Cell, pace: float) -> Cell:
+    """The cell on a machine of that pace."""
+    return cell if pace == 1.0 else replace(cell, seconds=cell.seconds * pace)
 
 
 def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) -> Moments:
@@ -89,9 +97,10 @@ class Window:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        while len(self.rows) > TRUSTED and self.rows[0][-1] < row[-1] - FRESH:
+        while len(self.rows) > TRUSTED and self.rows[0][4] < row[4] - FRESH:
             self.rows.popleft()
         self.cell = None
+
     def median(self, price: float) -> Cell:
         if self.cell is None or abs(price - self.price) > RECKONED * self.price:
             self.cell, self.price = Cell.of(self.key, self.rows, price), price
@@ -104,10 +113,14 @@ class Cells:
     def __init__(self) -> None:
         self.windows: dict[Key, Window] = {}
 
+    def window(self, key: Key) -> Window:
+        """The window of a key, now the one written last."""
+        if key in self.windows:
+            self.windows[key] = self.windows.pop(key)
+        return self.windows.setdefault(key, Window(key))
+
     def add(self, key: Key, row: Row) -> None:
-        window = self.windows.pop(key, None) or Window(key)
-        window.add(row)
-        self.windows[key] = window
+        self.window(key).add(row)
         if len(self.windows) > CELLS:
             del self.windows[next(iter(self.windows))]
 
@@ -125,19 +138,19 @@ class Cells:
         return [window.median(price) for _, window in sorted(self.windows.items())]
 
     def to_list(self) -> list[Any]:
-        return [[list(key), [list(row[:4]) for row in window.rows]] for key, window in self.windows.items()]
+        return [[list(key), [[x, c, t / s.pace, p] for x, c, t, p, _, s in window.rows]] for key, window in self.windows.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any], numbers: int) -> Cells:
         """The table that `to_list` wrote, with keys of that many numbers. ValueError if it is not one."""
-        made = cls()
+        made, usual = cls(), Stretch()
         for key, rows in data:
             if len(key) != numbers:
                 raise ValueError("not a cost table")
             for x, context, seconds, prompt in rows:
                 if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
                     raise ValueError("not a cost table")
-                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0))
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, usual))
         return made
 
 
@@ -147,31 +160,62 @@ class CostModel:
     def __init__(self) -> None:
         self.off, self.forward, self.draft = (Cells() for _ in TABLES)
         self.steps = 0
-        self.price = 0.0  # seconds that a prompt row adds
+        self.price = self.slope = 0.0  # seconds that a prompt row adds, and a token of context
+        self.stretch = Stretch()
+        self.pending: list[tuple[Window, Row]] = []  # of this stretch: they wait for its pace
+        self.pace = 1.0  # of the last stretch
 
     def add(self, sample: StepSample) -> bool:
         """Learn from one step. False, and nothing learned, if it cannot be true."""
         if not sample.sane():
             return False
         self.steps += 1
+        if self.steps % STRETCH == 0:
+            self.settle()
         if sample.drafting:
             self._add_drafting(sample)
         elif not sample.depth:
-            row = (sample.requests, sample.context, sample.seconds, sample.prefill, self.steps)
-            self.off.add((bucket(sample.requests), 0), row)
+            self._learn(self.off, (bucket(sample.requests), 0), sample, sample.requests, sample.seconds)
         return True
 
     def _add_drafting(self, s: StepSample) -> None:
-        self.draft.add((bucket(s.drafting), s.depth, s.width), (s.depth, 0.0, s.draft_seconds, 0.0, self.steps))
+        drafting = self.draft.window((bucket(s.drafting), s.depth, s.width))
+        self._keep(drafting, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, self.stretch))
         rows = s.rows - s.prefill
-        self.forward.add((bucket(s.requests), bucket(rows)), (rows, s.context, s.seconds - s.draft_seconds, s.prefill, self.steps))
+        self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
+
+    def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
+        window = cells.window(key)
+        if len(window) >= TRUSTED:
+            usual = window.median(self.price)
+            beside = self.slope * (s.context - usual.context) + self.price * s.prefill
+            self.stretch.vote(window, seconds / max(usual.seconds + beside, SHORTEST))
+        self._keep(window, (x, s.context, seconds, s.prefill, self.steps, self.stretch))
+
+    def _keep(self, window: Window, row: Row) -> None:
+        """Until the stretch has ended, unless hardly anything is known."""
+        if len(window) < TRUSTED:
+            window.add(row)
+        else:
+            self.pending.append((window, row))
+
+    def settle(self) -> None:
+        """End the stretch: what was measured in it counts from now on, at its own pace."""
+        if self.stretch.votes:
+            self.pace = self.stretch.end()
+        self.stretch = Stretch()
+        for window, row in self.pending:
+            window.add(row)
+        self.pending = []
 
     @classmethod
     def merged(cls, models: Sequence[CostModel]) -> CostModel:
         """One model over replicas, each with the same weight in every cell."""
         if len(models) == 1:
             return models[0]
-        return cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
+        made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
+        made.pace = median(m.pace for m in models) if models else 1.0
+        return made
 
     def heir(self) -> CostModel:
         """A copy for another replica."""
@@ -185,11 +229,13 @@ class CostModel:
 
     def table(self) -> CostTable:
         """The medians, to publish."""
-        off, forward, draft = (tuple(getattr(self, name).cells(self.price)) for name in TABLES)
-        both = [*off, *forward]
+        off, forward, draft = (getattr(self, name).cells(self.price) for name in TABLES)
+        both, pace = [*off, *forward], self.pace
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
-        return CostTable(off, forward, draft, _slope([c.context_moments for c in both], both, most), self.price)
+        self.slope = _slope([c.context_moments for c in both], both, most)
+        off, forward, draft = ([_at(cell, pace) for cell in cells] for cells in (off, forward, draft))
+        return CostTable(tuple(off), tuple(forward), tuple(draft), self.slope * pace, self.price * pace)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).to_list() for name in TABLES}

@@ -278,11 +278,13 @@ class Arena:
     def explore(self, best: Choice, turn: int) -> tuple[dict[Group, int], int]:
         """Depths and width, by turns: the best ones with nothing pruned, a neighbour, one of all depths up to twice as deep, another width.
 
-        While off: the best drafting depths, or depth 1.
+        While off, where that costs most, half as often: the best drafting depths, or depth 1.
         """
         depths, width = best.depths, best.width
         if not any(depths.values()):
-            found = self.best(drafting=True).depths if turn % 2 else dict.fromkeys(depths, 1)
+            if turn % 2:
+                return depths, 1
+            found = self.best(drafting=True).depths if turn % 4 else dict.fromkeys(depths, 1)
             return self._within({g: max(d, 1) for g, d in found.items()}, 1), 1
         others = [w for w in self.policy.widths(self.knowledge.limits) if w != width]
         if turn % 4 == 3 and others:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from policies import CostModel, CostTable, DepthCounts, Limits, Load, StepSample, Telemetry
 from policies.cost import CELLS, Cells, bucket
 from policies.curve import Curve
+from policies.pace import Stretch, settled
 
 
 def off(n: int, seconds: float, context: int = 0) -> StepSample:
@@ -29,6 +30,7 @@ def learned(*samples: StepSample) -> CostModel:
     model = CostModel()
     for sample in samples:
         assert model.add(sample)
+    model.settle()
     return model
 
 
@@ -62,6 +64,7 @@ def test_a_cell_visited_seldom_follows_its_few_new_samples():
     model = learned(*[drafting(2, 3, 0.05)] * 64, *[off(2, 0.01)] * 3000)
     for _ in range(3):
         model.add(drafting(2, 3, 0.02))
+    model.settle()
     assert model.table().forward(2, 8) == pytest.approx(0.019)
 
 
@@ -70,6 +73,54 @@ def test_a_new_replica_begins_with_what_was_known_before():
     assert heir.table().off(2) == pytest.approx(0.01)
     heir.add(off(2, 0.5))
     assert heir.table().off(2) == pytest.approx(0.01, rel=0.05), "one new sample does not replace it"
+
+
+def drift(model: CostModel, steps: int, off_pace: float, draft_pace: float) -> None:
+    """Steps that draft, with a probe of depth 0 and one of another depth in each hundred."""
+    rng = random.Random(5)
+    for i in range(steps):
+        noise = rng.lognormvariate(0, 0.05)
+        if i % 100 == 7:
+            model.add(off(2, 0.01 * off_pace * noise))
+        elif i % 100 == 57:
+            model.add(drafting(2, 2, 0.016 * draft_pace * noise))
+        else:
+            model.add(drafting(2, 3, 0.02 * draft_pace * noise))
+        if i % 50 == 49:
+            model.table()
+
+
+@pytest.mark.parametrize("pace", [0.5, 2.0])
+def test_a_machine_that_became_slower_or_faster_keeps_its_ratios(pace):
+    """A few hundred steps after all steps changed alike, a cell that had only a probe or two since is judged as if it had many."""
+    model = CostModel()
+    for _ in range(10):
+        drift(model, 200, 1.0, 1.0)
+    drift(model, 400, pace, pace)
+    model.settle()
+    table = model.table()
+    assert table.forward(2, 8) == pytest.approx(0.019 * pace, rel=0.06)
+    assert table.off(2) == pytest.approx(0.01 * pace, rel=0.06)
+
+
+def test_a_kind_of_step_that_became_dearer_alone_is_believed():
+    """Not the machine, but drafting steps became dearer: depth 0 stays what it was."""
+    model = CostModel()
+    for _ in range(10):
+        drift(model, 200, 1.0, 1.0)
+    model.add(off(2, 0.01))
+    for _ in range(1500):
+        model.add(drafting(2, 3, 0.04))
+        if model.steps % 100 == 7:
+            model.add(off(2, 0.01))
+    table = model.table()
+    assert table.off(2) == pytest.approx(0.01, rel=0.06) and table.forward(2, 8) == pytest.approx(0.039, rel=0.06)
+
+
+def test_votes_on_the_pace():
+    assert settled([]) == settled([3.0]) == 1.0, "one kind alone may have changed by itself"
+    assert settled([3.0, 0.9]) == 1.0 and settled([3.0, 1.3]) == pytest.approx(1.3) and settled([0.5, 0.7]) == pytest.approx(0.7)
+    assert settled([2.0, 2.1, 20.0]) == pytest.approx(2.1) and settled([1.0, 1.05, 1.06]) == 1.0
 
 
 def test_one_sample_is_usable():
@@ -194,9 +245,9 @@ def test_replicas_weigh_the_same_and_a_liar_is_outvoted():
 
 
 def test_the_table_is_bounded():
-    cells = Cells()
+    cells, usual = Cells(), Stretch()
     for i in range(3 * CELLS):
-        cells.add((i, 0), (i, 0, 1, 0, i))
+        cells.add((i, 0), (i, 0, 1, 0, i, usual))
     assert len(cells.windows) == CELLS and (0, 0) not in cells.windows
 
 

@@ -100,7 +100,7 @@ def test_while_off_small_depths_are_probed():
     replica.run(8, 1200)
     views, load = [RequestView(str(i)) for i in range(8)], Load(8, 0, 800)
     drafting = [step for step in range(1000) if any(d.depth for d in replica.plan.decide(load, views, step))]
-    assert drafting == list(range(50, 1000, 100))
+    assert drafting == list(range(50, 1000, 200))
 
 
 def test_with_no_data_starts_at_a_moderate_depth_and_measures_depth_0_soon():
