@@ -21,7 +21,7 @@ from actors.store import StoreError, Value, check_state, connect, sqlite_path
 
 STREAM = "specfleet:requests"
 PURGES = "specfleet:purges"
-PAGE = 1000  # entries of a Redis stream looked at together
+PAGE = 200  # entries of a Redis stream looked at together
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def told(error: Exception, actor: str = "policy actor") -> ApiError:
         case PolicyConflict() | RegistryConflict():
             return refused(409, f"{error}.", param="expected_version", code="version_conflict")
         case StoreError():
-            return refused(503, f"The change could not be stored: {error}.", code="store_away", retry_after=5.0)
+            return refused(503, f"The {actor} cannot reach its store: {error}.", code="store_away", retry_after=5.0)
     if getattr(error, "status", None) == 503:
         return refused(503, f"The {actor} cannot do it now: {error}.", code="try_again", retry_after=5.0)
     LOG.error("the %s failed", actor, exc_info=error)

@@ -117,7 +117,7 @@ class RayTraining:
         return stated(await self._ask(model, "status")) if model in self._trainers else {"state": "off", "model": model}
 
     async def history(self, model: str) -> Sequence[State]:
-        return list(await self._stored(lambda store: store.entries(stream(model))))
+        return list(await self._stored(model, lambda store: store.entries(stream(model))))
 
     async def pause(self, pause: Pause) -> State:
         """The change is recorded before it is made, so that none goes unrecorded. One that changes nothing is not recorded."""
@@ -125,7 +125,8 @@ class RayTraining:
             raise off(pause.model)
         before = bool((await self._ask(pause.model, "status"))["paused"])
         if before != pause.paused:
-            await self._stored(lambda store: store.append(stream(pause.model), self._entry(pause, before)))
+            entry = self._entry(pause, before)
+            await self._stored(pause.model, lambda store: store.append(stream(pause.model), entry))
         return stated(await self._ask(pause.model, "pause", pause.paused))
 
     async def _ask(self, model: str, method: str, *arguments: object) -> Any:
@@ -139,11 +140,11 @@ class RayTraining:
         change = {"from": {"paused": before}, "to": {"paused": pause.paused}}
         return {"at": self._clock(), "who": pause.who, "why": pause.why, **change}
 
-    async def _stored(self, act: Callable[[StateStore], Any]) -> Any:
+    async def _stored(self, model: str, act: Callable[[StateStore], Any]) -> Any:
         try:
             return await asyncio.to_thread(lambda: act(self._open()))
         except StoreError as error:
-            raise told(error, "state store") from None
+            raise told(error, f"trainer of {model}") from None
 
 
 def stream(model: str) -> str:
