@@ -97,7 +97,6 @@ def test_a_machine_that_became_slower_or_faster_keeps_its_ratios(pace):
     for _ in range(10):
         drift(model, 200, 1.0, 1.0)
     drift(model, 400, pace, pace)
-    model.settle()
     table = model.table()
     assert table.forward(2, 8) == pytest.approx(0.019 * pace, rel=0.06)
     assert table.off(2) == pytest.approx(0.01 * pace, rel=0.06)
