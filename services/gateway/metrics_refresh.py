@@ -141,17 +141,19 @@ def phases(models: Mapping[str, State]) -> Iterator[Metric]:
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
     """How full the replay buffers are, and what came into them."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", "model")
+    limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold.", "model")
     requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", "model", "part")
     traces = CounterMetricFamily("specfleet_training_traces", "Traces by what became of them.", labels=("model", "outcome"))
     for model, state in models.items():
         held = state["traces"]
         size.add_metric((model,), held["bytes"])
+        limit.add_metric((model,), state["buffer_bytes"])
         for part in ("training", "held_out"):
             requests.add_metric((model, part), held[part])
         for outcome in ("seen", "dropped", "invalid"):
             traces.add_metric((model, outcome), held[outcome])
         traces.add_metric((model, "unread"), state["dropped_before_reading"])
-    yield from (size, requests, traces)
+    yield from (size, limit, requests, traces)
 
 
 def progress(models: Mapping[str, State]) -> Iterator[Metric]:

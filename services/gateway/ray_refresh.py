@@ -104,17 +104,21 @@ def call(release: Release) -> tuple[str, tuple[object, ...]]:
 class RayTraining:
     """The trainers of the models that are refreshed; who paused one and when is a stream of the state store.
 
-    finds: by model, what looks its trainer up, ValueError if it is not there. opener: of the state store.
+    finds: by model, what looks its trainer up, ValueError if it is not there. budgets: bytes of their buffers. opener: of the state store.
     """
 
     def __init__(
-        self, finds: Mapping[str, Callable[[], Any]], opener: Callable[[], StateStore], clock: Callable[[], float] = time.time
+        self,
+        finds: Mapping[str, Callable[[], Any]],
+        budgets: Mapping[str, int],
+        opener: Callable[[], StateStore],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._trainers = {model: Contact(f"trainer of {model}", "trainer", find) for model, find in finds.items()}
-        self._open, self._clock = opener, clock
+        self._budgets, self._open, self._clock = budgets, opener, clock
 
     async def state(self, model: str) -> State:
-        return stated(await self._ask(model, "status")) if model in self._trainers else {"state": "off", "model": model}
+        return self._stated(model, await self._ask(model, "status")) if model in self._trainers else {"state": "off", "model": model}
 
     async def history(self, model: str) -> Sequence[State]:
         return list(await self._stored(model, lambda store: store.entries(stream(model))))
@@ -127,7 +131,10 @@ class RayTraining:
         if before != pause.paused:
             entry = self._entry(pause, before)
             await self._stored(pause.model, lambda store: store.append(stream(pause.model), entry))
-        return stated(await self._ask(pause.model, "pause", pause.paused))
+        return self._stated(pause.model, await self._ask(pause.model, "pause", pause.paused))
+
+    def _stated(self, model: str, status: Mapping[str, Any]) -> State:
+        return {"state": "paused" if status["paused"] else "on", **status, "buffer_bytes": self._budgets[model]}
 
     async def _ask(self, model: str, method: str, *arguments: object) -> Any:
         trainer = self._trainers[model]
@@ -150,10 +157,6 @@ class RayTraining:
 def stream(model: str) -> str:
     """The stream of what was done to a model's training."""
     return f"training/{model}"
-
-
-def stated(status: Mapping[str, Any]) -> State:
-    return {"state": "paused" if status["paused"] else "on", **status}
 
 
 class RayLog:
@@ -187,10 +190,12 @@ def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
     """The desks of a service. Registry and trainers are not started here, they come with the models. log: finds the request log."""
     find = partial(ray.get_actor, namespace=settings.ray.namespace)
     refreshed = [model.name for model in settings.models if model.refresh.enabled]
-    trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in settings.models if model.refresh.enabled and model.log}
+    trained = [model for model in settings.models if model.refresh.enabled and model.log]
+    trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in trained}
+    budgets = {model.name: int(model.refresh.buffer_bytes) for model in trained}
     kept = settings.request_log
     retention = {"max_records": kept.max_records, "max_bytes": int(kept.max_bytes), "max_age_s": kept.max_age_s}
-    training = RayTraining(trainers, Once(partial(open_state, settings.state.url)))
+    training = RayTraining(trainers, budgets, Once(partial(open_state, settings.state.url)))
     return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention))
 
 

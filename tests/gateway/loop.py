@@ -109,5 +109,5 @@ def trainer_of(folder: Path) -> Worker:
 
 
 def desks(registry: Actor, trainer: Actor, log: Actor, opener: Callable[[], StateStore]) -> Refresh:
-    training = RayTraining({"echo": trainer.find}, opener, lambda: 77.0)
+    training = RayTraining({"echo": trainer.find}, {"echo": 2**28}, opener, lambda: 77.0)
     return Refresh(RaySpeculators(registry.find, ["echo"]), training, RayLog(log.find, RETENTION))

@@ -275,6 +275,7 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
         ("training_traces_total", ("echo", "seen"), 80),
         ("training_rounds_total", ("echo",), 1),
         ("training_step", ("echo",), 3),
+        ("training_buffer_limit_bytes", ("echo",), 2**28),
         ("version_steps_total", ("echo", "v1"), 2),
         ("version_tokens_total", ("echo", "v1"), 3),
     ):
