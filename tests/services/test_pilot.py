@@ -93,7 +93,7 @@ def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
     pilot.take(drafter)
     engine = Engine(base, drafter, pilot.budgets, pilot.prune, slots=4096, max_running=4)
     depths = []
-    for i in range(400):
+    for i in range(900):
         if not engine.busy:
             for j in range(4):
                 engine.submit(Request(f"k{i}-{j}", [5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0)))
