@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between two reports
 RETRY_S = 5.0  # seconds between attempts at what another part did not let happen
 PATIENCE = 3  # attempts to reach a bundle before it is reported as one that cannot be loaded
+SILENCE_S = 60.0  # seconds in which the same trouble is logged once
 REMIND_S = 2.0  # seconds after which an unchanged load is told again
 
 
@@ -105,7 +106,7 @@ class Refresh:
         self.failures = Failures()
         self.loaded: dict[str, Version] = {}
         self.told = (-1, 0.0)  # the load that the trainer was told last, and when
-        self.troubles: dict[str, str] = {}  # what went wrong last, by who was asked
+        self.troubles: dict[str, float] = {}  # what went wrong, and when that was logged
         host.capture = self.traces.put if settings.log else None
         host.counted = self.tally.ended
 
@@ -129,15 +130,14 @@ class Refresh:
                 await self.attempt(self.send, "handing over to the trainer")
 
     async def attempt(self, act: Callable[[], Awaitable[None]], what: str) -> None:
-        """Do it; what goes wrong is logged when it is news, and tried again at the next turn."""
-        trouble = ""
+        """Do it; what goes wrong is logged, the same again only after a while, and tried again at the next turn."""
         try:
             await act()
         except Exception as error:
-            trouble = f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
-        if trouble and trouble != self.troubles.get(what, ""):
-            log.warning("%s: %s is held up (%s); serving goes on", self.settings.name, what, trouble)
-        self.troubles[what] = trouble
+            trouble, now = f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip(), self.clock()
+            if self.troubles.get(trouble, -SILENCE_S) + SILENCE_S <= now:
+                self.troubles = {t: at for t, at in self.troubles.items() if at + SILENCE_S > now} | {trouble: now}
+                log.warning("%s: %s is held up (%s); serving goes on", self.settings.name, what, trouble)
 
     # -- towards the registry -----------------------------------------------------------------------------------------------
 

@@ -293,6 +293,22 @@ async def test_nothing_happens_while_the_registry_or_its_store_is_away(stand, mo
     assert stand.host.pilot.version == version and await stand.text("c") == before
 
 
+async def test_a_place_that_never_was_holds_up_registration_and_nothing_else(folder, tmp_path, caplog):
+    (tmp_path / "place").write_text("not a folder")
+    stand = Stand(folder, tmp_path)
+    await stand.host.start()
+    for _ in range(3):
+        stand.now += refresh.RETRY_S
+        await stand.beat(2)
+    assert await stand.text("a") and not stand.refresh.registered and stand.refresh.trainer is None
+    assert len([r for r in caplog.records if "held up" in r.message and "cannot be reached" in r.message]) == 1
+    (tmp_path / "place").unlink()
+    stand.now += refresh.RETRY_S
+    await stand.beat(2)
+    assert stand.shown()["agrees"] and stand.refresh.trainer is not None
+    stand.host.stop()
+
+
 async def test_what_is_captured_is_what_a_trainer_replays(stand):
     await stand.text("a", temperature=0.7, max_tokens=25)
     await stand.text("b", temperature=0.0, repetition_penalty=1.2, max_tokens=25)
