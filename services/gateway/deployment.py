@@ -1,4 +1,5 @@
-"""The gateway as a Serve deployment. Its process loads neither torch nor a model."""
+"""The gateway as a Serve deployment. Its process loads no model, and torch only where a speculator is refreshed: Ray loads the class of
+every actor that it finds by name, and registry and trainers are of torch."""
 
 from __future__ import annotations
 
