@@ -64,7 +64,7 @@ def end(settings: Settings) -> None:
             serve.delete(settings.ray.application)
     for model in settings.models:
         if model.refresh.enabled:
-            dismiss(trainer_actor(settings, model), "close")
+            dismiss(trainer_actor(settings.refresh, settings.ray.namespace, model), "close")
     for actor, last_call in ((policy_actor(settings), "save"), (log_actor(settings), "close"), (registry_actor(settings), "close")):
         dismiss(actor, last_call)
     ray.shutdown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from actors.releases import Base
 from actors.trainer import NAME as TRAINER
 from actors.trainer import TrainerSettings, start_trainer
 from configs.settings import ModelRefreshSettings, ModelSettings, Settings
+from configs.settings import RefreshSettings as Places
 from drafters.refresh import RefreshSettings
 from drafters.replay import BufferSettings
 from policies import CanaryRule
@@ -36,7 +37,7 @@ def refresh_plan(settings: Settings, model: ModelSettings) -> RefreshPlan | None
     """The plan of one model; None if its speculator is not refreshed."""
     if not model.refresh.enabled:
         return None
-    trainer = partial(trainer_actor, settings, model)
+    trainer = partial(trainer_actor, settings.refresh, settings.ray.namespace, model)
     return RefreshPlan(registry_actor(settings), trainer, settings.refresh.artefacts, Path(settings.refresh.cache))
 
 
@@ -48,15 +49,17 @@ def registry_actor(settings: Settings) -> Named:
     return Named(REGISTRY, namespace, partial(start_registry, settings.state.url, r.artefacts, cache, chosen, REGISTRY, namespace))
 
 
-def trainer_actor(settings: Settings, model: ModelSettings, base: Base | None = None, folder: str = "", version: str = "") -> Named:
+def trainer_actor(
+    kept: Places, namespace: str, model: ModelSettings, base: Base | None = None, folder: str = "", version: str = ""
+) -> Named:
     """The model's trainer; to be started it must know base, folder and version of the configured speculator."""
-    t, namespace, work = model.refresh.trainer, settings.ray.namespace, str(Path(settings.refresh.work) / model.name)
+    t, work = model.refresh.trainer, str(Path(kept.work) / model.name)
 
     def start() -> Any:
         if base is None:
             raise ValueError(f"no trainer of {model.name} runs")
         options = {"num_cpus": t.num_cpus, "num_gpus": t.num_gpus}
-        place = settings.refresh.artefacts
+        place = kept.artefacts
         return start_trainer(
             model.name, base, folder, version, place, work, REGISTRY, trainer_settings(model.refresh), namespace, **options
         )
@@ -67,21 +70,9 @@ def trainer_actor(settings: Settings, model: ModelSettings, base: Base | None = 
 def trainer_settings(refresh: ModelRefreshSettings) -> TrainerSettings:
     """As the trainer reads them."""
     r, t = refresh, refresh.trainer
-    names = (
-        "objective",
-        "positions",
-        "rate",
-        "requests",
-        "window",
-        "steps",
-        "interval",
-        "patience",
-        "least_gain",
-        "least_tokens",
-        "least_held",
-    )
+    shared = [field.name for field in fields(RefreshSettings) if field.name in ModelRefreshSettings.model_fields]
     return TrainerSettings(
-        refresh=RefreshSettings(**{name: getattr(r, name) for name in names}),
+        refresh=RefreshSettings(**{name: getattr(r, name) for name in shared}),
         buffer=BufferSettings(budget=int(r.buffer_bytes), held_out=r.held_out),
         rule=GateRule(**r.gate.model_dump()),
         running=t.running,

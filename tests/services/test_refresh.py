@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from actors.artefacts import Artefacts
 from actors.policy import parse_policy
 from actors.registry import RegistryKeeper, RegistrySettings
 from actors.store import StoreError, open_state
-from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings
+from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings, Settings
 from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
@@ -28,7 +29,7 @@ from services.host import ModelHost
 from services.pilot import Pilot
 from services.protocol import Job
 from services.refresh import Refresh
-from services.refresh_actors import RefreshPlan
+from services.refresh_actors import RefreshPlan, refresh_plan
 from tests.services.folders import write_model
 from tests.services.test_host import TOKEN_BYTES, answer, last
 
@@ -362,3 +363,10 @@ async def test_a_trainer_that_is_away_loses_traces_and_nothing_waits(stand, monk
     await stand.refresh.tell_load()
     (added, load) = stand.trainer.told
     assert Trace.from_bytes(added[1][0]).request == "b-0" and load == ("load", "r1", 0)
+
+
+def test_a_replica_is_not_told_the_keys_of_the_service(folder):
+    keys = [{"name": "one", "key": "a-secret-of-one"}]
+    made = Settings(models=[model_settings(folder)], keys=keys)
+    assert b"a-secret-of-one" not in cloudpickle.dumps(refresh_plan(made, made.models[0]))
+    assert refresh_plan(made, made.models[0].model_copy(update={"refresh": ModelRefreshSettings()})) is None
