@@ -21,7 +21,7 @@ class GraphedDrafter(MLPDrafter):
         self.captured = Captured(self.chain, self.heads[0].emb.device)
 
     def chain(self, hidden: Tensor, token: Tensor, depth: int) -> Tensor:
-        """The best token of every head, and the log-softmax at it. [N, emb_dim], [N] -> [2, N, depth], tokens as float64"""
+        """The best token of every head, and the log-softmax at it. [N, emb_dim], [N] -> [N, 2, depth], tokens as float64"""
         state, path, sure = self.speculator.start(hidden), [], []
         for head in self.heads[:depth]:
             state = head.advance(state, token, None)
@@ -29,7 +29,7 @@ class GraphedDrafter(MLPDrafter):
             token = best.indices
             path.append(token.double())
             sure.append(best.values.double())
-        return torch.stack([torch.stack(path, 1), torch.stack(sure, 1)])
+        return torch.stack([torch.stack(path, 1), torch.stack(sure, 1)], 1)
 
     def follow(self, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
         if not all(greedy(job.draft.sampler) for job in jobs):
@@ -37,7 +37,7 @@ class GraphedDrafter(MLPDrafter):
         like = self.heads[0].emb
         hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
         token = torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
-        tokens, sure = self.captured(hidden, token, depth=max(job.depth for job in jobs)).cpu()
+        tokens, sure = self.captured(hidden, token, depth=max(job.depth for job in jobs)).cpu().unbind(1)
         return list(zip(tokens.long().tolist(), sure.exp().tolist(), strict=True))
 
 
