@@ -100,6 +100,7 @@ class TrainerKeeper:
         self.refresher = Refresher(live.to(self.settings.device), version, self.buffer, self.settings.refresh, tag)
         self.trial: Trial | None = None
         self.verdict: Verdict | None = None
+        self.verdicts = {"passed": 0, "rejected": 0}  # of its own gate, since it was started
         self.invalid = 0
         self.recover()
 
@@ -138,7 +139,9 @@ class TrainerKeeper:
         return self.judge(self.trial)
 
     def settle(self) -> None:
-        """The candidate is where it belongs; until now every checkpoint held it."""
+        """The candidate that was judged is where it belongs; until now every checkpoint held it."""
+        assert self.verdict is not None, "what is settled was judged"
+        self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
         self.trial = None
         self.refresher.take()
 
@@ -199,7 +202,8 @@ class TrainerKeeper:
         traces = counts | held | {"bytes": self.buffer.nbytes, "invalid": self.invalid}
         verdict = asdict(self.verdict) if self.verdict else None
         phase = "judging" if self.trial else standing["phase"]
-        return {"model": self.model, "version": self.refresher.version} | standing | {"phase": phase, "traces": traces, "gate": verdict}
+        own = {"phase": phase, "traces": traces, "gate": verdict, "candidates": dict(self.verdicts)}
+        return {"model": self.model, "version": self.refresher.version} | standing | own
 
 
 class Worker:

@@ -71,6 +71,7 @@ class RefreshStates(Collector):
         yield from phases(training)
         yield from buffers(trained)
         yield from progress(trained)
+        yield from verdicts(trained)
 
 
 def serving(models: Mapping[str, State]) -> Iterator[Metric]:
@@ -157,7 +158,7 @@ def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
 
 
 def progress(models: Mapping[str, State]) -> Iterator[Metric]:
-    """Rounds, losses, what held-out requests say, and the last verdict."""
+    """Rounds, losses, and what held-out requests say."""
     rounds = CounterMetricFamily("specfleet_training_rounds", "Attempts at a better speculator.", labels=("model",))
     refused = CounterMetricFamily("specfleet_training_rounds_refused", "Of them those that diverged.", labels=("model",))
     step = gauge("specfleet_training_step", "Steps of the round.", "model")
@@ -165,8 +166,6 @@ def progress(models: Mapping[str, State]) -> Iterator[Metric]:
     worth = gauge(
         "specfleet_training_tokens_per_step", "Of held-out requests, with the serving speculator and the best copy.", "model", "of"
     )
-    passed = gauge("specfleet_training_gate_passed", "1 if the last candidate passed the gate.", "model")
-    difference = gauge("specfleet_training_gate_difference", "Expected tokens per step of it less those of the live version.", "model")
     for model, state in models.items():
         rounds.add_metric((model,), state["round"])
         refused.add_metric((model,), state["refused"])
@@ -176,10 +175,23 @@ def progress(models: Mapping[str, State]) -> Iterator[Metric]:
         for name, found in (("live", state["before"]), ("best", state["best"])):
             if found:
                 worth.add_metric((model, name), found["per_step"])
+    yield from (rounds, refused, step, loss, worth)
+
+
+def verdicts(models: Mapping[str, State]) -> Iterator[Metric]:
+    """What the trainers' own gates found: of every candidate since they were started, and of the last one."""
+    candidates = CounterMetricFamily(
+        "specfleet_training_candidates", "Candidates by the verdict of the trainer's gate, submitted or not.", labels=("model", "verdict")
+    )
+    passed = gauge("specfleet_training_gate_passed", "1 if the last candidate passed the gate.", "model")
+    difference = gauge("specfleet_training_gate_difference", "Expected tokens per step of it less those of the live version.", "model")
+    for model, state in models.items():
+        for verdict, count in state["candidates"].items():
+            candidates.add_metric((model, verdict), count)
         if state["gate"]:
             passed.add_metric((model,), state["gate"]["passed"])
             difference.add_metric((model,), state["gate"]["difference"])
-    yield from (rounds, refused, step, loss, worth, passed, difference)
+    yield from (candidates, passed, difference)
 
 
 def gauge(name: str, meaning: str, *labels: str) -> GaugeMetricFamily:

@@ -68,6 +68,7 @@ def test_traces_become_a_submission(tmp_path: Path) -> None:
     judged = found.buffer.judging("")
     assert submission.verdict.mean_candidate == pytest.approx(sum(expected_tokens(candidate, trace) for trace in judged) / len(judged))
     assert found.status()["phase"] == "waiting" and found.status()["gate"]["passed"]
+    assert found.status()["candidates"] == {"passed": 1, "rejected": 0}
 
 
 def test_nothing_is_begun_that_could_not_be_judged(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_candidate_that_the_gate_refuses_is_not_published(tmp_path: Path) -> N
     assert worked(found) is None
     status = found.status()
     assert status["gate"]["passed"] is False and "not surely more than +3" in status["outcome"]
-    assert status["waiting_for"] == 2 * SETTINGS.least_tokens
+    assert status["waiting_for"] == 2 * SETTINGS.least_tokens and status["candidates"] == {"passed": 0, "rejected": 1}
     assert not (tmp_path / "artefacts").exists()
 
 
@@ -92,6 +93,7 @@ def test_what_cannot_be_published_is_tried_again(tmp_path: Path) -> None:
         worked(found)
     (tmp_path / "work" / "bundles").unlink()
     submission = worked(found)
+    assert found.status()["candidates"]["passed"] == 1  # though it was judged twice
     assert submission is not None and read_bundle(tmp_path / "work" / "bundles" / submission.manifest.version)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from actors.registry import NAME as REGISTRY_NAME
 from actors.releases import ReplicaReport
 from actors.trainer import NAME as TRAINER_NAME
+from actors.trainer import Worker
 from policies import Arm
 from services.gateway import ray_refresh
-from services.gateway.metrics_refresh import LATEST, VersionCounts
+from services.gateway.metrics_refresh import LATEST, RefreshStates, VersionCounts
 from services.gateway.refresh import Release
 from services.protocol import SpeculationReport
+from tests.actors.test_trainer import TRAINER, fed, keeper, worked
 from tests.gateway.loop import Loop
 from tests.gateway.test_access import ROOT, TEXT, USER, bearer
 
@@ -250,6 +253,18 @@ def found(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
+async def test_candidates_that_the_trainer_turned_down_are_counted(tmp_path: Path) -> None:
+    refuses = fed(keeper(tmp_path, replace(TRAINER, rule=replace(TRAINER.rule, margin=3.0))))
+    assert worked(refuses) is None
+    states = RefreshStates()
+    training = Worker(refuses, lambda _: None, lambda: None).status()
+    states.states = {"echo": ({"state": "off"}, {"state": "on", **training, "buffer_bytes": 1})}
+    samples = {(s.name, s.labels.get("verdict")): s.value for metric in states.collect() for s in metric.samples}
+    assert samples["specfleet_training_candidates_total", "rejected"] == 1
+    assert samples["specfleet_training_candidates_total", "passed"] == 0
+    assert samples["specfleet_training_gate_passed", None] == 0
+
+
 async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
     live, one, _, rejected = loop.v
     loop.keeper.start_canary("echo", one, "trainer", "it passed the gate", 0.25)
@@ -274,6 +289,7 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
         ("training_phase", ("slow", "off"), 1),
         ("training_traces_total", ("echo", "seen"), 80),
         ("training_rounds_total", ("echo",), 1),
+        ("training_candidates_total", ("echo", "rejected"), 0),
         ("training_step", ("echo",), 3),
         ("training_buffer_limit_bytes", ("echo",), 2**28),
         ("version_steps_total", ("echo", "v1"), 2),
