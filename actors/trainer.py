@@ -7,6 +7,7 @@ not to be disturbed; `TrainerActor` is the Ray actor around both. All that is lo
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import threading
@@ -25,6 +26,7 @@ from actors.registry import NAME as REGISTRY
 from actors.releases import Assignment, Base
 from actors.store import Value
 from drafters.bundle import BundleError, Manifest, Origin, write_bundle
+from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import Candidate, Refresher, RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
@@ -35,6 +37,7 @@ from policies.gate import GateRule, gate
 
 log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
+PAUSED = "paused"  # file of the work folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +229,7 @@ class Worker:
         self.loads: dict[str, tuple[float, int]] = {}
         self.busy_at, self.slowest = -float("inf"), 0.0
         self.asked: float | None = None  # when load came while it worked
-        self.paused = self.closing = self.working = False
+        self.paused, self.closing, self.working = was_paused(keeper.work / PAUSED), False, False
         self.shown: Value = keeper.status()
         self.problem = ""
         self.saved = self.polled = clock()
@@ -257,9 +260,11 @@ class Worker:
             self.change.notify_all()
 
     def pause(self, paused: bool) -> None:
+        """Do no training until told otherwise, after a restart too. OSError if that cannot be written; it then holds until a restart."""
         with self.change:
             self.paused = paused
             self.change.notify_all()
+            replace_durably(self.keeper.work / PAUSED, lambda opened: opened.write(json.dumps(paused).encode()))
 
     def status(self) -> Value:
         with self.change:
@@ -343,6 +348,17 @@ class Worker:
                     self.change.wait(self.settings.quiet)
 
 
+def was_paused(file: Path) -> bool:
+    """What `Worker.pause` wrote last. A file that says neither counts as a pause: that somebody asked for one is likelier than not."""
+    try:
+        return json.loads(file.read_bytes()) is not False
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        log.error("%s cannot be read (%s); training is paused until it is resumed", file, error)
+        return True
+
+
 class Registrar:
     """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises."""
 
@@ -393,7 +409,7 @@ class TrainerActor:
         self._worker.load(source, running)
 
     async def pause(self, paused: bool = True) -> Value:
-        self._worker.pause(paused)
+        await asyncio.to_thread(self._worker.pause, paused)
         return self._worker.status()
 
     async def status(self) -> Value:

@@ -168,6 +168,28 @@ def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path
     wait_until(lambda: worker.status()["working"], 30)
 
 
+def test_a_restarted_trainer_is_still_paused(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    start(keeper(tmp_path), lambda found: None).pause(True)
+    again = start(keeper(tmp_path), lambda found: None)
+    again.offer([trace.to_bytes() for trace in many(80)])
+    wait_until(lambda: again.status()["traces"]["seen"] == 80, 30)
+    assert again.status()["paused"] and again.status()["round"] == 0
+    again.pause(False)
+    wait_until(lambda: again.status()["step"] > 0, 30)
+    assert not Worker(keeper(tmp_path), lambda found: None, lambda: None).status()["paused"]
+    (tmp_path / "work" / "paused").write_bytes(b"")
+    assert Worker(keeper(tmp_path), lambda found: None, lambda: None).status()["paused"]
+
+
+def test_a_pause_that_cannot_be_written_holds_until_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("in the way")
+    worker = Worker(keeper(tmp_path / "other"), lambda found: None, lambda: None)
+    worker.keeper.work = tmp_path / "work"
+    with pytest.raises(OSError, match="paused"):
+        worker.pause(True)
+    assert worker.status()["paused"]
+
+
 def test_a_worker_with_a_device_of_its_own_does_not_care(tmp_path: Path, start: Callable[..., Worker]) -> None:
     sent: list[Submission] = []
     worker = start(keeper(tmp_path, replace(TRAINER, running=None)), sent.append)
