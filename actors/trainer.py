@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import ray
 import torch
 
 from actors.artefacts import ArtefactError, Artefacts, check_artefacts
+from actors.log_contents import Selection, asked
 from actors.registry import NAME as REGISTRY
 from actors.releases import Assignment, Base
 from actors.store import Value
@@ -114,6 +116,18 @@ class TrainerKeeper:
         except InvalidTrace as error:
             self.invalid += 1
             log.warning("%s: a trace is refused: %s", self.model, error)
+
+    def forget(self, what: Selection) -> int:
+        """Give up the traces that are meant, in memory and in what `save` wrote; how many there were. Raises OSError where that stays.
+
+        Traces carry no key, and a log may have let go of records whose traces are still here: a selection by key means the traces that fit
+        the rest of it, whoever asked. What was begun with one of them is dropped; what versions have learned is not undone.
+        """
+        if count := self.buffer.forget(lambda trace: meant(what, trace)):
+            self.trial = None
+            self.refresher.drop(f"dropped: {count} traces were to be forgotten")
+        self.save()
+        return count
 
     def idle(self) -> bool:
         """Whether there is nothing to do before more traces come."""
@@ -209,6 +223,12 @@ class TrainerKeeper:
         return {"model": self.model, "version": self.refresher.version} | standing | own
 
 
+def meant(what: Selection, trace: Trace) -> bool:
+    """Whether a trace belongs to a selection of the request log."""
+    requested = what.request in (None, trace.request, asked(trace.request))
+    return requested and what.model in (None, trace.model) and (what.before is None or trace.at < what.before)
+
+
 class Worker:
     """Runs a keeper on a thread of its own, one slice after the other, and rests while serving needs the device."""
 
@@ -225,6 +245,7 @@ class Worker:
         self.settings = keeper.settings
         self.change = threading.Condition()
         self.inbox: deque[bytes] = deque()
+        self.unwanted: deque[tuple[Selection, Future[int]]] = deque()
         self.waiting = self.dropped = self.yields = 0
         self.loads: dict[str, tuple[float, int]] = {}
         self.busy_at, self.slowest = -float("inf"), 0.0
@@ -248,6 +269,14 @@ class Worker:
                 self.waiting -= len(self.inbox.popleft())
                 self.dropped += 1
             self.change.notify_all()
+
+    def forget(self, what: Selection) -> Future[int]:
+        """`TrainerKeeper.forget` after the unit that is under way, also while it rests; traces that were offered before are among them."""
+        done: Future[int] = Future()
+        with self.change:
+            self.unwanted.append((what, done))
+            self.change.notify_all()
+        return done
 
     def load(self, source: str, running: int) -> None:
         """How many requests run on the trainer's device, as one replica tells. Work stops after the unit that is under way."""
@@ -277,6 +306,7 @@ class Worker:
             self.closing = True
             self.change.notify_all()
         self.thread.join()
+        self.read()
         self.attempt(self.keeper.save)
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
@@ -298,7 +328,7 @@ class Worker:
             with self.change:
                 rests = self.resting() or self.keeper.idle()
                 self.note(rests)
-                if rests and not self.closing and not self.inbox:
+                if rests and not (self.closing or self.inbox or self.unwanted):
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
             if not rests:
                 self.attempt(self.turn)
@@ -312,11 +342,22 @@ class Worker:
         self.working, self.shown = not rests, self.keeper.status()
 
     def read(self) -> None:
-        """Move traces from the inbox to the buffer."""
+        """Move traces from the inbox to the buffer, and forget what is to be forgotten."""
         with self.change:
             found, self.inbox, self.waiting = self.inbox, deque(), 0
+            unwanted, self.unwanted = self.unwanted, deque()
         for data in found:
             self.keeper.add(data)
+        for what, done in unwanted:
+            if done.set_running_or_notify_cancel():
+                self.answer(done, what)
+
+    def answer(self, done: Future[int], what: Selection) -> None:
+        try:
+            done.set_result(self.keeper.forget(what))
+        except Exception as error:
+            log.exception("%s: what was to be forgotten may still be on the disk", self.keeper.model)
+            done.set_exception(error)
 
     def turn(self) -> None:
         """One slice, and what comes of it."""
@@ -411,6 +452,10 @@ class TrainerActor:
     async def pause(self, paused: bool = True) -> Value:
         await asyncio.to_thread(self._worker.pause, paused)
         return self._worker.status()
+
+    async def forget(self, what: Selection) -> int:
+        """Give up the traces of a selection of the request log, those on the disk too; how many there were. OSError where that stays."""
+        return await asyncio.wrap_future(self._worker.forget(what))
 
     async def status(self) -> Value:
         return self._worker.status()

@@ -235,6 +235,11 @@ class Refresher:
         self.live, self.version = float_copy(live), version
         self.round, self.candidate, self.fruitless = None, None, 0
 
+    def drop(self, reason: str) -> None:
+        """Give up the round that is under way, or its candidate, if there is one; the next one waits for as much traffic as any."""
+        if self.round is not None or self.candidate is not None:
+            self.round, self.candidate, self.outcome = None, None, reason
+
     # -- rounds -------------------------------------------------------------------------------------------------------------
 
     def able(self) -> bool:

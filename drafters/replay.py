@@ -11,7 +11,7 @@ import json
 import struct
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -47,7 +47,8 @@ class BufferSettings:
 
 @dataclass(slots=True)
 class Counts:
-    """What came in and what became of it. seen, dropped: traces of a domain; tokens: answer tokens of all that were seen."""
+    """What came in and what became of it. seen: traces of a domain; dropped: of them those that are kept no more, whether for want of
+    room or because they were to be forgotten; tokens: answer tokens of all that were seen."""
 
     seen: int = 0
     tokens: int = 0
@@ -71,6 +72,13 @@ class Recent:
             trace = self.traces.popleft()
             self.nbytes -= trace.nbytes
             yield trace
+
+    def forget(self, unwanted: Callable[[Trace], bool]) -> int:
+        """Give up those that are unwanted; how many."""
+        before = len(self.traces)
+        self.traces = deque(trace for trace in self.traces if not unwanted(trace))
+        self.nbytes = sum(trace.nbytes for trace in self.traces)
+        return before - len(self.traces)
 
 
 class Reservoir:
@@ -99,6 +107,14 @@ class Reservoir:
             self.threshold, _, trace = self.entries.pop(0)
             self.nbytes -= trace.nbytes
             yield trace
+
+    def forget(self, unwanted: Callable[[Trace], bool]) -> int:
+        """Give up those that are unwanted; how many. The rest is a uniform sample of the others, and after all are gone it begins anew."""
+        before = len(self.entries)
+        self.entries = [entry for entry in self.entries if not unwanted(entry[2])]
+        self.nbytes = sum(trace.nbytes for _, _, trace in self.entries)
+        self.threshold = self.threshold if self.entries else 0.0
+        return before - len(self.entries)
 
 
 @dataclass(slots=True)
@@ -145,6 +161,15 @@ class ReplayBuffer:
         for trace in domain.recent.shrink(recent):
             domain.counts.dropped += not domain.older.offer(self.key(trace), trace)
         domain.counts.dropped += sum(1 for _ in domain.older.shrink(share - held - recent))
+
+    def forget(self, unwanted: Callable[[Trace], bool]) -> int:
+        """Give up all traces that are unwanted, whatever they are kept for; how many. What `save` wrote before still has them."""
+        count = 0
+        for domain in self.domains.values():
+            gone = sum(part.forget(unwanted) for part in (domain.recent, domain.older, domain.held))
+            domain.counts.dropped += gone
+            count += gone
+        return count
 
     def is_held_out(self, request: str) -> bool:
         """Whether a request is kept from training: whole requests, by their id alone."""

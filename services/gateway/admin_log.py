@@ -47,13 +47,13 @@ def log(edge: Edge) -> APIRouter:
 
     @router.delete("")
     async def purge(caller: Operator, terms: Annotated[Terms, Query()]) -> dict[str, Any]:
-        """Delete records for good."""
+        """Delete records for good, and what trainers keep of them; `untold` names the models whose trainer could not be told."""
         what = terms.selection()
         if what.everything != terms.everything:
             raise refused(
                 400, "Name what is to go by model, key, request or before, or give all=true and none of these.", code="invalid_value"
             )
-        count = await edge.refresh.log.purge(Purge(what, caller.name, terms.why))
-        return {"purged": count, **asdict(what)}
+        done = await edge.refresh.log.purge(Purge(what, caller.name, terms.why))
+        return {"purged": done.records, **asdict(what), "traces": dict(done.traces), "untold": list(done.untold)}
 
     return router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -11,15 +12,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.log_contents import Purge
+from actors.log_contents import Purge, Selection
 from actors.policy import UnknownModel
 from actors.store import StateStore, StoreError, Value, open_state
 from configs.settings import Settings
 from services.gateway.errors import ApiError, refused
 from services.gateway.ray_desk import ANSWER_S, told
-from services.gateway.refresh import Pause, Refresh, Release, State
+from services.gateway.refresh import Pause, Purged, Refresh, Release, State
 from services.peers import Finder
 
+LOG = logging.getLogger(__name__)
 REGISTRY = "specfleet-registry"
 TRAINER = "specfleet-trainer"  # before the model's name
 CONTENTS_S, PURGE_S = 30.0, 120.0  # seconds in which every record of the log is looked at
@@ -114,7 +116,7 @@ class RayTraining:
         opener: Callable[[], StateStore],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._trainers = {model: Contact(f"trainer of {model}", "trainer", find) for model, find in finds.items()}
+        self._trainers = contacts(finds)
         self._budgets, self._open, self._clock = budgets, opener, clock
 
     async def state(self, model: str) -> State:
@@ -154,16 +156,22 @@ class RayTraining:
             raise told(error, f"trainer of {model}") from None
 
 
+def contacts(finds: Mapping[str, Callable[[], Any]]) -> dict[str, Contact]:
+    """Trainers by model."""
+    return {model: Contact(f"trainer of {model}", "trainer", find) for model, find in finds.items()}
+
+
 def stream(model: str) -> str:
     """The stream of what was done to a model's training."""
     return f"training/{model}"
 
 
 class RayLog:
-    """The request log. find: looks its actor up, or starts it."""
+    """The request log. find: looks its actor up, or starts it. finds: by model, what looks up the trainer that keeps traces of the same
+    requests."""
 
-    def __init__(self, find: Callable[[], Any], retention: Mapping[str, float]) -> None:
-        self._log, self._retention = Contact("request log", "log", find), dict(retention)
+    def __init__(self, find: Callable[[], Any], retention: Mapping[str, float], finds: Mapping[str, Callable[[], Any]]) -> None:
+        self._log, self._retention, self._trainers = Contact("request log", "log", find), dict(retention), contacts(finds)
 
     async def state(self) -> State:
         contents, counts = await asyncio.gather(self._ask("contents", patience=CONTENTS_S), self._ask("stats"))
@@ -172,8 +180,21 @@ class RayLog:
     async def history(self) -> Sequence[State]:
         return list(await self._ask("purges"))
 
-    async def purge(self, purge: Purge) -> int:
-        return int(await self._ask("purge", purge, patience=PURGE_S))
+    async def purge(self, purge: Purge) -> Purged:
+        """The log first: when it refuses, nothing is forgotten either."""
+        records = int(await self._ask("purge", purge, patience=PURGE_S))
+        models = [model for model in self._trainers if purge.what.model in (None, model)]
+        counts = dict(zip(models, await asyncio.gather(*(self._forget(model, purge.what) for model in models)), strict=True))
+        gone = {model: count for model, count in counts.items() if count is not None}
+        return Purged(records, gone, tuple(model for model in models if model not in gone))
+
+    async def _forget(self, model: str, what: Selection) -> int | None:
+        """How many traces a model's trainer gave up; None if it could not be told, or failed."""
+        try:
+            return int(await self._trainers[model].call("forget", what, patience=PURGE_S))
+        except (Absent, ApiError) as error:
+            LOG.warning("the trainer of %s could not be told of a purge: %r", model, error)
+            return None
 
     async def _ask(self, method: str, *arguments: object, patience: float = ANSWER_S) -> Any:
         try:
@@ -196,7 +217,7 @@ def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
     kept = settings.request_log
     retention = {"max_records": kept.max_records, "max_bytes": int(kept.max_bytes), "max_age_s": kept.max_age_s}
     training = RayTraining(trainers, budgets, Once(partial(open_state, settings.state.url)))
-    return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention))
+    return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention, trainers))
 
 
 class Once:

@@ -41,6 +41,16 @@ class Pause:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a purge took. records: of the log. traces: that each model's trainer gave up. untold: models whose trainer could not be told, or
+    could not clear its disk."""
+
+    records: int
+    traces: Mapping[str, int]
+    untold: tuple[str, ...]
+
+
 class SpeculatorDesk(Protocol):
     """The registry. Every method raises ApiError: 400, 404, 409 for what it refuses, 503 while it is away."""
 
@@ -72,7 +82,9 @@ class LogDesk(Protocol):
 
     async def history(self) -> Sequence[State]: ...
 
-    async def purge(self, purge: Purge) -> int: ...
+    async def purge(self, purge: Purge) -> Purged:
+        """Delete records, and have trainers forget what they have of them; a trainer that is away does not hold it up."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

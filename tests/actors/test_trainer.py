@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from actors.artefacts import Artefacts
+from actors.log_contents import Selection
 from actors.registry import start_registry
 from actors.releases import Base
 from actors.trainer import Submission, TrainerKeeper, TrainerSettings, Worker, start_trainer
@@ -21,7 +22,7 @@ from drafters.walk import expected_tokens
 from policies.gate import GateRule
 from tests.conftest import wait_until
 from tests.drafters.test_refresh import SETTINGS, same, speculator
-from tests.drafters.traced import VOCAB, WIDTH, many
+from tests.drafters.traced import VOCAB, WIDTH, make_trace, many
 
 BASE = Base("toy-base", VOCAB, WIDTH, "r1")
 RULE = GateRule(least=10)
@@ -166,6 +167,58 @@ def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path
     wait_until(lambda: not worker.status()["working"], 30)
     worker.pause(False)
     wait_until(lambda: worker.status()["working"], 30)
+
+
+def remembered(found: TrainerKeeper) -> set[str]:
+    return {trace.request for trace in (*found.buffer.training(""), *found.buffer.held_out(""))}
+
+
+@pytest.mark.parametrize("phase", ["training", "judging"])
+def test_what_is_forgotten_is_gone_from_memory_round_and_disk(tmp_path: Path, phase: str) -> None:
+    found = fed(keeper(tmp_path))
+    while found.status()["phase"] != phase:
+        found.run(0.0)
+    found.save()
+    assert found.forget(Selection(model="other")) == found.forget(Selection(request="nothing")) == 0
+    assert found.status()["phase"] == phase  # nothing was forgotten, nothing is dropped
+    assert found.forget(Selection(key="somebody", before=40.0)) == 40
+    assert found.trial is None and found.status()["phase"] == "waiting" and "40 traces" in found.status()["outcome"]
+    after = keeper(tmp_path)
+    assert remembered(after) == remembered(found) == {f"r-{i}" for i in range(40, 80)}
+    assert after.status()["phase"] == "waiting"
+
+
+def test_what_memory_dropped_already_is_forgotten_on_the_disk_too(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path))
+    found.save()
+    found.buffer.domains.clear()
+    assert found.forget(Selection()) == 0 and remembered(keeper(tmp_path)) == set()
+
+
+def test_all_choices_of_a_request_are_forgotten(tmp_path: Path) -> None:
+    found = keeper(tmp_path)
+    for name in ("cmpl-7-0", "cmpl-7-11", "cmpl-70-0", "cmpl-71"):
+        found.add(make_trace(name).to_bytes())
+    assert found.forget(Selection(request="cmpl-7")) == 2 and remembered(found) == {"cmpl-70-0", "cmpl-71"}
+    assert found.forget(Selection(request="cmpl-70-0")) == 1
+
+
+def test_a_paused_worker_forgets_what_came_before_it_was_asked(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    worker = start(keeper(tmp_path, replace(TRAINER, quiet=600.0, poll=600.0)), lambda found: None)  # it sleeps until it is woken
+    worker.pause(True)
+    worker.offer([trace.to_bytes() for trace in many(30)])
+    assert worker.forget(Selection(before=20.0)).result(30) == 20
+    assert remembered(worker.keeper) == {f"r-{i}" for i in range(20, 30)} == remembered(keeper(tmp_path))
+
+
+def test_a_worker_that_cannot_clear_its_disk_says_so_and_goes_on(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    worker = start(fed(keeper(tmp_path), 5), lambda found: None)
+    (tmp_path / "work" / "traces").mkdir(parents=True)
+    with pytest.raises(OSError, match="cannot write"):
+        worker.forget(Selection()).result(30)
+    assert remembered(worker.keeper) == set()
+    (tmp_path / "work" / "traces").rmdir()
+    assert worker.forget(Selection()).result(30) == 0 and remembered(keeper(tmp_path)) == set()
 
 
 def test_a_restarted_trainer_is_still_paused(tmp_path: Path, start: Callable[..., Worker]) -> None:

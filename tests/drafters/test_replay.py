@@ -185,6 +185,36 @@ def test_a_saved_buffer_goes_on_as_one_that_was_never_saved(tmp_path: Path) -> N
     assert 0 < smaller.nbytes <= smaller.settings.budget
 
 
+def test_what_is_forgotten_is_gone_from_every_part_and_the_rest_stays(tmp_path: Path) -> None:
+    one = buffer(60, tags=("law",), held_out=0.3)
+    for trace in (*many(150), *many(150, tag="law", first=150)):
+        one.add(trace)
+    kept = {trace.request: trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))}
+    assert all(part for domain in one.domains.values() for part in (domain.recent.traces, domain.older.entries, domain.held.traces))
+    odd = {request for request in kept if int(request[2:]) % 2}
+    assert one.forget(lambda trace: trace.request in odd) == len(odd) > 0
+    left = [trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))]
+    assert {trace.request for trace in left} == kept.keys() - odd and one.nbytes == sum(trace.nbytes for trace in left)
+    assert sum(one.counts(tag).dropped for tag in ("", "law")) == 300 - len(left)
+    assert one.forget(lambda trace: trace.request in odd) == 0
+    one.save(tmp_path / "traces")
+    back = buffer(60, tags=("law",), held_out=0.3)
+    back.load(tmp_path / "traces")
+    assert [trace.request for tag in ("", "law") for trace in (*back.training(tag), *back.held_out(tag))] == [t.request for t in left]
+
+
+def test_a_sample_of_which_all_was_forgotten_begins_anew() -> None:
+    one, new = buffer(40), buffer(40)
+    for trace in many(400):
+        one.add(trace)
+    assert one.domains[""].older.threshold > 0 and one.forget(lambda trace: True) > 0
+    assert one.nbytes == 0 and one.training("") == one.held_out("") == ()
+    for trace in many(60, first=400):
+        one.add(trace)
+        new.add(trace)
+    assert [trace.request for trace in one.training("")] == [trace.request for trace in new.training("")]
+
+
 def test_a_torn_file_of_traces_is_refused(tmp_path: Path) -> None:
     one = buffer()
     for trace in many(5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from actors.artefacts import Artefacts
+from actors.log_contents import Selection
 from actors.registry import RegistryKeeper, RegistrySettings
 from actors.releases import Base
 from actors.request_log import RequestLogActor, RequestRecord
@@ -99,6 +101,12 @@ class Training:
         self.worker.pause(paused)
         return self.worker.status()
 
+    def forget(self, what: Selection) -> int:
+        called = self.worker.keeper.model if what.model else None  # its traces are of a model of another name
+        done = self.worker.forget(replace(what, model=called))
+        self.worker.read()  # as its thread would
+        return done.result(0)
+
 
 def trainer_of(folder: Path) -> Worker:
     """A worker in the middle of a round."""
@@ -110,4 +118,4 @@ def trainer_of(folder: Path) -> Worker:
 
 def desks(registry: Actor, trainer: Actor, log: Actor, opener: Callable[[], StateStore]) -> Refresh:
     training = RayTraining({"echo": trainer.find}, {"echo": 2**28}, opener, lambda: 77.0)
-    return Refresh(RaySpeculators(registry.find, ["echo"]), training, RayLog(log.find, RETENTION))
+    return Refresh(RaySpeculators(registry.find, ["echo"]), training, RayLog(log.find, RETENTION, {"echo": trainer.find}))

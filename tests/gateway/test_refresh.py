@@ -206,7 +206,8 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     assert (state["records"], state["oldest"], state["newest"]) == (3, 100.0, 300.0)
     assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
     answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
-    assert answer.json() == {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0}
+    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0}
+    assert answer.json() == said | {"traces": {"echo": 80}, "untold": []}  # the trainer's are of the first 80 seconds
     assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
     assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
     assert (await root.delete("/admin/log", params={"all": "true"})).json()["purged"] == 1
@@ -214,6 +215,40 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     history = (await root.get("/admin/log/history")).json()["history"]
     assert [(p["who"], p["records"]) for p in history] == [("root", 1), ("root", 1), ("root", 0), ("root", 1)]
     assert history[0]["why"] == "asked for" and history[0]["before"] == 150.0 and history[1]["request"] == "cmpl-3"
+
+
+@pytest.mark.parametrize(
+    ("query", "gone"),
+    [
+        ("all=true", 80),
+        ("model=echo", 80),
+        ("model=slow", 0),  # another model's trainer is not asked
+        ("request=r-7", 1),
+        ("before=1970-01-01T00:00:30Z", 30),
+        ("key=client", 80),  # traces carry no key
+        ("key=client&before=1970-01-01T00:00:30Z", 30),
+        ("key=client&request=r-7", 1),
+    ],
+)
+async def test_a_purge_reaches_the_trainer(root: httpx.AsyncClient, loop: Loop, query: str, gone: int) -> None:
+    await loop.logged()
+    answer = (await root.delete(f"/admin/log?{query}")).json()
+    assert answer["traces"] == ({} if "slow" in query else {"echo": gone}) and answer["untold"] == []
+    traces = loop.trainer.keeper.status()["traces"]
+    assert traces["training"] + traces["held_out"] == 80 - gone
+
+
+@pytest.mark.parametrize("trouble", ["away", "absent", "full"])
+async def test_a_purge_says_which_trainers_could_not_be_told(root: httpx.AsyncClient, loop: Loop, tmp_path: Path, trouble: str) -> None:
+    await loop.logged()
+    if trouble == "full":
+        (tmp_path / "full").write_text("a file where the work folder would be")
+        loop.trainer.keeper.work = tmp_path / "full"
+    else:
+        setattr(loop.trainer_actor, trouble, True)
+    answer = (await root.delete("/admin/log", params={"model": "echo"})).json()
+    assert (answer["purged"], answer["traces"], answer["untold"]) == (2, {}, ["echo"])
+    assert (await root.get("/admin/log")).json()["records"] == 1
 
 
 @pytest.mark.parametrize(

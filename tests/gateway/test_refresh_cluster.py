@@ -19,7 +19,7 @@ from configs.settings import Settings
 from drafters.bundle import Origin, adopt_folder
 from services.gateway.errors import ApiError
 from services.gateway.ray_refresh import ray_refresh
-from services.gateway.refresh import Pause, Refresh, Release
+from services.gateway.refresh import Pause, Purged, Refresh, Release
 from services.named import log_actor
 from tests.actors.test_trainer import BASE, TRAINER
 from tests.drafters.test_refresh import speculator
@@ -92,5 +92,5 @@ async def training(desks: Refresh) -> None:
 
 async def log(desks: Refresh, chosen: Settings) -> None:
     await log_actor(chosen)().append.remote([RequestRecord("cmpl-1-0", "toy", time.time(), "me", (1,), (2,), None)])
-    assert await desks.log.purge(Purge(Selection(model="toy"), "me")) == 1
+    assert await desks.log.purge(Purge(Selection(model="toy"), "me")) == Purged(1, {"toy": 0}, ())
     assert (await desks.log.state())["records"] == 0 and (await desks.log.history())[0]["records"] == 1
