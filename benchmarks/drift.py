@@ -1,0 +1,153 @@
+"""What refreshing is worth when traffic changes: `python benchmarks/drift.py --out benchmarks/results/drift.json`.
+
+A real service holds one base under three names, all with the same policy of fixed depth: `static` and `refreshed` begin with the same
+speculator, which was trained on one kind of text alone, and only the second is refreshed; `ceiling` holds one that was trained on the
+other kind beforehand, offline, until it stopped gaining. Users put every request to all of them at once, first of the one kind and then
+of the other (the ceiling's only then), so tokens per step compare request by request. Texts that are learned from beforehand are of
+other documents than those of the traffic.
+
+With --cold the speculator is of random weights, there is one kind of traffic and no ceiling: how many requests until it makes 1.6
+tokens per step on what it learned from them alone.
+
+A promotion lowered tokens per step if the requests after it lie less above the static speculator's, on the same requests, than those of
+the version before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks.drifting.findings import COLD, Exchanges, course, promotions, recovery, totals, warmed  # noqa: E402
+from benchmarks.drifting.fleet import CANARY, CEILING, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
+from benchmarks.drifting.live import Exchange, Habits, Wanted, driven, history  # noqa: E402
+from benchmarks.drifting.offline import Lesson, taught, untrained  # noqa: E402
+from benchmarks.drifting.picture import draw  # noqa: E402
+from benchmarks.drifting.texts import halves, prompts  # noqa: E402
+from services.cli.bench_service import serving  # noqa: E402
+from services.cli.machine import machine  # noqa: E402
+
+RATE = 4e-3  # of training beforehand
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """kinds: of traffic, one after the other, with so many requests each. lesson: prompts to learn from beforehand, for each kind."""
+
+    model: Path
+    cold: bool
+    kinds: tuple[str, ...]
+    requests: tuple[int, ...]
+    habits: Habits
+    lesson: int
+    steps: int
+    window: int
+    seed: int
+
+
+def main(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = ROOT / "models" / "demo-code",
+    cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
+    before: Annotated[str, typer.Option("--from", help="Kind of the first traffic: code or prose.")] = "code",
+    after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "prose",
+    first: Annotated[int, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold.")] = 120,
+    second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 600,
+    users: Annotated[int, typer.Option("--users", min=1, help="Users at once.")] = 8,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of all requests.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest answer.")] = 64,
+    lesson: Annotated[int, typer.Option("--lesson", min=20, help="Prompts of a kind to learn from beforehand.")] = 320,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of a round beforehand.")] = 120,
+    window: Annotated[int, typer.Option("--window", min=8, help="Requests that are averaged.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts, requests and random weights.")] = 1,
+    url: Annotated[str, typer.Option("--url", help="Loopback address to start the service at.")] = "http://127.0.0.1:8124",
+    out: Annotated[Path, typer.Option("--out", help="JSON; the PNG lies beside it.")] = Path("drift.json"),
+) -> None:
+    """Train beforehand, serve, drive, and judge."""
+    kinds, counts = ((before,), (first,)) if cold else ((before, after), (first, second))
+    plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens), lesson, steps, window, seed)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        speculators, learned = prepared(plan, Path(folder))
+        said(begun, f"prepared: {learned}")
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2)))), encoding="utf-8")
+        with serving(str(file), url):
+            exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
+            changes = history(url)
+    found = document(plan, learned, exchanges, changes) | {"took_seconds": round(time.monotonic() - begun, 1)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    draw(found, out.with_suffix(".png"))
+    said(begun, json.dumps(found["outcome"]))
+
+
+def prepared(plan: Plan, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Folders of the speculators by the name of the model they serve, and what was learned beforehand."""
+    start, learned = untrained(plan.model, plan.seed), dict[str, Any]()
+    places = {name: folder / f"speculator-{name}" for name in ((STATIC, REFRESHED) if plan.cold else (STATIC, REFRESHED, CEILING))}
+    if not plan.cold:
+        start, learned[STATIC] = taught(plan.model, start, lesson_of(plan, plan.kinds[0]))
+        ceiling, learned[CEILING] = taught(plan.model, start, lesson_of(plan, plan.kinds[1]))
+        ceiling.save_pretrained(places[CEILING])
+    for name in (STATIC, REFRESHED):
+        start.save_pretrained(places[name])
+    return places, learned
+
+
+def lesson_of(plan: Plan, kind: str) -> Lesson:
+    texts = prompts(halves(kind)[0], plan.lesson, plan.seed)
+    return Lesson(texts, plan.habits.temperature, plan.habits.max_tokens, plan.steps, RATE)
+
+
+def wanted(plan: Plan, models: Sequence[str]) -> list[Wanted]:
+    """All requests of all phases; the ceiling answers only those of the last."""
+    out = list[Wanted]()
+    for phase, (kind, count) in enumerate(zip(plan.kinds, plan.requests, strict=True)):
+        asked = [name for name in models if name != CEILING or phase == len(plan.kinds) - 1]
+        out += [
+            Wanted(phase, prompt, plan.seed + len(out) + i, asked) for i, prompt in enumerate(prompts(halves(kind)[1], count, plan.seed))
+        ]
+    return out
+
+
+def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result as JSON."""
+    judged = promotions(exchanges, changes, 2 * plan.window)
+    reached = warmed(exchanges, plan.window) if plan.cold else recovery(exchanges, plan.window)
+    settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": REFRESH, "canary": CANARY}
+    return {
+        "command": ["python", *sys.argv],
+        "machine": machine(),
+        "settings": settings,
+        "learned_beforehand": learned,
+        "outcome": reached | totals(exchanges, judged, changes),
+        "course": course(exchanges, plan.window),
+        "promoted_at": [sum(e.at < change["at"] for e in exchanges) for change in changes if change["action"] == "promote"],
+        "history": changes,
+    } | ({"target_tokens_per_step": COLD} if plan.cold else {})
+
+
+def tick(begun: float, exchange: Exchange) -> None:
+    if (exchange.place + 1) % 40 == 0:
+        said(begun, f"{exchange.place + 1} requests, refreshed serves {exchange.answers[REFRESHED].version}")
+
+
+def said(begun: float, text: str) -> None:
+    print(f"{time.monotonic() - begun:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

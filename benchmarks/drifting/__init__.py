@@ -1,0 +1,1 @@
+"""Traffic that changes its kind under a served speculator."""
