@@ -66,6 +66,8 @@ def purge(
         emit_json(answer)
     else:
         show(f"{answer['purged']} records were deleted.")
+    for name in answer["untold"]:
+        remark(f"The trainer of {name} could not be told to forget them; purge again once it is back.")
 
 
 @app.command()
