@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -63,9 +64,10 @@ def main(
     cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
     before: Annotated[str, typer.Option("--from", help="Kind of the first traffic: code or prose.")] = "code",
     after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "prose",
-    first: Annotated[int, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold.")] = 120,
+    first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 120, 900.")] = None,
     second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 600,
     users: Annotated[int, typer.Option("--users", min=1, help="Users at once.")] = 8,
+    think: Annotated[float, typer.Option("--think", min=0, help="Seconds between an answer and its user's next request.")] = 0.5,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of all requests.")] = 0.7,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest answer.")] = 64,
     lesson: Annotated[int, typer.Option("--lesson", min=20, help="Prompts of a kind to learn from beforehand.")] = 320,
@@ -76,8 +78,9 @@ def main(
     out: Annotated[Path, typer.Option("--out", help="JSON; the PNG lies beside it.")] = Path("drift.json"),
 ) -> None:
     """Train beforehand, serve, drive, and judge."""
-    kinds, counts = ((before,), (first,)) if cold else ((before, after), (first, second))
-    plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens), lesson, steps, window, seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
+    kinds, counts = ((before,), (first or 900,)) if cold else ((before, after), (first or 120, second))
+    plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, steps, window, seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         speculators, learned = prepared(plan, Path(folder))
@@ -86,12 +89,16 @@ def main(
         file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2)))), encoding="utf-8")
         with serving(str(file), url):
             exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
-            changes = history(url)
-    found = document(plan, learned, exchanges, changes) | {"took_seconds": round(time.monotonic() - begun, 1)}
+            found = document(plan, learned, exchanges, history(url)) | {"took_seconds": round(time.monotonic() - begun, 1)}
+            written(found, out)
+            said(begun, json.dumps(found["outcome"]))
+
+
+def written(found: dict[str, Any], out: Path) -> None:
+    """The JSON and its picture."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     draw(found, out.with_suffix(".png"))
-    said(begun, json.dumps(found["outcome"]))
 
 
 def prepared(plan: Plan, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:

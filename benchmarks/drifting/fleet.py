@@ -15,6 +15,7 @@ REFRESH = {
     "rate": 4e-3,
     "steps": 120,
     "interval": 40,
+    "window": 32,
     "least_tokens": 4000,
     "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},

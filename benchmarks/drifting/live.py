@@ -49,11 +49,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How users ask."""
+    """How users ask. think: seconds between an answer and the next request."""
 
     users: int
     temperature: float
     max_tokens: int
+    think: float = 0.0
 
 
 async def driven(url: str, wanted: Sequence[Wanted], habits: Habits, tick: Callable[[Exchange], None]) -> list[Exchange]:
@@ -66,6 +67,7 @@ async def driven(url: str, wanted: Sequence[Wanted], habits: Habits, tick: Calla
                 answers = await asyncio.gather(*(asked(client, model, request, habits) for model in request.models))
                 found.append(Exchange(len(found), request.phase, time.time(), dict(zip(request.models, answers, strict=True))))
                 tick(found[-1])
+                await asyncio.sleep(habits.think)
 
         await asyncio.gather(*(user() for _ in range(habits.users)))
     return found

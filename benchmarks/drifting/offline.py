@@ -43,7 +43,7 @@ def untrained(model: Path, seed: int) -> MLPSpeculator:
 def taught(model: Path, start: MLPSpeculator, lesson: Lesson) -> tuple[MLPSpeculator, dict[str, Any]]:
     """A speculator trained by the service's refresher, round after round until it stops gaining; and what it gained."""
     buffer = answered(model, start, lesson)
-    settings = RefreshSettings(steps=lesson.steps, rate=lesson.rate, interval=40, least_tokens=1)
+    settings = RefreshSettings(steps=lesson.steps, rate=lesson.rate, interval=40, window=32, least_tokens=1)
     speculator, worth = start, list[float]()
     for number in range(ROUNDS):
         refresher = Refresher(speculator, str(number), buffer, settings)
