@@ -64,10 +64,10 @@ def main(
     cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
     before: Annotated[str, typer.Option("--from", help="Kind of the first traffic: code or prose.")] = "code",
     after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "prose",
-    first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 120, 900.")] = None,
+    first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 120, 700.")] = None,
     second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 600,
     users: Annotated[int, typer.Option("--users", min=1, help="Users at once.")] = 8,
-    think: Annotated[float, typer.Option("--think", min=0, help="Seconds between an answer and its user's next request.")] = 0.5,
+    think: Annotated[float, typer.Option("--think", min=0, help="Seconds between an answer and its user's next request.")] = 2.0,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of all requests.")] = 0.7,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest answer.")] = 64,
     lesson: Annotated[int, typer.Option("--lesson", min=20, help="Prompts of a kind to learn from beforehand.")] = 320,
@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Train beforehand, serve, drive, and judge."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
-    kinds, counts = ((before,), (first or 900,)) if cold else ((before, after), (first or 120, second))
+    kinds, counts = ((before,), (first or 700,)) if cold else ((before, after), (first or 120, second))
     plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, steps, window, seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
