@@ -163,14 +163,16 @@ class GoodputPolicy(BaseModel):
         return [*(1 << i for i in range(6) if 1 << i < widest), widest]
 
     def _again(self, choice: Choice, requests: Sequence[RequestView], knowledge: Knowledge) -> list[Decision] | None:
-        """A choice applied anew; None if a request is of no group that it knows."""
+        """A choice applied anew, to requests of groups that it did not know as to the most similar one; None if there is none."""
         if choice.depths and not any(choice.depths.values()):
             return [OFF] * len(requests)
         limits, made = knowledge.limits, []
         for request in requests:
             group = self.group(request, limits)
-            depth = 0 if group is None else choice.depths.get(group)
-            if depth is None:
+            depth = 0 if group is None else choice.depths.get(group, -1)
+            if depth < 0 and group is not None:
+                depth = similar(choice, group)
+            if depth < 0:
                 return None
             made.append(decision(depth, choice.width))
         return made
@@ -188,6 +190,14 @@ def climb(tokens: float, gains: Sequence[float], forwards: Sequence[float], firs
         if reached > best:
             best, count = reached, i
     return count
+
+
+def similar(choice: Choice, group: Group) -> int:
+    """The depth of the group that differs in level only, the nearest one; -1 if there is none."""
+    kind, cap, level, priority = group
+    alike = (kind, cap, priority)
+    known = [(abs(other[2] - level), depth) for other, depth in choice.depths.items() if (other[0], other[1], other[3]) == alike]
+    return min(known)[1] if known else -1
 
 
 def decision(depth: int, width: int) -> Decision:

@@ -24,7 +24,7 @@ CASES = [
 @pytest.mark.parametrize(("seconds", "keep", "requests"), CASES)
 def test_settles_within_three_per_cent_of_the_best_fixed_depth(seconds, keep, requests):
     replica = Replica(Machine(seconds, keep), seed=requests)
-    replica.run(requests, 1000)
+    replica.run(requests, 2400)
     assert replica.run(requests, 400) > 0.97
 
 
