@@ -95,7 +95,11 @@ class Fleet:
     def cost(self, since: float) -> CostTable:
         """What a step costs, over live replicas. Each began with what was known before it."""
         models = [r.cost for r in self.live(since)] or [self._known_cost()]
-        return CostModel.merged(models).table()
+        merged = CostModel.merged(models)
+        table = merged.table()
+        for model in models:
+            model.heed(merged)
+        return table
 
     def curves(self, depth: int, since: float) -> dict[str, SurvivalCurve]:
         """How deep drafts survive by class of requests, over live replicas of the version that most of them serve."""

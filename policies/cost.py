@@ -117,12 +117,18 @@ class Cells:
         """The window of a key, now the one written last."""
         if key in self.windows:
             self.windows[key] = self.windows.pop(key)
+        elif len(self.windows) >= CELLS:
+            del self.windows[next(iter(self.windows))]
         return self.windows.setdefault(key, Window(key))
 
     def add(self, key: Key, row: Row) -> None:
         self.window(key).add(row)
-        if len(self.windows) > CELLS:
-            del self.windows[next(iter(self.windows))]
+
+    def begun(self) -> Cells:
+        """A copy in which everything was learned before the first step."""
+        out = Cells()
+        out.windows = {key: Window(key, ((*row[:4], 0, row[5]) for row in window.rows)) for key, window in self.windows.items()}
+        return out
 
     @classmethod
     def merged(cls, tables: Sequence[Cells]) -> Cells:
@@ -214,12 +220,19 @@ class CostModel:
         if len(models) == 1:
             return models[0]
         made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
-        made.pace = median(m.pace for m in models) if models else 1.0
+        if models:
+            made.pace, made.price = median(m.pace for m in models), median(m.price for m in models)
         return made
+
+    def heed(self, other: CostModel) -> None:
+        """Judge samples by what prompt rows and context cost elsewhere too."""
+        self.price, self.slope = other.price, other.slope
 
     def heir(self) -> CostModel:
         """A copy for another replica."""
-        return self._by_table(lambda name: Cells.merged([getattr(self, name)]))
+        made = self._by_table(lambda name: getattr(self, name).begun())
+        made.heed(self)
+        return made
 
     @classmethod
     def _by_table(cls, make: Callable[[str], Cells]) -> CostModel:

@@ -68,6 +68,36 @@ def test_a_cell_visited_seldom_follows_its_few_new_samples():
     assert model.table().forward(2, 8) == pytest.approx(0.019)
 
 
+def test_the_tables_of_a_model_are_bounded():
+    model = CostModel()
+    for i in range(1, 3 * CELLS):
+        model.add(StepSample(1 + i % 65536, 1, 5 * (1 + i) + 65536, 0, 1 + i % 200, 0.01, 0.001))
+    assert all(len(cells.windows) <= CELLS for cells in (model.off, model.forward, model.draft))
+
+
+def test_what_was_inherited_gives_way_to_few_samples_of_ones_own():
+    heir = learned(*[off(2, 0.01)] * 5000).heir()
+    for _ in range(2100):
+        heir.add(off(3, 0.01))
+    for _ in range(3):
+        heir.add(off(2, 0.03))
+    heir.settle()
+    assert heir.table().off(2) == pytest.approx(0.03)
+
+
+def test_prompt_rows_are_priced_over_replicas_too():
+    rng, models = random.Random(3), [CostModel(), CostModel()]
+    for i in range(1200):
+        prompt = rng.choice((0, 16, 64))
+        models[i % 2].add(replace(off(8, 0.01 + 5e-5 * prompt), rows=8 + prompt, prefill=prompt))
+        if i % 100 == 99:
+            merged = CostModel.merged(models)
+            table = merged.table()
+            for model in models:
+                model.heed(merged)
+    assert table.prompt == pytest.approx(5e-5, rel=0.1) and table.off(8) == pytest.approx(0.01, rel=0.05)
+
+
 def test_a_new_replica_begins_with_what_was_known_before():
     heir = learned(*[off(2, 0.01)] * 20, *[drafting(2, 3, 0.02)] * 20).heir()
     assert heir.table().off(2) == pytest.approx(0.01)
