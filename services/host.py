@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
+CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream beside it
+MOST_CHUNK_S = 0.025  # and no more than that
 
 
 @dataclass(slots=True, eq=False)
@@ -372,8 +374,11 @@ class NotReady(RuntimeError):
 
 
 async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> AsyncGenerator[tuple[Piece, ...], None]:
-    """The pieces of several requests as they come; pieces that are there at the same time travel together."""
-    arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    """The pieces of several requests as they come, those of one choice that are there at the same time as one.
+
+    Beside other streams a chunk waits for its turn after the one before it, so that the way to the clients carries no more than it can.
+    """
+    arrived, clock, last = asyncio.Queue[Piece | Exception | None](), asyncio.get_running_loop().time, 0.0
 
     async def pump(ticket: Ticket[Piece]) -> None:
         try:
@@ -388,16 +393,41 @@ async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> Async
     try:
         while open_:
             items = [await arrived.get()]
+            early = last + spacing(len(runner.tickets)) - clock()
+            if early > 0 and isinstance(items[0], Piece) and items[0].finish is None:
+                await asyncio.sleep(early)
             while not arrived.empty():
                 items.append(arrived.get_nowait())
             open_ -= items.count(None)
             if broken := next((i for i in items if isinstance(i, Exception)), None):
                 raise broken
-            if pieces := tuple(i for i in items if isinstance(i, Piece)):
+            if pieces := joined(i for i in items if isinstance(i, Piece)):
                 yield pieces
+                last = clock()
     finally:
         for task in pumps:
             task.cancel()
+
+
+def spacing(streams: int) -> float:
+    """Seconds between two chunks of a stream beside so many streams; none for one alone."""
+    return min(CHUNK_S * streams, MOST_CHUNK_S) if streams > 1 else 0.0
+
+
+def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """One piece for each choice, in order of first arrival."""
+    found: dict[int, Piece] = {}
+    for piece in pieces:
+        before = found.get(piece.choice)
+        found[piece.choice] = piece if before is None else after(before, piece)
+    return tuple(found.values())
+
+
+def after(first: Piece, second: Piece) -> Piece:
+    """Two pieces of a choice as one; how it ended is told by the second."""
+    text, tokens = first.text + second.text, first.tokens + second.tokens
+    seed = first.seed if second.seed is None else second.seed
+    return replace(second, text=text, tokens=tokens, logprobs=first.logprobs + second.logprobs, seed=seed)
 
 
 def failure(job: Job, error: Exception) -> Failure:

@@ -11,9 +11,9 @@ from actors.policy import parse_policy
 from configs.settings import EngineSettings, ModelSettings
 from engine.engine import Engine
 from policies import Plan
-from services.host import ModelHost
+from services.host import MOST_CHUNK_S, ModelHost, joined, spacing
 from services.pilot import Pilot
-from services.protocol import Accepted, Failure, Job, Speculation
+from services.protocol import Accepted, Failure, Job, Piece, Speculation, Usage
 from tests.conftest import wait_until
 from tests.services.folders import write_model
 
@@ -276,3 +276,13 @@ async def test_a_model_that_cannot_be_loaded_says_why(tmp_path):
     with pytest.raises(Exception):  # noqa: B017
         await host.start()
     assert host.status().state == "failed" and "nothing" in host.status().detail
+
+
+def test_pieces_of_a_choice_join_and_keep_how_it_ended() -> None:
+    first, other, last = Piece(0, "a", (1,)), Piece(1, "x", (9,)), Piece(0, "bc", (2, 3), finish="stop", usage=Usage(4, 3))
+    assert joined([first, other, last]) == (Piece(0, "abc", (1, 2, 3), finish="stop", usage=Usage(4, 3)), other)
+    assert joined([]) == ()
+
+
+def test_chunks_are_spaced_only_beside_other_streams() -> None:
+    assert spacing(0) == spacing(1) == 0.0 and 0 < spacing(2) < spacing(8) <= spacing(1000) == MOST_CHUNK_S
