@@ -26,7 +26,8 @@ from torch import Tensor
 
 from drafters.measuring import Measured, measure
 from drafters.mlp import MLPSpeculator
-from drafters.objectives import OBJECTIVES
+from drafters.objectives import OBJECTIVES, ObjectiveName
+from drafters.places import Positions
 from drafters.refresh import Refresher, RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.teacher import Teacher
@@ -131,11 +132,11 @@ def main(
     start = bench.worth(bench.live)
     print(f"before: {start.per_step:.3f}", file=sys.stderr, flush=True)
     settings = RefreshSettings(steps=steps, rate=rate, interval=-(-steps // 3), patience=steps, least_gain=0.0, least_tokens=0)
-    plans = [(name, "all") for name in OBJECTIVES] + [("forward_kl", "rejected")]
+    plans: list[tuple[ObjectiveName, Positions]] = [*((name, "all") for name in OBJECTIVES), ("forward_kl", "rejected")]
     results = []
     for name, positions in plans:
         if not only or name in only:
-            chosen = replace(settings, objective=name, positions=positions)  # type: ignore[arg-type]
+            chosen = replace(settings, objective=name, positions=positions)
             results.append(refreshed(bench, chosen))
             print(f"{name} ({positions}): {results[-1].worth.per_step:.3f}", file=sys.stderr, flush=True)
     report(model, settings, noise, bench, start, results, out)

@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -142,5 +141,5 @@ def check_tensor(name: str, value: Tensor, kinds: tuple[torch.dtype, ...], shape
 def metadata_of(data: bytes) -> Mapping[str, str]:
     """The metadata of safetensors bytes: eight bytes of length, then a JSON header."""
     (length,) = struct.unpack_from("<Q", data)
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    return header["__metadata__"]  # type: ignore[no-any-return]
+    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + length])
+    return header["__metadata__"]

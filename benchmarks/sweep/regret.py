@@ -67,7 +67,8 @@ def crossed(own: np.ndarray, others: Mapping[str, np.ndarray]) -> tuple[Counter[
     for half in combinations(rounds, len(own) // 2):
         for choosing in (list(half), [i for i in rounds if i not in half]):
             judging = [i for i in rounds if i not in choosing]
-            best = max(others, key=lambda name, at=choosing: float(others[name][at].mean()))  # type: ignore[misc]
+            means = {name: float(logs[choosing].mean()) for name, logs in others.items()}
+            best = max(means, key=means.__getitem__)
             chosen[best] += 1
             gaps.append(float((own[judging] - others[best][judging]).mean()))
     return chosen, gaps
