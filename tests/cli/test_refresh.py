@@ -20,7 +20,8 @@ def test_versions_are_listed(shell: Shell, service: Service) -> None:
     states = ("live", "candidate", "candidate", "rejected")
     assert all(state in lines[version] for version, state in zip(service.loop.v, states, strict=True))
     assert "+0.100 (0.050 to 0.150)" in lines[service.loop.v[1]] and "not better" in lines[service.loop.v[3]]
-    assert f"Revision 4: {service.loop.v[0]} is live." in done.err
+    assert f"echo: revision 4, {service.loop.v[0]} is live." in done.err
+    assert f"echo, domain law: revision 1, no version of its own is live, it is served by {service.loop.v[0]}." in done.err
     assert json.loads(shell("speculators", "list", "echo", "--json").out)["live"] == service.loop.v[0]
 
 

@@ -56,7 +56,8 @@ def reported(loop: Loop, **more: Any) -> ReplicaReport:
     assert now.live is not None
     placements = [now.live, *([now.canary.placement] if now.canary else [])]
     loaded = {placement.version: placement.checksum for placement in placements}
-    return ReplicaReport("r1", "echo", now.revision, now.live.version, loaded, salt=now.canary.salt if now.canary else "", **more)
+    run = {"salt": now.canary.salt, "against": now.live.version} if now.canary else {}
+    return ReplicaReport("r1", "echo", now.revision, now.live.version, loaded, **run, **more)
 
 
 async def test_all_of_it_needs_an_admin_key(served: Any, loop: Loop) -> None:
@@ -139,7 +140,7 @@ async def test_of_two_promotions_at_once_one_is_made(root: httpx.AsyncClient, lo
 async def test_a_model_that_is_not_refreshed(root: httpx.AsyncClient) -> None:
     speculators, training = [(await root.get(f"/admin/{room}/slow")).json() for room in ("speculators", "training")]
     assert speculators["state"] == training["state"] == "off" and speculators["versions"] == []
-    assert (await root.get("/admin/speculators/slow/history")).json() == {"model": "slow", "history": []}
+    assert (await root.get("/admin/speculators/slow/history")).json() == {"model": "slow", "tag": "", "history": []}
     for answer in (
         await root.post("/admin/speculators/slow/v1/promote"),
         await root.post("/admin/speculators/slow/rollback"),
@@ -159,7 +160,7 @@ async def test_who_is_away_is_asked_again_later(root: httpx.AsyncClient, loop: L
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
         assert answer.json()["error"]["code"] == codes[path.partition("/")[0].partition("?")[0]]
     metrics = (await root.get("/metrics")).text
-    assert 'specfleet_training_phase{model="echo",phase="away"} 1.0' in metrics
+    assert 'specfleet_training_phase{model="echo",phase="away",tag=""} 1.0' in metrics
 
 
 async def test_a_store_that_is_away_changes_nothing(root: httpx.AsyncClient, loop: Loop) -> None:
@@ -206,7 +207,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     assert (state["records"], state["oldest"], state["newest"]) == (3, 100.0, 300.0)
     assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
     answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
-    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0}
+    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0, "tag": None}
     assert answer.json() == said | {"traces": {"echo": 80}, "untold": []}  # the trainer's are of the first 80 seconds
     assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
     assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
@@ -292,7 +293,7 @@ async def test_candidates_that_the_trainer_turned_down_are_counted(tmp_path: Pat
     refuses = fed(keeper(tmp_path, replace(TRAINER, rule=replace(TRAINER.rule, margin=3.0))))
     assert worked(refuses) is None
     states = RefreshStates()
-    training = Worker(refuses, lambda _: None, lambda: None).status()
+    training = Worker(refuses, lambda _: None, dict).status()
     states.states = {"echo": ({"state": "off"}, {"state": "on", **training, "buffer_bytes": 1})}
     samples = {(s.name, s.labels.get("verdict")): s.value for metric in states.collect() for s in metric.samples}
     assert samples["specfleet_training_candidates_total", "rejected"] == 1
@@ -305,49 +306,56 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
     loop.keeper.start_canary("echo", one, "trainer", "it passed the gate", 0.25)
     arms = {live: Arm.of(10, 5), one: Arm.of(10, 7)}
     loop.keeper.report(reported(loop, errors={rejected: "a byte differs"}, arms=arms))
-    await root.post("/v1/completions", json=TEXT)
+    for tag in ("", "law", "anything"):
+        await root.post("/v1/completions", json=TEXT | ({"metadata": {"tag": tag}} if tag else {}))
     told = found((await root.get("/metrics")).text)
     info = {labels[2:]: value for labels, value in told.items() if labels[0] == "specfleet_speculator_info"}
-    assert info == {("r1", "live", live): 1, ("r1", "canary", one): 1, ("r1", "failed", rejected): 1}
+    assert info == {("r1", "live", "", live): 1, ("r1", "canary", "", one): 1, ("r1", "failed", "", rejected): 1}
     for name, labels, value in (
-        ("speculator_agrees", ("echo", "r1"), 1),
-        ("speculator_versions", ("echo", "candidate"), 1),
-        ("speculator_versions", ("echo", "rolled_back"), 0),
-        ("speculator_revision", ("echo",), 5),
-        ("speculator_pinned", ("echo",), 0),
-        ("speculator_canary_share", ("echo",), 0.25),
-        ("speculator_candidates", ("echo", "passed"), 2),
-        ("speculator_candidates", ("echo", "rejected"), 1),
-        ("speculator_gate_difference", ("echo", rejected), -0.1),
-        ("training_phase", ("echo", "training"), 1),
-        ("training_phase", ("echo", "waiting"), 0),
-        ("training_phase", ("slow", "off"), 1),
-        ("training_traces_total", ("echo", "seen"), 80),
-        ("training_rounds_total", ("echo",), 1),
-        ("training_candidates_total", ("echo", "rejected"), 0),
-        ("training_step", ("echo",), 3),
+        ("speculator_agrees", ("echo", "r1", ""), 1),
+        ("speculator_versions", ("echo", "candidate", ""), 1),
+        ("speculator_versions", ("echo", "rolled_back", ""), 0),
+        ("speculator_versions", ("echo", "candidate", "law"), 0),
+        ("speculator_revision", ("echo", ""), 5),
+        ("speculator_revision", ("echo", "law"), 1),
+        ("speculator_pinned", ("echo", ""), 0),
+        ("speculator_canary_share", ("echo", ""), 0.25),
+        ("speculator_candidates", ("echo", "", "passed"), 2),
+        ("speculator_candidates", ("echo", "", "rejected"), 1),
+        ("speculator_gate_difference", ("echo", "", rejected), -0.1),
+        ("training_phase", ("echo", "training", ""), 1),
+        ("training_phase", ("echo", "waiting", ""), 0),
+        ("training_phase", ("echo", "waiting", "law"), 1),
+        ("training_phase", ("slow", "off", ""), 1),
+        ("training_traces_total", ("echo", "seen", ""), 80),
+        ("training_traces_total", ("echo", "invalid", ""), 0),
+        ("training_traces_total", ("echo", "seen", "law"), 0),
+        ("training_rounds_total", ("echo", ""), 1),
+        ("training_candidates_total", ("echo", "", "rejected"), 0),
+        ("training_step", ("echo", ""), 3),
         ("training_buffer_limit_bytes", ("echo",), 2**28),
-        ("version_steps_total", ("echo", "v1"), 2),
-        ("version_tokens_total", ("echo", "v1"), 3),
+        ("version_steps_total", ("echo", "", "v1"), 4),
+        ("version_tokens_total", ("echo", "", "v1"), 6),
+        ("version_steps_total", ("echo", "law", "v1"), 2),
     ):
         assert told[(f"specfleet_{name}", *labels)] == pytest.approx(value), name
     status = loop.trainer.status()
-    assert told["specfleet_training_buffer_bytes", "echo"] == status["traces"]["bytes"] > 0
-    assert told["specfleet_training_loss", "0", "echo"] == pytest.approx(status["losses"][0])
-    assert told["specfleet_speculator_canary_difference", "echo"] == pytest.approx(0.2)
+    assert told["specfleet_training_buffer_bytes", "echo", ""] == status["traces"]["bytes"] > 0
+    assert told["specfleet_training_loss", "0", "echo", ""] == pytest.approx(status["losses"][0])
+    assert told["specfleet_speculator_canary_difference", "echo", ""] == pytest.approx(0.2)
 
 
 def test_only_the_latest_versions_are_told_of() -> None:
     counts = VersionCounts()
     for i in range(100):
-        counts.add("echo", SpeculationReport("mlp", f"v{i}", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
-        counts.add("echo", SpeculationReport("mlp", "v0", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+        counts.add("echo", "", SpeculationReport("mlp", f"v{i}", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+        counts.add("echo", "", SpeculationReport("mlp", "v0", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
     samples = {s.labels["version"]: s.value for metric in counts.collect() for s in metric.samples if s.name.endswith("steps_total")}
     assert samples == {"v0": 101} | {f"v{i}": 1 for i in range(100 - LATEST + 1, 100)}
 
 
 def test_the_actors_are_asked_by_the_methods_that_they_have(loop: Loop) -> None:
     for action in ("promote", "pin", "unpin", "rollback", "canary", "retire"):
-        method, arguments = ray_refresh.call(Release("echo", action, "me", "why", "v", 0.5, 7))  # type: ignore[arg-type]
-        assert callable(getattr(loop.keeper, method)) and arguments[0] == "echo" and arguments[-1] == 7
+        method, arguments = ray_refresh.call(Release("echo", action, "me", "why", "v", 0.5, 7, "law"))  # type: ignore[arg-type]
+        assert callable(getattr(loop.keeper, method)) and arguments[0] == "echo" and arguments[-2:] == (7, "law")
     assert (ray_refresh.REGISTRY, ray_refresh.TRAINER) == (REGISTRY_NAME, TRAINER_NAME)

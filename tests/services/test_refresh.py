@@ -22,6 +22,7 @@ from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettin
 from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
+from drafters.versions import Canary, Line
 from drafters.walk import expected_tokens
 from policies import CanaryRule, Plan, Verdict, in_canary
 from services import refresh
@@ -104,6 +105,11 @@ class Stand:
         return texts[0]
 
 
+def serves(host: ModelHost, request: str, tag: str = "") -> str:
+    """The version that drafts for a request."""
+    return host.versions.serving(request, tag).version
+
+
 def job(name: str, **fields: Any) -> Job:
     return Job(id=name, model="toy", prompts=("The quick",), **{"max_tokens": 30, "seed": 3, "ignore_eos": True, **fields})
 
@@ -150,8 +156,8 @@ async def test_texts_are_the_same_while_versions_change_under_streams(stand, tem
     async def flip() -> None:
         nonlocal swaps
         while True:
-            beside = refresh.Canary(drafters[swaps % 2], lambda request: in_canary(request, "s", 0.5)) if swaps % 3 else None
-            await stand.host.swap(drafters[(swaps + 1) % 2], beside)
+            beside = Canary(drafters[swaps % 2], lambda request: in_canary(request, "s", 0.5), "s") if swaps % 3 else None
+            await stand.host.swap({"": Line(drafters[(swaps + 1) % 2], beside)})
             swaps += 1
 
     flipping = asyncio.create_task(flip())
@@ -185,7 +191,7 @@ async def test_a_canary_serves_its_share_and_is_counted(stand):
     assert served == [chosen.serving(f"r{i}-0").version for i in range(12)] and set(served) == {version, live}
     assert [r.speculator_version for r in stand.records] == served
     await stand.beat()
-    arms = stand.refresh.tally.arms
+    _, arms = stand.refresh.tally.read("")
     assert {v: arm.requests for v, arm in arms.items()} == {v: served.count(v) for v in served}
     assert sum(arm.kept for arm in arms.values()) == sum(last(items).usage.accepted for items, _ in answers)
     canary = stand.keeper.state("toy")["canary"]
@@ -193,7 +199,7 @@ async def test_a_canary_serves_its_share_and_is_counted(stand):
     assert set(stand.shown()["loaded"]) == {version, live}
     stand.keeper.promote("toy", version, "operator")
     await stand.beat(2)
-    assert stand.refresh.tally.read() == ("", {}) and set(stand.refresh.loaded) == {version}
+    assert stand.refresh.tally.read("") == (refresh.Run(), {}) and set(stand.refresh.checksums) == {version}
 
 
 async def test_another_replica_of_the_same_name_space_counts_afresh(stand, folder, tmp_path):
@@ -209,7 +215,7 @@ async def test_another_replica_of_the_same_name_space_counts_afresh(stand, folde
     await other.start()
     await again.report()
     await again.change()
-    assert other.versions.beside.version == version and other.version_of("r1-0") == stand.host.version_of("r1-0")
+    assert other.versions.common.canary.drafter.version == version and serves(other, "r1-0") == serves(stand.host, "r1-0")
     await again.report()
     assert stand.keeper.state("toy")["canary"] == counted and set(stand.keeper.state("toy")["replicas"]) == {"r1", "r2"}
     other.stop()
@@ -245,7 +251,7 @@ async def test_a_canary_that_cannot_be_loaded_is_rolled_back_with_the_reason(sta
     await stand.beat(3)
     last_change = stand.keeper.history("toy")[-1]
     assert last_change["action"] == "roll_back" and "truncated" in last_change["why"] and stand.keeper.assignment("toy").canary is None
-    assert stand.host.version_of("x") == stand.host.configured_version and stand.shown()["agrees"]
+    assert serves(stand.host, "x") == stand.host.configured_version and stand.shown()["agrees"]
 
 
 @pytest.mark.parametrize("changes", [dict(vocab_size=99), dict(emb_dim=32)], ids=["vocabulary", "width"])
@@ -257,7 +263,7 @@ async def test_a_version_for_another_base_is_refused(stand, changes, tmp_path):
     stand.place.publish(bundle)
     chosen = stand.keeper.assignment("toy")
     placement = type(chosen.live)(bundle.manifest.version, stand.url(bundle), bundle.manifest.checksum)
-    stand.refresh.assign(type(chosen)("toy", chosen.revision, placement))
+    stand.refresh.assign([type(chosen)("toy", chosen.revision, placement)])
     await stand.refresh.change()
     assert "wrong" in stand.refresh.failures.errors[bundle.manifest.version]
     assert stand.host.pilot.version == stand.host.configured_version and await stand.text("a")
