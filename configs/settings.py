@@ -5,8 +5,10 @@ It knows no other room: a model's `policy` stays a plain mapping here, and whoev
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
@@ -418,7 +420,17 @@ def environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
         section = re.match(rf"{PREFIX}([^_].*?)__", name, re.IGNORECASE)
         if section and section[1].lower() not in Settings.model_fields:
             raise ValueError(f"environment variable {name.upper()}: accepted after {PREFIX} are {', '.join(Settings.model_fields).upper()}")
-    return source()
+    return {name: decoded(value) for name, value in source().items()}
+
+
+def decoded(value: Any) -> Any:
+    """A tree in which lists are lists: below the entries of a list the source does not know that they are given as JSON."""
+    if isinstance(value, dict):
+        return {name: decoded(below) for name, below in value.items()}
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def overlay(base: Any, over: Any) -> Any:

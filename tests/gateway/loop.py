@@ -82,10 +82,17 @@ class Loop:
             self.keeper.submit("echo", url, bundle.manifest, WORSE if seed == 3 else BETTER, "trainer")
         return bundle.manifest.version
 
+    def submit_for(self, tag: str) -> str:
+        """Another version, a candidate of that domain."""
+        bundle = make_bundle(self.artefacts.cache.parent / "made", 9, model="echo")
+        self.keeper.submit("echo", self.artefacts.publish(bundle), bundle.manifest, BETTER, "trainer", tag=tag)
+        return bundle.manifest.version
+
     async def logged(self) -> None:
-        """Three records: two of echo with the key of a client, one of slow with another."""
+        """Three records: two of echo with the key of a client, one of slow with another and a tag."""
         for name, model, key, created in (("1", "echo", "client", 100.0), ("2", "echo", "client", 200.0), ("3", "slow", "other", 300.0)):
-            await self.log.append([RequestRecord(f"cmpl-{name}-0", model, created, key, (1, 2), (3,), None)])
+            tag = "law" if model == "slow" else ""
+            await self.log.append([RequestRecord(f"cmpl-{name}-0", model, created, key, (1, 2), (3,), None, tag=tag)])
         await self.log.flush()
 
 

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.registry import NAME as REGISTRY_NAME
+from actors.registry import RegistryKeeper
 from actors.releases import ReplicaReport
 from actors.trainer import NAME as TRAINER_NAME
 from actors.trainer import Worker
@@ -132,6 +133,67 @@ async def test_what_is_refused(root: httpx.AsyncClient, loop: Loop, path: str, s
     assert len(loop.keeper.history("echo")) == 4
 
 
+async def test_a_domain_is_changed_by_its_tag(root: httpx.AsyncClient, loop: Loop) -> None:
+    version = loop.submit_for("law")
+    whole = (await root.get("/admin/speculators/echo")).json()
+    assert (whole["tag"], whole["serving"], len(whole["versions"])) == ("", loop.v[0], 4)
+    law = whole["domains"]["law"]
+    assert (law["state"], law["live"], law["serving"], [v["version"] for v in law["versions"]]) == ("on", None, loop.v[0], [version])
+    assert (await root.get("/admin/speculators/echo", params={"tag": "law"})).json() == law
+    for path, params, live in (
+        (f"{version}/canary", {"share": 0.3}, None),
+        ("rollback", {}, None),
+        (f"{version}/promote", {"expected_version": 4}, version),
+        (f"{version}/pin", {}, version),
+        ("unpin", {}, version),
+        ("rollback", {"why": "back to all"}, None),
+    ):
+        answer = await root.post(f"/admin/speculators/echo/{path}", params={"tag": "law", **params})
+        assert answer.status_code == 200 and (answer.json()["live"], answer.json()["tag"]) == (live, "law"), answer.text
+    answer = (await root.get("/admin/speculators/echo/history", params={"tag": "law"})).json()
+    assert answer["tag"] == "law" and [c["action"] for c in answer["history"]][2:] == [
+        "canary", "roll_back", "promote", "pin", "unpin", "roll_back",
+    ]  # fmt: skip
+    assert (await root.get("/admin/speculators/echo")).json()["revision"] == 4 == whole["revision"]
+    assert (await root.post(f"/admin/speculators/echo/{version}/promote")).json()["error"]["code"] == "version_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "speculators/echo?tag=tax"),
+        ("GET", "speculators/echo/history?tag=tax"),
+        ("POST", "speculators/echo/unpin?tag=tax"),
+        ("GET", "training/echo?tag=tax"),
+    ],
+)
+async def test_a_domain_that_is_not_configured(root: httpx.AsyncClient, method: str, path: str) -> None:
+    answer = await root.request(method, f"/admin/{path}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "domain_not_found", "tag")
+    assert error["message"] == "The model echo has no domain 'tax'; its domains (refresh.tags) are law."
+    assert (await root.request(method, f"/admin/{path.replace('=tax', '=')}")).status_code == 400
+
+
+async def test_a_domain_that_the_registry_does_not_know_yet(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.store.inner.entries = lambda stream, count=None, old=loop.store.inner.entries: (
+        [] if stream.endswith("/law") else old(stream, count)
+    )
+    loop.registry_actor.body = RegistryKeeper(loop.store, loop.artefacts, loop.clock)
+    state = (await root.get("/admin/speculators/echo")).json()
+    assert state["live"] == loop.v[0] and state["domains"] == {"law": {"state": "away"}}
+    assert (await root.get("/admin/speculators/echo?tag=law")).status_code == 503
+    assert 'specfleet_speculator_revision{model="echo",tag=""} 4.0' in (await root.get("/metrics")).text
+
+
+async def test_training_of_a_domain(root: httpx.AsyncClient, loop: Loop) -> None:
+    whole = (await root.get("/admin/training/echo")).json()
+    assert (whole["phase"], whole["domains"]["law"]["phase"]) == ("training", "waiting")
+    law = (await root.get("/admin/training/echo?tag=law")).json()
+    assert (law["tag"], law["phase"], law["state"], law["buffer_bytes"]) == ("law", "waiting", "on", 2**28) and "domains" not in law
+    assert (await root.patch("/admin/training/echo?tag=law", json={"paused": True})).json()["error"]["param"] == "tag"
+
+
 async def test_of_two_promotions_at_once_one_is_made(root: httpx.AsyncClient, loop: Loop) -> None:
     asked = [root.post(f"/admin/speculators/echo/{v}/promote", params={"expected_version": 4}) for v in loop.v[1:3]]
     assert sorted(answer.status_code for answer in await asyncio.gather(*asked)) == [200, 409]
@@ -225,6 +287,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
         ("model=echo", 80),
         ("model=slow", 0),  # another model's trainer is not asked
         ("request=r-7", 1),
+        ("tag=law", 0),
         ("before=1970-01-01T00:00:30Z", 30),
         ("key=client", 80),  # traces carry no key
         ("key=client&before=1970-01-01T00:00:30Z", 30),
