@@ -398,26 +398,30 @@ def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None,
     bundle = adopt_folder(tmp_path / "bundles", folder, Origin(model="toy", base=BASE.name, base_revision=BASE.revision, created=1.0))
     url = Artefacts(artefacts, tmp_path / "cache").publish(bundle)
     registry = start_registry(f"sqlite:///{tmp_path}/state.db", artefacts, str(tmp_path / "registry"), name="registry-t")
-    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest))
+    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest, ("law", "sql")))
     version = bundle.manifest.version
-    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", TRAINER)
+    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", APART)
     try:
-        ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80)]))
-        found = wait_until(lambda: versions(registry) - {version}, 90)
-        status = wait_until(lambda: judged(trainer), 30)
-        assert len(found) == 1 and status["gate"]["passed"] and status["version"] == version
+        ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80, tag="law")]))
+        (found,) = wait_until(lambda: versions(registry, "law"), 90)
+        status = wait_until(lambda: judged(trainer, "law"), 30)
+        assert status["gate"]["passed"] and status["version"] == version and versions(registry, "") == {version}
+        ray.get(registry.promote.remote("toy", found, "operator", "for law", tag="law"))
+        wait_until(lambda: ray.get(trainer.status.remote())["domains"]["law"]["version"] == found, 30)
+        status = ray.get(trainer.status.remote())
+        assert status["version"] == status["domains"]["sql"]["version"] == version
         ray.get(trainer.close.remote())
     finally:
         ray.kill(trainer)
         ray.kill(registry)
 
 
-def judged(trainer: object) -> dict[str, Any]:
-    """The trainer's status once the gate has decided, nothing before."""
-    status = ray.get(trainer.status.remote())  # type: ignore[attr-defined]
+def judged(trainer: object, tag: str) -> dict[str, Any]:
+    """The status of a domain's training once the gate has decided, nothing before."""
+    status = ray.get(trainer.status.remote())["domains"][tag]  # type: ignore[attr-defined]
     return status if status["gate"] else {}
 
 
-def versions(registry: object) -> set[str]:
-    state = ray.get(registry.state.remote("toy"))  # type: ignore[attr-defined]
+def versions(registry: object, tag: str) -> set[str]:
+    state = ray.get(registry.state.remote("toy", tag))  # type: ignore[attr-defined]
     return {release["version"] for release in state["versions"]}
