@@ -76,13 +76,21 @@ class Service:
             self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7, **fields)
 
     def until(self, predicate: Any, timeout: float = 90, **fields: Any) -> Any:
-        """Traffic until it is true."""
+        """Traffic until it is true, with pauses in which the trainer has the processors."""
 
         def step() -> Any:
-            self.traffic(**fields)
+            if not self.working():
+                self.traffic(**fields)
             return predicate()
 
-        return wait_until(step, timeout, 0.0)
+        return wait_until(step, timeout, 0.1)
+
+    def working(self) -> bool:
+        """Whether the trainer is in a round."""
+        try:
+            return bool(ray.get(self.actor(f"{TRAINER}-tiny").status.remote(), timeout=20)["working"])
+        except (ValueError, ray.exceptions.RayError):
+            return False
 
     def actions(self, tag: str = "") -> list[str]:
         return [change["action"] for change in self.registry("history", None, tag)]
