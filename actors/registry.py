@@ -293,7 +293,7 @@ class RegistryKeeper:
 
     def _placement(self, entry: Entry) -> Placement | None:
         """The version that serves a line outside its canary: its live one, or else that of the common line."""
-        live = entry.releases.assignment(entry.model).live
+        live = entry.releases.placement
         return live if live or not entry.tag else self._placement(self._entry(entry.model))
 
     def _serving(self, entry: Entry) -> str | None:

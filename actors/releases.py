@@ -235,13 +235,18 @@ class Releases:
     def live(self) -> str | None:
         return self.lineage[-1]
 
+    @property
+    def placement(self) -> Placement | None:
+        """Of the live version."""
+        return self.versions[self.live].placement if self.live else None
+
     def known(self, version: str) -> Release:
         if version not in self.versions:
             raise UnknownVersion(f"no version {version!r}; known are {', '.join(self.versions) or 'none'}")
         return self.versions[version]
 
     def assignment(self, model: str, tag: str = "") -> Assignment:
-        return Assignment(model, self.revision, self.versions[self.live].placement if self.live else None, self.canary, tag)
+        return Assignment(model, self.revision, self.placement, self.canary, tag)
 
     def waiting(self, against: str | None) -> str | None:
         """The latest candidate that passed the gate against what serves now, if one may be tried; a judgement against another is stale."""
