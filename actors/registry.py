@@ -168,17 +168,27 @@ class RegistryKeeper:
         return "" if found == manifest else "its manifest is not the one that was submitted"
 
     def submit(
-        self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "", problem: str | None = None, tag: str = ""
+        self,
+        model: str,
+        url: str,
+        manifest: Manifest,
+        verdict: Verdict,
+        who: str,
+        why: str = "",
+        problem: str | None = None,
+        tag: str = "",
+        against: str | None = None,
     ) -> Value:
         """Take in a new version: a candidate if it passed the gate and may be loaded, else rejected. A known version stays what it is; the
-        answer's `state` says which. problem: what `inspect` answered, asked now if it is None; ArtefactError as there."""
+        answer's `state` says which. problem: what `inspect` answered, asked now if it is None; ArtefactError as there. against: the version
+        that the verdict compares it with, what serves now if it is None."""
         entry = self._entry(model, tag)
         placement = Placement(manifest.version, url, manifest.checksum)
         if manifest.version not in entry.releases.versions:
             wrong = self.inspect(model, url, manifest) if problem is None else problem
             reason = ". ".join(part for part in (wrong, verdict.reason, why) if part)
             values = manifest.model_dump(mode="json")
-            self._commit(entry, lambda now: now.submit(placement, values, verdict, wrong, self._serving(entry)), who, reason)
+            self._commit(entry, lambda now: now.submit(placement, values, verdict, wrong, against or self._serving(entry)), who, reason)
         return self._answer(entry, manifest.version)
 
     def start_canary(
@@ -454,10 +464,20 @@ class RegistryActor:
     ) -> tuple[Assignment, ...]:
         return self._keeper.register(model, base, url, manifest, tags)
 
-    async def submit(self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "", tag: str = "") -> Value:
+    async def submit(
+        self,
+        model: str,
+        url: str,
+        manifest: Manifest,
+        verdict: Verdict,
+        who: str,
+        why: str = "",
+        tag: str = "",
+        against: str | None = None,
+    ) -> Value:
         """Replicas are answered while the bundle is fetched and checked."""
         problem = await asyncio.to_thread(self._keeper.inspect, model, url, manifest)
-        return self._keeper.submit(model, url, manifest, verdict, who, why, problem, tag)
+        return self._keeper.submit(model, url, manifest, verdict, who, why, problem, tag, against)
 
     async def start_canary(
         self, model: str, version: str, who: str, why: str = "", share: float | None = None, expected: int | None = None, tag: str = ""

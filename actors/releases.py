@@ -115,8 +115,8 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; against: the version that served then; initial: it
-    came from the configuration; why, at: of its last change of state."""
+    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; against: the version that it was judged against;
+    initial: it came from the configuration; why, at: of its last change of state."""
 
     placement: Placement
     manifest: Value
@@ -181,7 +181,8 @@ class Change:
 class Releases:
     """All versions of a line as they are after its history. What plans a change raises RegistryConflict or UnknownVersion.
 
-    against, where a plan asks for it: the version that serves, which is the live one, or in a line that has none that of the common line.
+    against, where a plan asks for it: the version that serves, which is the live one, or in a line that has none that of the common line;
+    of a submission the one that it was judged against.
     """
 
     def __init__(self, changes: Iterable[Value] = ()) -> None:

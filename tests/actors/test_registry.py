@@ -213,6 +213,10 @@ def test_a_candidate_judged_against_a_version_that_is_not_live_any_more_is_not_t
     world.keeper.promote("demo", world.v[1], "ann", "by hand")
     assert world.keeper.report(report(world.keeper.assignment("demo"))) is None
     assert world.states[world.v[2]] == "candidate"
+    late = make_bundle(world.folder / "made", 4)  # its judgement was under way when another version went live
+    url = world.artefacts.publish(late)
+    world.keeper.submit("demo", url, late.manifest, BETTER, "trainer", against=world.v[0])
+    assert world.keeper.report(report(world.keeper.assignment("demo"))) is None
     world.submit(3)
     assert world.keeper.report(report(world.keeper.assignment("demo"))).canary.placement.version == world.v[3]
 
