@@ -25,11 +25,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A candidate that passed the gate, as the registry takes it. tag: of the domain that it was trained for."""
+    """A candidate that passed the gate, as the registry takes it. against: the version that it was compared with. tag: of the domain that
+    it was trained for."""
 
     url: str
     manifest: Manifest
     verdict: Verdict
+    against: str
     tag: str = ""
 
 
@@ -55,7 +57,7 @@ class Place:
 class DomainTrainer:
     """One domain's refresher and gate, over the buffer that all domains of the model share. Not thread-safe.
 
-    turn: when it began its last round among the rounds of all domains, 0 for never.
+    turn: its last one among those of all domains, 0 for none yet.
     """
 
     def __init__(
@@ -71,8 +73,13 @@ class DomainTrainer:
 
     @property
     def busy(self) -> bool:
-        """Whether a round is under way, or its candidate is judged."""
+        """Whether a round is under way, or its candidate is judged or to be delivered."""
         return self.trial is not None or self.refresher.phase != "waiting"
+
+    @property
+    def judged(self) -> bool:
+        """Whether all that is left of a round is to deliver its candidate."""
+        return self.trial is not None and len(self.trial.pairs) == len(self.trial.traces)
 
     def idle(self) -> bool:
         """Whether there is nothing to do before more traces come."""
@@ -83,20 +90,25 @@ class DomainTrainer:
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long. Answers with a candidate that passed the gate, written and published, again and again until `settle`.
 
-        Raises OSError or ArtefactError when it cannot be written or published; the next call tries again.
+        Raises OSError or ArtefactError when it cannot be written or published; the next call tries again. Whatever else goes wrong ends
+        the round, and is raised too: a round that cannot go on would keep other domains waiting.
         """
-        if self.trial is None:
-            if self.refresher.candidate is None:
-                self.refresher.advance(seconds)
-            if (candidate := self.refresher.candidate) is not None:
-                self.trial = Trial(candidate, self.buffer.judging(self.tag))
-            return None
-        until = time.monotonic() + seconds
-        while len(self.trial.pairs) < len(self.trial.traces):
-            self.compare(self.trial)
-            if time.monotonic() >= until:
-                return None
-        return self.judge(self.trial)
+        if not self.judged:
+            try:
+                self.advance(seconds)
+            except Exception as error:
+                self.drop(f"dropped: {type(error).__name__}: {error}")
+                raise
+        return self.judge(self.trial) if self.trial is not None and self.judged else None
+
+    def advance(self, seconds: float) -> None:
+        """Train, or compare the candidate that came of it."""
+        if self.trial is not None:
+            self.compare(self.trial, seconds)
+            return
+        self.refresher.advance(seconds)
+        if (candidate := self.refresher.candidate) is not None:
+            self.trial = Trial(candidate, self.buffer.judging(self.tag))
 
     def settle(self) -> None:
         """The candidate that was judged is where it belongs; until now every checkpoint held it."""
@@ -105,9 +117,13 @@ class DomainTrainer:
         self.trial = None
         self.refresher.take()
 
-    def compare(self, trial: Trial) -> None:
-        trace = trial.traces[len(trial.pairs)]
-        trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
+    def compare(self, trial: Trial, seconds: float) -> None:
+        """Replay held-out requests with both speculators, for about so long."""
+        until = time.monotonic() + seconds
+        for trace in trial.traces[len(trial.pairs) :]:
+            trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
+            if time.monotonic() >= until:
+                return
 
     def judge(self, trial: Trial) -> Submission | None:
         """Let the gate decide, and publish what passes."""
@@ -135,12 +151,17 @@ class DomainTrainer:
             created=place.now(),
         )
         bundle = write_bundle(place.written, candidate.speculator, origin)
-        return Submission(place.artefacts.publish(bundle), bundle.manifest, verdict, self.tag)
+        return Submission(place.artefacts.publish(bundle), bundle.manifest, verdict, candidate.parent, self.tag)
 
     def serve(self, live: MLPSpeculator, version: str) -> None:
         """Another version serves the domain now; what was begun from the last one is dropped."""
         self.trial = None
         self.refresher.serve(live, version)
+
+    def holding(self, unwanted: Callable[[Trace], bool]) -> int:
+        """How many of these traces its round goes on with, whether or not the buffer still has them."""
+        held = (*(self.refresher.round.held if self.refresher.round else ()), *(self.trial.traces if self.trial else ()))
+        return sum(unwanted(trace) for trace in held)
 
     def drop(self, reason: str) -> None:
         """Give up what was begun."""

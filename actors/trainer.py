@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Placement
 from actors.store import Value
 from drafters.bundle import BundleError
+from drafters.checkpoint import CheckpointError
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import RefreshSettings
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
 CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
+FOLLOWING, SAVING = "following the registry", "saving"  # what may go wrong beside the training of a domain
 Serving = tuple[MLPSpeculator, str]  # a speculator and its version
 
 
@@ -109,31 +112,29 @@ class TrainerKeeper:
         Traces carry no key, and a log may have let go of records whose traces are still here: a selection by key means the traces that fit
         the rest of it, whoever asked. What was begun with one of them is dropped; what versions have learned is not undone.
         """
-        gone = self.buffer.forget(lambda trace: meant(what, trace))
-        for tag, count in gone.items():
-            if count:
-                self.domains[tag].drop(f"dropped: {count} traces were to be forgotten")
+        unwanted = partial(meant, what)
+        gone = self.buffer.forget(unwanted)
+        for tag, domain in self.domains.items():
+            if count := gone.get(tag) or domain.holding(unwanted):
+                domain.drop(f"dropped: {count} traces were to be forgotten")
         self.save()
         return sum(gone.values())
-
-    def idle(self) -> bool:
-        """Whether there is nothing to do before more traces come."""
-        return all(domain.idle() for domain in self.domains.values())
 
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long, see `DomainTrainer.run`."""
         domain = self.next()
         if domain is None:
             return None
-        if not domain.busy:
+        if not domain.busy or domain.judged:
             self.turns += 1
             domain.turn = self.turns
         return domain.run(seconds)
 
     def next(self) -> DomainTrainer | None:
-        """Whose turn it is. A round that was begun is ended first, so that one copy at a time is in training; then comes the domain whose
-        last round is longest ago, and among those that had none the one with most fresh tokens."""
-        if begun := next((domain for domain in self.domains.values() if domain.busy), None):
+        """Whose turn it is; None if there is nothing to do before more traces come. A round that was begun is trained and judged first, so
+        that one copy at a time is in training; then comes the domain whose last turn is longest ago, and among those that had none the one
+        with most fresh tokens. A turn is a round, or another attempt to deliver what came of one."""
+        if begun := next((domain for domain in self.domains.values() if domain.busy and not domain.judged), None):
             return begun
         able = (domain for domain in self.domains.values() if not domain.idle())
         return min(able, key=lambda domain: (domain.turn, -domain.refresher.fresh), default=None)
@@ -206,7 +207,8 @@ class Worker:
         self.asked: float | None = None  # when load came while it worked
         self.paused, self.closing, self.working = was_paused(keeper.work / PAUSED), False, False
         self.shown: Value = keeper.status()
-        self.problem = ""
+        self.problems: dict[str, str] = {}  # by the tag of the domain, or what else goes wrong
+        self.unsaved = False
         self.saved = self.polled = clock()
         self.thread = threading.Thread(target=self.loop, name="trainer", daemon=True)
 
@@ -252,7 +254,8 @@ class Worker:
     def status(self) -> Value:
         with self.change:
             own = {"paused": self.paused, "working": self.working, "yields": self.yields, "slowest_yield": self.slowest}
-            return self.shown | own | {"inbox": len(self.inbox), "dropped_before_reading": self.dropped, "problem": self.problem}
+            told = {"inbox": len(self.inbox), "dropped_before_reading": self.dropped, "problem": "; ".join(self.problems.values())}
+            return self.shown | own | told
 
     def close(self) -> None:
         """Stop after the unit that is under way, and save."""
@@ -261,7 +264,7 @@ class Worker:
             self.change.notify_all()
         self.thread.join()
         self.read()
-        self.attempt(self.keeper.save)
+        self.attempt(self.keeper.save, SAVING)
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
 
@@ -278,14 +281,15 @@ class Worker:
     def loop(self) -> None:
         while not self.closing:
             self.read()
-            self.attempt(self.follow)
+            self.attempt(self.follow, FOLLOWING)
             with self.change:
-                rests = self.resting() or self.keeper.idle()
-                self.note(rests)
-                if rests and not (self.closing or self.inbox or self.unwanted):
+                domain = None if self.resting() else self.keeper.next()
+                self.note(domain is None)
+                if domain is None and not (self.closing or self.inbox or self.unwanted):
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
-            if not rests:
-                self.attempt(self.turn)
+            if domain is not None:
+                self.attempt(self.turn, domain.tag)
+            self.attempt(self.save, SAVING)
 
     def note(self, rests: bool) -> None:
         """Keep what `status` shows, and how long it took to make way when load came."""
@@ -294,12 +298,15 @@ class Worker:
         if rests:
             self.asked = None
         self.working, self.shown = not rests, self.keeper.status()
+        domains = self.keeper.domains
+        self.problems = {what: told for what, told in self.problems.items() if what not in domains or domains[what].busy}
 
     def read(self) -> None:
         """Move traces from the inbox to the buffer, and forget what is to be forgotten."""
         with self.change:
             found, self.inbox, self.waiting = self.inbox, deque(), 0
             unwanted, self.unwanted = self.unwanted, deque()
+        self.unsaved = self.unsaved or bool(found)
         for data in found:
             self.keeper.add(data)
         for what, done in unwanted:
@@ -315,12 +322,17 @@ class Worker:
 
     def turn(self) -> None:
         """One slice, and what comes of it."""
+        self.unsaved = True
         if (found := self.keeper.run(self.settings.slice)) is not None:
             self.submit(found)
             self.keeper.settle(found.tag)
-        if self.clock() - self.saved >= self.settings.checkpoint:
+
+    def save(self) -> None:
+        """Write what came in and what was done, now and then, while serving can spare the disk."""
+        if self.unsaved and not self.busy() and self.clock() - self.saved >= self.settings.checkpoint:
             self.saved = self.clock()
             self.keeper.save()
+            self.unsaved = False
 
     def follow(self) -> None:
         """Take over the versions that serve, where they are others."""
@@ -330,15 +342,17 @@ class Worker:
         for tag, (live, version) in self.serving().items():
             self.keeper.serve(tag, live, version)
 
-    def attempt(self, act: Callable[[], None]) -> None:
-        """Do it; what goes wrong is logged and shown, waited for a moment, and tried again at the next turn."""
+    def attempt(self, act: Callable[[], None], what: str) -> None:
+        """Do it; what goes wrong is logged, shown until it goes right, waited for a moment, and tried again at the next turn. what: the tag
+        of the domain that it is done for, or what is done."""
         try:
             act()
-            self.problem = ""
-        except Exception as error:
-            log.exception("%s: training is held up", self.keeper.model)
             with self.change:
-                self.problem = f"{type(error).__name__}: {error}"
+                self.problems.pop(what, None)
+        except Exception as error:
+            log.exception("%s: %s is held up", self.keeper.model, what or "training")
+            with self.change:
+                self.problems[what] = f"{what}: {type(error).__name__}: {error}".removeprefix(": ")
                 if not self.closing:
                     self.change.wait(self.settings.quiet)
 
@@ -357,42 +371,64 @@ def was_paused(file: Path) -> bool:
 class Registrar:
     """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises.
 
-    versions: what it was told last that serves the domains, by tag.
+    find: looks the registry's actor up, anew at every call, so that one that was started again is found too. versions: what it was told
+    last that serves the domains, by tag.
     """
 
-    def __init__(self, registry: Any, model: str, tags: Sequence[str], artefacts: Artefacts, base: Base) -> None:
-        self.registry, self.model, self.domains, self.artefacts, self.base = registry, model, ("", *tags), artefacts, base
+    def __init__(self, find: Callable[[], Any], model: str, tags: Sequence[str], artefacts: Artefacts, base: Base) -> None:
+        self.find, self.model, self.domains, self.artefacts, self.base = find, model, ("", *tags), artefacts, base
         self.versions: dict[str, str] = {}
 
     def submit(self, found: Submission) -> None:
-        ray.get(self.registry.submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", tag=found.tag))
+        told = {"tag": found.tag, "against": found.against or None}
+        ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
 
     def serving(self) -> dict[str, Serving]:
         """The versions that serve, by tag, of those domains in which it is another than the last one. What several share is read once."""
-        answer: Mapping[str, Placement | None] = ray.get(self.registry.serving.remote(self.model, self.domains))
+        answer: Mapping[str, Placement | None] = ray.get(self.find().serving.remote(self.model, self.domains))
         news = {tag: placement for tag, placement in answer.items() if placement and placement.version != self.versions.get(tag)}
-        found = {placement: self.read(placement) for placement in set(news.values())}
-        self.versions |= {tag: placement.version for tag, placement in news.items()}
-        return {tag: (found[placement], placement.version) for tag, placement in news.items()}
+        found = self.read(set(news.values()))
+        readable = {tag: placement for tag, placement in news.items() if placement in found}
+        self.versions |= {tag: placement.version for tag, placement in readable.items()}
+        return {tag: (found[placement], placement.version) for tag, placement in readable.items()}
 
-    def read(self, placement: Placement) -> MLPSpeculator:
-        bundle = self.artefacts.fetch(placement.url, placement.checksum, self.base.vocab_size, self.base.emb_dim)
-        return MLPSpeculator.from_pretrained(bundle.folder)
+    def read(self, placements: Iterable[Placement]) -> dict[Placement, MLPSpeculator]:
+        """Those that can be read: what cannot be holds up no other domain, and is raised where it leaves none."""
+        found: dict[Placement, MLPSpeculator] = {}
+        trouble: Exception | None = None
+        for placement in placements:
+            try:
+                bundle = self.artefacts.fetch(placement.url, placement.checksum, self.base.vocab_size, self.base.emb_dim)
+                found[placement] = MLPSpeculator.from_pretrained(bundle.folder)
+            except (ArtefactError, BundleError, CheckpointError, OSError) as error:
+                trouble = error
+        if trouble is not None and not found:
+            raise trouble
+        return found
 
 
 class TrainerActor:
     """The Ray actor's body. Make it with `start_trainer`."""
 
     def __init__(
-        self, model: str, base: Base, folder: str, version: str, artefacts_url: str, work: str, registry: Any, settings: TrainerSettings
+        self,
+        model: str,
+        base: Base,
+        folder: str,
+        version: str,
+        artefacts_url: str,
+        work: str,
+        registry: Callable[[], Any],
+        settings: TrainerSettings,
     ) -> None:
+        """registry: looks its actor up."""
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache")
         registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
         try:
             found = registrar.serving()
-        except (ray.exceptions.RayError, ArtefactError, BundleError) as error:
+        except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
             log.warning("%s: which versions serve is not known yet: %s", model, error)
             found = {}
         if "" not in found:
@@ -447,5 +483,5 @@ def start_trainer(
     check_artefacts(artefacts_url)
     placed = {"num_cpus": 0.01, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0} | options
     actor = ray.remote(TrainerActor).options(name=f"{NAME}-{model}", namespace=namespace, get_if_exists=True, **placed)
-    handle = ray.get_actor(registry, namespace=namespace)
-    return actor.remote(model, base, folder, version, artefacts_url, work, handle, settings or TrainerSettings())
+    find = partial(ray.get_actor, registry, namespace=namespace)
+    return actor.remote(model, base, folder, version, artefacts_url, work, find, settings or TrainerSettings())

@@ -351,6 +351,7 @@ class Refresher:
         data = window_of(self.buffer.training(self.tag))
         parts = (self.version, self.tag, self.settings.objective, r.step, data, r.before, r.best, r.first, r.losses)
         self.candidate, r.done, self.fruitless = Candidate(restored(self.live, r.weights), *parts), True, 0
+        r.speculator, r.optimizer = self.live, self.optimizer_for(self.live)  # a candidate may wait, and its copy has trained enough
         self.outcome = f"candidate: {r.before.per_step:.3f} to {r.best.per_step:.3f} tokens per step on held-out requests"
 
     def give_up(self, outcome: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from actors.log_contents import Selection
 from actors.registry import start_registry
 from actors.releases import Base
 from actors.trainer import TrainerKeeper, TrainerSettings, Worker, start_trainer
-from drafters.bundle import Origin, adopt_folder, read_bundle
+from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
 from drafters.walk import expected_tokens
+from policies import Verdict
 from policies.gate import GateRule
 from tests.conftest import wait_until
 from tests.drafters.test_refresh import SETTINGS, same, speculator
@@ -27,6 +29,7 @@ from tests.drafters.traced import VOCAB, WIDTH, make_trace, many
 
 BASE = Base("toy-base", VOCAB, WIDTH, "r1")
 RULE = GateRule(least=10)
+PASSED = Verdict(True, 150, 2.0, 2.1, 0.1, 0.05, 0.15, "better")
 TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.01, quiet=0.05, checkpoint=0.0, poll=0.05)
 
 
@@ -43,7 +46,7 @@ def fed(found: TrainerKeeper, count: int = 80) -> TrainerKeeper:
 
 def worked(found: TrainerKeeper) -> Submission | None:
     """Run until there is a submission, or nothing more to do."""
-    while not found.idle():
+    while found.next() is not None:
         if (submission := found.run(0.05)) is not None:
             found.settle(submission.tag)
             return submission
@@ -53,7 +56,7 @@ def worked(found: TrainerKeeper) -> Submission | None:
 def test_traces_become_a_submission(tmp_path: Path) -> None:
     found = fed(keeper(tmp_path))
     submission = worked(found)
-    assert submission is not None and submission.verdict.passed
+    assert submission is not None and submission.verdict.passed and submission.against == found.domains[""].refresher.version
     assert submission.verdict.requests == len(found.buffer.judging("")) >= RULE.least
     manifest = submission.manifest
     assert (manifest.model, manifest.base, manifest.base_revision, manifest.parent, manifest.created) == (
@@ -75,7 +78,7 @@ def test_traces_become_a_submission(tmp_path: Path) -> None:
 
 def test_nothing_is_begun_that_could_not_be_judged(tmp_path: Path) -> None:
     found = fed(keeper(tmp_path, replace(TRAINER, rule=GateRule(least=1000))))
-    assert found.idle() and found.run(1.0) is None and found.status()["round"] == 0
+    assert found.next() is None and found.run(1.0) is None and found.status()["round"] == 0
 
 
 def test_a_candidate_that_the_gate_refuses_is_not_published(tmp_path: Path) -> None:
@@ -189,6 +192,19 @@ def test_what_is_forgotten_is_gone_from_memory_round_and_disk(tmp_path: Path, ph
     assert after.status()["phase"] == "waiting"
 
 
+@pytest.mark.parametrize("phase", ["training", "judging"])
+def test_what_the_buffer_let_go_of_is_forgotten_in_the_round_that_goes_on_with_it(tmp_path: Path, phase: str) -> None:
+    found = fed(keeper(tmp_path))
+    while found.status()["phase"] != phase:
+        found.run(0.0)
+    pick = found.buffer.choosing if phase == "training" else found.buffer.judging
+    gone = pick("")[0].request
+    found.buffer.forget(lambda trace: trace.request == gone)  # as for want of room
+    assert found.status()["phase"] == phase
+    assert found.forget(Selection(request=gone)) == 0 and found.status()["phase"] == "waiting"
+    assert "1 traces" in found.status()["outcome"]
+
+
 def test_what_memory_dropped_already_is_forgotten_on_the_disk_too(tmp_path: Path) -> None:
     found = fed(keeper(tmp_path))
     found.save()
@@ -253,6 +269,18 @@ def test_a_worker_with_a_device_of_its_own_does_not_care(tmp_path: Path, start: 
     assert worker.status()["yields"] == 0 and (tmp_path / "work" / "checkpoint.pt").is_file()
 
 
+def test_what_came_in_is_saved_while_there_is_nothing_to_train_or_nobody_to_submit_to(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    def submit(found: Submission) -> None:
+        raise ConnectionError("the registry is away")
+
+    worker = start(keeper(tmp_path), submit)
+    worker.offer([trace.to_bytes() for trace in many(5)])
+    wait_until(lambda: (tmp_path / "work" / "traces").is_file() and remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(5)}, 30)
+    worker.offer([trace.to_bytes() for trace in many(75, first=5)])
+    wait_until(lambda: worker.status()["problem"], 60)
+    wait_until(lambda: keeper(tmp_path).status()["phase"] == "candidate", 30)
+
+
 def test_a_registry_that_is_away_is_asked_again(tmp_path: Path, start: Callable[..., Worker]) -> None:
     sent: list[Submission] = []
     failures = iter(range(3))
@@ -302,7 +330,7 @@ def spread(found: TrainerKeeper, count: int = 80, tags: tuple[str, ...] = ("", "
 def submitted(found: TrainerKeeper) -> list[Submission]:
     """All that comes until there is nothing more to do."""
     submissions = []
-    while not found.idle():
+    while found.next() is not None:
         if (submission := found.run(0.05)) is not None:
             found.settle(submission.tag)
             submissions.append(submission)
@@ -343,6 +371,46 @@ def test_domains_take_turns_and_none_waits_for_ever(tmp_path: Path) -> None:
             spread(found, 5, ("sql",), first=100 * len(begun))
         found.run(0.0)
     assert begun == ["sql", "law", ""] * 3
+
+
+def test_a_domain_whose_candidate_nobody_takes_holds_up_no_other(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    told: list[str] = []
+    while len(told) < 6:
+        if (submission := found.run(0.05)) is not None:
+            told.append(submission.tag)
+            if submission.tag != "":
+                found.settle(submission.tag)
+    assert told == ["", "law", "sql", "", "", ""]  # tried again when the others had their turns
+    assert found.status()["phase"] == "judging" and found.status()["domains"]["law"]["phase"] == "waiting"
+
+
+def test_every_domain_comes_to_its_candidate_while_none_can_be_published(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "bundles").write_text("in the way")
+    failures = 0
+    while failures < 6:
+        try:
+            assert found.run(0.05) is None
+        except OSError:
+            failures += 1
+    status = found.status()
+    assert all(s["phase"] == "judging" and s["round"] == 1 for s in (status, *status["domains"].values()))
+    (tmp_path / "work" / "bundles").unlink()
+    assert [submission.tag for submission in submitted(found)] == ["", "law", "sql"]
+
+
+def test_a_round_that_cannot_go_on_ends_and_holds_up_no_other(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    while found.domains[""].refresher.standing.step < 3:
+        found.run(0.0)
+    held = {trace.request for trace in found.buffer.held_out("")}
+    found.buffer.forget(lambda trace: trace.tag == "" and trace.request not in held)  # as for want of room
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        found.run(0.0)
+    assert "nothing to learn from" in found.status()["outcome"]
+    assert [submission.tag for submission in submitted(found)] == ["law", "sql"]
 
 
 def test_a_version_of_one_domain_leaves_the_others_rounds(tmp_path: Path) -> None:
@@ -393,14 +461,11 @@ def test_a_domain_begins_with_what_the_common_line_serves(tmp_path: Path) -> Non
 
 @pytest.mark.cluster
 def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None, tmp_path: Path) -> None:
-    artefacts, folder = str(tmp_path / "artefacts"), tmp_path / "published"
-    speculator().save_pretrained(folder)
-    bundle = adopt_folder(tmp_path / "bundles", folder, Origin(model="toy", base=BASE.name, base_revision=BASE.revision, created=1.0))
-    url = Artefacts(artefacts, tmp_path / "cache").publish(bundle)
-    registry = start_registry(f"sqlite:///{tmp_path}/state.db", artefacts, str(tmp_path / "registry"), name="registry-t")
-    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest, ("law", "sql")))
-    version = bundle.manifest.version
-    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", APART)
+    artefacts, configured = str(tmp_path / "artefacts"), published(tmp_path, 0)
+    registry = started_registry(tmp_path)
+    ray.get(registry.register.remote("toy", BASE, *configured, ("law", "sql")))
+    version, folder = configured[1].version, str(tmp_path / "published-0")
+    trainer = start_trainer("toy", BASE, folder, version, artefacts, str(tmp_path / "work"), "registry-t", APART)
     try:
         ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80, tag="law")]))
         (found,) = wait_until(lambda: versions(registry, "law"), 90)
@@ -410,10 +475,38 @@ def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None,
         wait_until(lambda: ray.get(trainer.status.remote())["domains"]["law"]["version"] == found, 30)
         status = ray.get(trainer.status.remote())
         assert status["version"] == status["domains"]["sql"]["version"] == version
+        ray.kill(registry)  # for good: whoever needs one starts another
+        registry = started_registry(tmp_path)
+        gone, other = published(tmp_path, 6), published(tmp_path, 5)
+        for tag, bundle in (("sql", gone), ("", other)):
+            ray.get(registry.submit.remote("toy", *bundle, PASSED, "operator", tag=tag))
+        shutil.rmtree(gone[0].removeprefix("file://"))
+        for tag, bundle in (("sql", gone), ("", other)):
+            ray.get(registry.promote.remote("toy", bundle[1].version, "operator", tag=tag))
+        status = wait_until(lambda: followed(trainer, other[1].version), 30)
+        assert {tag: domain["version"] for tag, domain in status["domains"].items()} == {"law": found, "sql": version}
+        assert "no bundle" in wait_until(lambda: ray.get(trainer.status.remote())["problem"], 30)
         ray.get(trainer.close.remote())
     finally:
         ray.kill(trainer)
         ray.kill(registry)
+
+
+def started_registry(tmp_path: Path) -> Any:
+    return start_registry(f"sqlite:///{tmp_path}/state.db", str(tmp_path / "artefacts"), str(tmp_path / "registry"), name="registry-t")
+
+
+def published(tmp_path: Path, seed: int) -> tuple[str, Manifest]:
+    """A speculator as a bundle: its URL and manifest."""
+    speculator(seed).save_pretrained(folder := tmp_path / f"published-{seed}")
+    bundle = adopt_folder(tmp_path / "bundles", folder, Origin(model="toy", base=BASE.name, base_revision=BASE.revision, created=1.0))
+    return Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache").publish(bundle), bundle.manifest
+
+
+def followed(trainer: object, version: str) -> dict[str, Any]:
+    """The status of training once the common domain goes on from a version, nothing before."""
+    status: dict[str, Any] = ray.get(trainer.status.remote())  # type: ignore[attr-defined]
+    return status if status["version"] == version else {}
 
 
 def judged(trainer: object, tag: str) -> dict[str, Any]:

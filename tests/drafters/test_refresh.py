@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,6 +87,17 @@ def test_a_round_ends_in_a_better_speculator(objective: str, temperature: float)
     assert (candidate.parent, candidate.tag, candidate.objective) == ("v1", "", objective)
     assert candidate.metrics["held_out_per_step_after"] == candidate.after.per_step and "loss_head_2" in candidate.metrics
     assert all(torch.equal(value, kept[name]) for name, value in weights(live).items())
+
+
+def test_a_candidate_that_waits_to_be_taken_does_not_keep_what_trained_it() -> None:
+    refresher = Refresher(speculator(), "v1", filled(), SETTINGS)
+    refresher.advance(units=1)
+    assert refresher.round is not None
+    trained, optimizer = weakref.ref(refresher.round.speculator), weakref.ref(refresher.round.optimizer)
+    refresher.advance()
+    assert refresher.phase == "candidate"
+    gc.collect()
+    assert trained() is None and optimizer() is None
 
 
 def test_a_candidate_is_worth_the_same_when_it_was_saved(tmp_path: Path) -> None:
