@@ -230,8 +230,10 @@ class RegistryKeeper:
         return self._settled(model, tag).releases.assignment(model, tag)
 
     def reports(self, reports: Sequence[ReplicaReport]) -> list[Assignment]:
-        """Take in what a replica runs, a report for each line; the assignments of the lines in which it follows another one."""
-        return [found for found in map(self.report, reports) if found is not None]
+        """Take in what a replica runs, a report for each line; the assignments of the lines in which it follows another one. A domain that
+        nobody has registered yet is left out: the other lines do not wait for it."""
+        answers = (self.report(report) for report in reports if self._registered(report.model, report.tag))
+        return [found for found in answers if found is not None]
 
     def report(self, report: ReplicaReport) -> Assignment | None:
         """Take in what a replica runs and counted, and decide or begin a canary if that can be done. The answer is the assignment if the
@@ -292,8 +294,18 @@ class RegistryKeeper:
             if not made.releases.revision:
                 known = ", ".join(entry.name for _, entry in sorted(self._lines.items()))
                 raise UnknownModel(f"no model {made.name} is registered; known are {known or 'none'}")
-            self._lines[model, tag] = made
+            self._lines.setdefault((model, tag), made)  # `inspect` may have met it meanwhile: all must change the same one
         return self._lines[model, tag]
+
+    def _registered(self, model: str, tag: str) -> bool:
+        """Whether a domain of a known model is known too. UnknownModel, StoreError."""
+        try:
+            self._entry(model, tag)
+        except UnknownModel:
+            if not tag:
+                raise
+            return False
+        return True
 
     def _settled(self, model: str, tag: str) -> Entry:
         """A line as it is now, as far as the store can be read. UnknownModel, StoreError."""

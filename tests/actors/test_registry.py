@@ -343,6 +343,30 @@ def test_a_version_of_a_domain_is_promoted_and_rolled_back_there_alone(tagged):
         keeper.promote("demo", v[3], "ann", "", tag="tax")
 
 
+def test_lines_do_not_wait_for_a_domain_that_nobody_has_registered_yet(tagged):
+    before = tagged.keeper.assignment("demo")
+    tagged.keeper.promote("demo", tagged.v[1], "ann", "better")
+    told = tagged.keeper.reports([report(before), report(before, tag="tax"), report(before, tag="law")])
+    assert [(found.tag, found.revision) for found in told] == [("", before.revision + 1), ("law", 2)]
+    with pytest.raises(UnknownModel, match="'other'"):
+        tagged.keeper.reports([replace(report(before), model="other")])
+
+
+def test_a_change_made_while_a_bundle_is_inspected_is_not_lost(world, monkeypatch):
+    """After a restart, when the inspection, on its thread, is the first to read the history, and the change comes in between."""
+    keeper = world.again()
+    sync, first = keeper._sync, iter([True])
+
+    def interrupted(entry) -> None:
+        sync(entry)
+        if next(first, False):
+            keeper.promote("demo", world.v[1], "ann", "meanwhile")
+
+    monkeypatch.setattr(keeper, "_sync", interrupted)
+    assert keeper.inspect("demo", world.urls[3], world.bundles[3].manifest) == ""
+    assert keeper.assignment("demo").live.version == world.v[1]
+
+
 def test_a_canary_of_a_domain_is_compared_with_what_serves_there(tagged):
     keeper, v = tagged.keeper, tagged.v
     keeper.start_canary("demo", v[3], "trainer", "passed", tag="law")

@@ -442,6 +442,24 @@ async def test_a_place_that_never_was_holds_up_registration_and_nothing_else(fol
     stand.host.stop()
 
 
+async def test_a_replica_with_a_new_domain_follows_while_the_place_is_away(stand, monkeypatch):
+    version = stand.version(1).manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    await stand.beat(2)  # and has it in its machine's cache
+    again = ModelHost(model_settings(stand.folder, tags=("law",)), Pilot("r2", stand.host.pilot.plan))
+    beside = Refresh(again.settings, stand.refresh.plan, again, "r2", lambda: stand.now)
+    await again.start()
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (_ for _ in ()).throw(OSError("no route")))
+    for act in (beside.report, beside.register, beside.change):
+        await beside.attempt(act, "it")
+    assert not beside.registered and again.pilot.version == version
+    monkeypatch.undo()
+    stand.now += refresh.RETRY_S
+    await beside.register()
+    assert beside.registered and stand.keeper.assignment("toy", "law").revision == 1
+    again.stop()
+
+
 async def test_what_is_captured_is_what_a_trainer_replays(stand):
     await stand.text("a", temperature=0.7, max_tokens=25)
     await stand.text("b", temperature=0.0, repetition_penalty=1.2, max_tokens=25)
