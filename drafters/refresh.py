@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -371,13 +370,20 @@ class Refresher:
 
         Held-out requests that the buffer has no more are measured on no more, and what was measured is measured again.
         """
-        state = read_state(file)
-        if state is None or state.get("belongs") != self.belongs():
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if state["belongs"] != self.belongs():
+                return False
+            kept = {name: state[name] for name in KEPT}
+            self.round = self.resumed(state["round"]) if state["round"] else None
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # a damaged file can be anything
+            log.error("%s cannot be read (%s: %s); training begins anew", file, type(error).__name__, error)
             return False
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, kept[name])
         self.used = min(self.used, self.buffer.counts(self.tag).tokens)  # less is seen where traces were lost
-        self.round = self.resumed(state["round"]) if state["round"] else None
         return True
 
     def belongs(self) -> dict[str, Any]:
@@ -418,17 +424,6 @@ def round_state(r: Round | None) -> dict[str, Any] | None:
     held = [trace.request for trace in r.held]
     own = {"speculator": r.speculator.state_dict(), "optimizer": r.optimizer.state_dict()}
     return {**found, **state, **own, "held": held, "measuring": r.measurement is not None}
-
-
-def read_state(file: Path) -> dict[str, Any] | None:
-    """A checkpoint's contents; None, with a line in the log, for a file that is not one."""
-    try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        log.error("%s cannot be read (%s); training begins anew", file, error)
-        return None
 
 
 def descend(r: Round, losses: Tensor, settings: RefreshSettings) -> None:

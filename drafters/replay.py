@@ -240,13 +240,20 @@ class ReplayBuffer:
         """Remember what `save` wrote, in place of what is remembered. Raises OSError, or ValueError for a file that is not whole."""
         self.domains = {}
         with file.open("rb") as opened:
-            for tag, row in json.loads(take(opened)).items():
-                domain = self.count(tag, row["seen"], row["tokens"], row["dropped"])
-                recent, older, held = ([Trace.from_bytes(take(opened)) for _ in range(count)] for count in row["parts"])
-                self.fill(tag, recent, older, held)
-                domain.older.threshold = max(domain.older.threshold, row["threshold"])
+            try:
+                self.read(opened)
+            except (KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:  # a damaged file can say anything
+                raise ValueError(f"{file} is no saved buffer: {type(error).__name__} {error}") from None
         for domain in self.domains.values():
             self.trim(domain)
+
+    def read(self, opened: BinaryIO) -> None:
+        """The records of a file."""
+        for tag, row in json.loads(take(opened)).items():
+            domain = self.count(tag, row["seen"], row["tokens"], row["dropped"])
+            recent, older, held = ([Trace.from_bytes(take(opened)) for _ in range(count)] for count in row["parts"])
+            self.fill(tag, recent, older, held)
+            domain.older.threshold = max(domain.older.threshold, row["threshold"])
 
     def fill(self, saved: str, recent: Sequence[Trace], older: Sequence[Trace], held: Sequence[Trace]) -> None:
         """Take in the traces of a saved domain, each where it belongs now: which tags are domains may have changed since."""

@@ -281,6 +281,14 @@ def test_a_checkpoint_of_something_else_is_not_gone_on_from(tmp_path: Path) -> N
     for torn in (b"", data[:100], data[: len(data) // 2]):
         file.write_bytes(torn)
         assert not Refresher(speculator(), "v1", filled(), SETTINGS).resume(file)
+    file.write_bytes(data)
+    state = torch.load(file)
+    changed = [{**state, "round": {**state["round"], "speculator": {}}}, {**state, "round": 7}]
+    for broken in ([], {"belongs": state["belongs"]}, *changed):
+        torch.save(broken, file)
+        other = Refresher(speculator(), "v1", filled(), SETTINGS)
+        fresh = other.standing
+        assert not other.resume(file) and other.standing == fresh
 
 
 @contextmanager

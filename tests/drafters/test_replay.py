@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drafters.replay import BufferSettings, ReplayBuffer, Reservoir
+from drafters.replay import BufferSettings, ReplayBuffer, Reservoir, framed
 from drafters.traces import InvalidTrace
 from tests.drafters.traced import VOCAB, WIDTH, make_trace, many
 
@@ -225,6 +226,10 @@ def test_a_torn_file_of_traces_is_refused(tmp_path: Path) -> None:
     for length in (0, 4, 60, len(data) // 2, len(data) - 1):
         (tmp_path / "traces").write_bytes(data[:length])
         with pytest.raises(ValueError, match="ends in the middle of a record"):
+            buffer().load(tmp_path / "traces")
+    for table in ([], {"": []}, {"": {"seen": 1}}, {"": {"seen": "1", "tokens": 1, "dropped": 0, "threshold": 0.0, "parts": [0, 0, 0]}}):
+        (tmp_path / "traces").write_bytes(framed(json.dumps(table).encode()))
+        with pytest.raises(ValueError, match="is no saved buffer"):
             buffer().load(tmp_path / "traces")
 
 
