@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +24,8 @@ from drafters.bundle import (
     read_bundle,
     read_manifest,
 )
+
+PER_LINE = 3  # bundles of a line of versions that may be needed: the live one, a canary, and the one to go back to
 
 
 class ArtefactError(Exception):
@@ -89,6 +91,12 @@ class Artefacts:
                 fs.get_file(f"{path}/{name}", str(partial / name))
         read_bundle(partial, vocab_size, emb_dim)
         return place(partial, self.cache / manifest.checksum)
+
+    def keep(self, checksums: Iterable[str]) -> None:
+        """Note that these bundles are in use now, if the cache has them: others go first."""
+        for checksum in filter(None, checksums):
+            with contextlib.suppress(OSError):
+                os.utime(self.cache / checksum)
 
     def used(self, bundle: Bundle) -> Bundle:
         """Note that a cached bundle was used now, and let go of those that were not for longest."""

@@ -24,7 +24,7 @@ from typing import Any
 import ray
 import torch
 
-from actors.artefacts import ArtefactError, Artefacts, check_artefacts
+from actors.artefacts import PER_LINE, ArtefactError, Artefacts, check_artefacts
 from actors.domain_trainer import DomainTrainer, Place, Submission
 from actors.log_contents import Selection, asked
 from actors.registry import NAME as REGISTRY
@@ -387,6 +387,8 @@ class Registrar:
         """The versions that serve, by tag, of those domains in which it is another than the last one. What several share is read once."""
         answer: Mapping[str, Placement | None] = ray.get(self.find().serving.remote(self.model, self.domains))
         news = {tag: placement for tag, placement in answer.items() if placement and placement.version != self.versions.get(tag)}
+        if news:
+            self.artefacts.keep(placement.checksum for placement in answer.values() if placement)
         found = self.read(set(news.values()))
         readable = {tag: placement for tag, placement in news.items() if placement in found}
         self.versions |= {tag: placement.version for tag, placement in readable.items()}
@@ -424,7 +426,7 @@ class TrainerActor:
         """registry: looks its actor up."""
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
-        artefacts = Artefacts(artefacts_url, Path(work) / "cache")
+        artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
         registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
         try:
             found = registrar.serving()

@@ -89,14 +89,19 @@ class Versions:
         """The line that requests with a tag belong to."""
         return tag if tag in self.lines else ""
 
+    def drafting(self, tag: str) -> Line:
+        """What drafts for requests with a tag. May be asked from any thread."""
+        lines = self.lines
+        return lines.get(tag, lines[""])
+
     def serving(self, request: str, tag: str) -> Drafter:
         """The version that drafts for a request."""
-        return self.lines[self.line(tag)].serving(request)
+        return self.drafting(tag).serving(request)
 
     def swap(self, lines: Mapping[str, Line], running: Mapping[str, str]) -> None:
         """Draft with these from now on. running: tags of the requests in flight, by their ids. To be called between two steps."""
-        before, self.lines = {tag: self.lines[self.line(tag)] for tag in running.values()}, dict(lines)
-        changed = [request for request, tag in running.items() if self.lines[self.line(tag)] != before[tag]]
+        before, self.lines = {tag: self.drafting(tag) for tag in running.values()}, dict(lines)
+        changed = [request for request, tag in running.items() if self.drafting(tag) != before[tag]]
         self.older.update(changed)
         for request in changed:
             self.counts.pop(request, None)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import ray
 
-from actors.artefacts import ArtefactError, Artefacts
+from actors.artefacts import PER_LINE, ArtefactError, Artefacts
 from actors.policy import UnknownModel
 from actors.releases import Assignment, Base, Placement, ReplicaReport
 from configs.settings import ModelSettings
 from drafters.bundle import Bundle, BundleError, Origin, adopt_folder, fingerprint, read_bundle
-from drafters.checkpoint import CheckpointError
 from drafters.traces import Trace
 from drafters.versions import Canary, Line
 from engine.drafter import Drafter
@@ -82,12 +81,20 @@ class Configured:
 
 
 @dataclass(slots=True)
-class Failures:
-    """Attempts at the present assignments: errors by version, attempts by version to reach it, and when to try again."""
+class Following:
+    """Assignments by line, and how far they are followed: errors by version, attempts by version to reach it, when to try again, and
+    whether nothing more is to be done."""
 
+    assignments: Mapping[str, Assignment] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     again: float = 0.0
+    settled: bool = False
+
+    @property
+    def wanted(self) -> dict[str, Placement]:
+        """Every version that they name, once, and where it is."""
+        return {placement.version: placement for found in self.assignments.values() for placement in found.placements}
 
 
 class Refresh:
@@ -99,16 +106,14 @@ class Refresh:
         self.settings, self.plan, self.host, self.replica, self.clock = settings, plan, host, replica, clock
         self.registry = Peer(plan.registry)
         self.trainer: Peer | None = None
-        self.artefacts = Artefacts(plan.artefacts, plan.cache / "fetched")
+        self.lines = ("", *settings.refresh.tags)
+        self.artefacts = Artefacts(plan.artefacts, plan.cache / "fetched" / settings.name, PER_LINE * len(self.lines))
         self.traces: Outbox[Trace] = Outbox(int(settings.refresh.capture.waiting_bytes), lambda trace: trace.nbytes)
         self.tally = Tally()
         self.configured: Configured | None = None
         self.registered = False
         self.register_again = 0.0
-        self.lines = ("", *settings.refresh.tags)
-        self.assignments: dict[str, Assignment] = {}  # by line
-        self.settled = True  # whether the assignments are followed, or cannot be
-        self.failures = Failures()
+        self.following = Following()
         self.checksums: dict[str, str] = {}  # of the versions in memory, "" where that is not known
         self.told = (-1, 0.0)  # the load that the trainer was told last, and when
         self.troubles: dict[str, float] = {}  # what went wrong, and when that was logged
@@ -117,13 +122,20 @@ class Refresh:
 
     # -- what goes on beside serving ----------------------------------------------------------------------------------------
 
-    async def follow(self) -> None:
-        """Report to the registry and do what it says, again and again."""
+    async def tell(self) -> None:
+        """Report to the registry and take in what it says, again and again. Loading is done beside: a replica that is silent meanwhile
+        would pass for one that is gone."""
         while True:
             await asyncio.sleep(REPORT_S)
             if self.host.versions is not None:
                 await self.attempt(self.report, "reporting to the registry")
                 await self.attempt(self.register, "registration")
+
+    async def follow(self) -> None:
+        """Do what the registry says, again and again."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            if self.host.versions is not None:
                 await self.attempt(self.change, "a change of versions")
 
     async def deliver(self) -> None:
@@ -156,8 +168,8 @@ class Refresh:
     def about(self, line: str) -> ReplicaReport:
         """What is said of one line."""
         assert self.host.versions is not None
-        versions = self.host.versions
-        drafting, assignment = versions.lines[versions.line(line)], self.assignments.get(line)
+        drafting, following = self.host.versions.drafting(line), self.following
+        assignment = following.assignments.get(line)
         run, arms = self.tally.read(line)
         named = {placement.version for placement in assignment.placements} if assignment else set()
         return ReplicaReport(
@@ -166,7 +178,7 @@ class Refresh:
             revision=assignment.revision if assignment else 0,
             serving=drafting.live.version,
             loaded={drafter.version: self.checksums.get(drafter.version, "") for drafter in drafting.drafters},
-            errors={version: error for version, error in self.failures.errors.items() if version in named},
+            errors={version: error for version, error in following.errors.items() if version in named},
             salt=run.salt,
             against=run.against,
             arms=arms,
@@ -175,9 +187,10 @@ class Refresh:
 
     def assign(self, assignments: Iterable[Assignment]) -> None:
         """Follow these from now on, where they are others."""
-        news = {found.tag: found for found in assignments if found != self.assignments.get(found.tag)}
+        known = self.following.assignments
+        news = {found.tag: found for found in assignments if found != known.get(found.tag)}
         if news:
-            self.assignments, self.settled, self.failures = self.assignments | news, False, Failures()
+            self.following = Following({**known, **news})
 
     async def register(self) -> None:
         """Make the model and its configured speculator known; then the trainer can be found."""
@@ -223,19 +236,17 @@ class Refresh:
 
     async def change(self) -> None:
         """Load what the assignments name beside what serves, and exchange it all between two steps. What cannot be loaded is left out."""
-        if not self.assignments or self.settled or self.clock() < self.failures.again:
+        following = self.following
+        if not following.assignments or following.settled or self.clock() < following.again:
             return
-        self.settled = True
-        found = {version: await self.obtain(version, placement) for version, placement in self.wanted().items()}
-        await self.exchange({version: drafter for version, drafter in found.items() if drafter is not None})
+        following.settled = True
+        await asyncio.to_thread(self.artefacts.keep, [placement.checksum for placement in following.wanted.values()])
+        common = following.assignments.get("")
+        own: dict[str, Placement | None] = {self.host.configured_version: None} if common and not common.live else {}
+        found = {version: await self.obtain(version, place, following) for version, place in (own | following.wanted).items()}
+        await self.exchange(following.assignments, {version: drafter for version, drafter in found.items() if drafter is not None})
 
-    def wanted(self) -> dict[str, Placement | None]:
-        """Every version that is to draft, once, and where it is; the configured one is here, and wanted where the registry has none."""
-        named = {placement.version: placement for found in self.assignments.values() for placement in found.placements}
-        common = self.assignments.get("")
-        return {self.host.configured_version: None, **named} if common and not common.live else dict(named)
-
-    async def obtain(self, version: str, placement: Placement | None) -> Drafter | None:
+    async def obtain(self, version: str, placement: Placement | None, following: Following) -> Drafter | None:
         """A version, loaded if it is not yet; None, with the reason among the errors, if it cannot be."""
         assert self.host.versions is not None
         checksum = placement.checksum if placement else self.checksums.get(version, "")
@@ -243,23 +254,22 @@ class Refresh:
         try:
             drafter = drafter or await asyncio.to_thread(self.load, placement)
         except ArtefactError as error:
-            self.unreached(version, str(error))
+            self.unreached(version, str(error), following)
             return None
-        except (BundleError, CheckpointError, OSError, RuntimeError, MemoryError) as error:
-            self.failures.errors[version] = f"{type(error).__name__}: {error}"
+        except Exception as error:  # whatever files and devices say to it
+            following.errors[version] = f"{type(error).__name__}: {error}"
             log.error("%s: version %s cannot be loaded, the old one stays: %s", self.settings.name, version, error)
             return None
-        self.failures.errors.pop(version, None)
+        following.errors.pop(version, None)
         self.checksums[version] = checksum
         return drafter
 
-    def unreached(self, version: str, why: str) -> None:
+    def unreached(self, version: str, why: str, following: Following) -> None:
         """Try again later; a place that stays away is an error of the version."""
-        failures = self.failures
-        failures.attempts[version] = failures.attempts.get(version, 0) + 1
-        failures.again, self.settled = self.clock() + RETRY_S, False
-        if failures.attempts[version] >= PATIENCE:
-            failures.errors[version] = why
+        following.attempts[version] = following.attempts.get(version, 0) + 1
+        following.again, following.settled = self.clock() + RETRY_S, False
+        if following.attempts[version] >= PATIENCE:
+            following.errors[version] = why
         log.warning("%s: version %s cannot be reached, the old one stays: %s", self.settings.name, version, why)
 
     def load(self, placement: Placement | None) -> Drafter:
@@ -271,27 +281,16 @@ class Refresh:
         bundle = self.artefacts.fetch(placement.url, placement.checksum, base.vocab_size, base.hidden_size)
         return self.host.load_version(bundle.folder, placement.version)
 
-    async def exchange(self, found: Mapping[str, Drafter]) -> None:
+    async def exchange(self, assignments: Mapping[str, Assignment], found: Mapping[str, Drafter]) -> None:
         """Swap between two steps, if that changes anything; what drafts no more is let go of."""
         assert self.host.versions is not None
         versions = self.host.versions
-        common = self.line("", found, found.get(self.host.configured_version, versions.common.live)) or versions.common
-        others = {tag: self.line(tag, found, common.live) for tag in self.lines if tag}
-        lines = {"": common} | {tag: line for tag, line in others.items() if line is not None}
+        configured = found.get(self.host.configured_version, versions.common.live)
+        lines = assigned(self.lines, assignments, found, versions.lines, configured)
         runs = {tag: Run(line.canary.run, line.live.version) for tag, line in lines.items() if line.canary}
         if lines != versions.lines:
             await self.host.swap(lines, lambda: self.tally.begin(runs))
         self.checksums = {drafter.version: self.checksums.get(drafter.version, "") for drafter in versions.drafters}
-
-    def line(self, tag: str, found: Mapping[str, Drafter], common: Drafter) -> Line | None:
-        """What is to draft for a domain, None where it follows the common line; what does now where its live version could not be loaded.
-        common: what drafts where the domain has no live version."""
-        assert self.host.versions is not None
-        assignment = self.assignments.get(tag)
-        if assignment is None or (assignment.live and assignment.live.version not in found):
-            return self.host.versions.lines.get(tag)
-        live, canary = found[assignment.live.version] if assignment.live else common, beside(assignment, found)
-        return Line(live, canary) if assignment.live or canary or not tag else None
 
     # -- towards the trainer ------------------------------------------------------------------------------------------------
 
@@ -316,6 +315,28 @@ class Refresh:
         except BaseException:
             self.traces.lose(batch)
             raise
+
+
+def assigned(
+    tags: Iterable[str], assignments: Mapping[str, Assignment], found: Mapping[str, Drafter], now: Mapping[str, Line], configured: Drafter
+) -> dict[str, Line]:
+    """What is to draft, by tag of the domain. found: versions that could be loaded. now: what drafts at present. configured: what drafts in
+    the common line where that has no live version."""
+    own = {tag: line for tag, line in now.items() if not tag or line.live is not now[""].live}  # lines with a live version of their own
+    common = line_of(assignments.get(""), found, own[""], configured) or own[""]
+    others = {tag: line_of(assignments.get(tag), found, own.get(tag), common.live) for tag in tags if tag}
+    return {"": common} | {tag: line for tag, line in others.items() if line is not None}
+
+
+def line_of(assignment: Assignment | None, found: Mapping[str, Drafter], now: Line | None, common: Drafter) -> Line | None:
+    """What an assignment comes to; None where a domain follows the common line. A live version that could not be loaded leaves the one that
+    there is, without a canary: what that would be compared with is not there. common: what drafts where there is no live version."""
+    if assignment is None:
+        return now
+    if assignment.live and assignment.live.version not in found:
+        return Line(now.live) if now else None
+    live, canary = found[assignment.live.version] if assignment.live else common, beside(assignment, found)
+    return Line(live, canary) if assignment.live or canary or not assignment.tag else None
 
 
 def beside(assignment: Assignment, found: Mapping[str, Drafter]) -> Canary | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,6 +371,89 @@ async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(stand, harm, r
     assert stand.shown()["agrees"] and not stand.shown()["errors"]
 
 
+async def test_a_replica_tells_how_it_stands_while_it_loads(stand, monkeypatch):
+    go_on, load = threading.Event(), stand.host.load_version
+    monkeypatch.setattr(stand.host, "load_version", lambda *wanted: load(*wanted) if go_on.wait(30) else None)
+    monkeypatch.setattr(refresh, "REPORT_S", 0.01)
+    version = stand.version(1).manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    stand.registry.told.clear()
+    works = [asyncio.create_task(work()) for work in (stand.refresh.tell, stand.refresh.follow)]
+    try:
+        async with asyncio.timeout(30):
+            while len(stand.registry.told) < 5:
+                await asyncio.sleep(0.01)
+            assert stand.host.pilot.version != version == stand.refresh.following.assignments[""].live.version
+            go_on.set()
+            while not stand.shown()["agrees"]:
+                await asyncio.sleep(0.01)
+    finally:
+        go_on.set()
+        for work in works:
+            work.cancel()
+        await asyncio.gather(*works, return_exceptions=True)
+
+
+async def test_a_live_version_that_cannot_be_loaded_ends_the_canary_beside_the_old_one(stand):
+    canary, bundle = stand.version(1).manifest.version, stand.version(2)
+    stand.keeper.start_canary("toy", canary, "operator")
+    await stand.beat(2)
+    truncate(Path(stand.url(bundle)))
+    stand.keeper.promote("toy", bundle.manifest.version, "operator")
+    await stand.beat(2)
+    assert stand.host.versions.common == Line(stand.host.versions.common.live) and set(stand.shown()["loaded"]) == {
+        stand.host.configured_version
+    }
+
+
+async def test_a_domain_whose_first_version_cannot_be_loaded_goes_on_with_the_common_line(tagged):
+    canary, bundle = tagged.version(1, "law").manifest.version, tagged.version(2, "law")
+    tagged.keeper.start_canary("toy", canary, "operator", tag="law")
+    await tagged.beat(2)
+    truncate(Path(tagged.url(bundle)))
+    tagged.keeper.promote("toy", bundle.manifest.version, "operator", tag="law")
+    await tagged.beat(2)
+    tagged.keeper.promote("toy", common := tagged.version(3).manifest.version, "operator")
+    await tagged.beat(2)
+    assert await versions_of(tagged) == [common] * 4 and len(tagged.host.versions.drafters) == 1
+
+
+async def test_every_version_that_serves_is_there_after_a_restart_while_the_place_is_away(folder, tmp_path, monkeypatch):
+    """However many versions one domain comes to."""
+    tags = tuple(f"t{i}" for i in range(4))
+    stand = Stand(folder, tmp_path, tags=tags)
+    await stand.host.start()
+    await stand.beat(2)
+    versions = {tag: stand.version(seed, tag).manifest.version for seed, tag in enumerate(tags, 1)}
+    for tag, version in versions.items():
+        stand.keeper.promote("toy", version, "operator", tag=tag)
+    await stand.beat(2)
+    for seed in range(20, 33):
+        stand.keeper.promote("toy", busy := stand.version(seed, "t3").manifest.version, "operator", tag="t3")
+        await stand.beat(2)
+    versions["t3"] = busy
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (_ for _ in ()).throw(OSError("no route")))
+    again = ModelHost(stand.settings, Pilot("r2", stand.host.pilot.plan))
+    beside = Refresh(stand.settings, stand.refresh.plan, again, "r2", lambda: stand.now)
+    await again.start()
+    await beside.report()
+    await beside.change()
+    assert {tag: serves(again, "x", tag) for tag in tags} == versions
+    cached = [folder for folder in (tmp_path / "cache").rglob("manifest.json") if "fetched" in folder.parts]
+    assert len(cached) == 3 * 5
+    again.stop()
+    stand.host.stop()
+
+
+@pytest.mark.parametrize("trouble", [KeyError("weights"), RuntimeError("out of memory")])
+async def test_whatever_keeps_a_version_from_being_loaded_is_its_error(stand, monkeypatch, trouble):
+    monkeypatch.setattr(stand.host, "load_version", lambda *_: (_ for _ in ()).throw(trouble))
+    version = stand.version(1).manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    await stand.beat(3)
+    assert stand.shown()["errors"] == {version: f"{type(trouble).__name__}: {trouble}"} and await stand.text("a")
+
+
 async def test_a_canary_that_cannot_be_loaded_is_rolled_back_with_the_reason(stand):
     bundle = stand.version(1)
     truncate(Path(stand.url(bundle)))
@@ -391,7 +475,7 @@ async def test_a_version_for_another_base_is_refused(stand, changes, tmp_path):
     placement = type(chosen.live)(bundle.manifest.version, stand.url(bundle), bundle.manifest.checksum)
     stand.refresh.assign([type(chosen)("toy", chosen.revision, placement)])
     await stand.refresh.change()
-    assert "wrong" in stand.refresh.failures.errors[bundle.manifest.version]
+    assert "wrong" in stand.refresh.following.errors[bundle.manifest.version]
     assert stand.host.pilot.version == stand.host.configured_version and await stand.text("a")
 
 
@@ -401,7 +485,7 @@ async def test_a_place_that_is_away_is_asked_again_before_it_is_an_error(stand, 
     stand.keeper.promote("toy", version, "operator")
     monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (_ for _ in ()).throw(OSError("no route")))
     await stand.beat()
-    assert not stand.refresh.failures.errors and stand.host.pilot.version != version
+    assert not stand.refresh.following.errors and stand.host.pilot.version != version
     for _ in range(2):
         stand.now += refresh.RETRY_S
         await stand.beat()
