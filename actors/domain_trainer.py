@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from actors.artefacts import Artefacts
 from actors.releases import Base
 from actors.store import Value
-from drafters.bundle import Manifest, Origin, write_bundle
+from drafters.bundle import Bundle, Manifest, Origin, write_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import Candidate, Refresher, RefreshSettings
 from drafters.replay import ReplayBuffer
@@ -67,6 +68,7 @@ class DomainTrainer:
         self.tag, self.buffer, self.place, self.rule = tag, buffer, place, rule
         self.refresher = Refresher(live, version, buffer, settings, tag)
         self.trial: Trial | None = None
+        self.bundle: Bundle | None = None  # of the candidate, while it is delivered
         self.verdict: Verdict | None = None
         self.verdicts = {"passed": 0, "rejected": 0}  # of its own gate, since it was started
         self.turn = 0
@@ -114,7 +116,7 @@ class DomainTrainer:
         """The candidate that was judged is where it belongs; until now every checkpoint held it."""
         assert self.verdict is not None, "what is settled was judged"
         self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
-        self.trial = None
+        self.end()
         self.refresher.take()
 
     def compare(self, trial: Trial, seconds: float) -> None:
@@ -136,7 +138,8 @@ class DomainTrainer:
         return None
 
     def publish(self, candidate: Candidate, verdict: Verdict) -> Submission:
-        """Write the bundle and put it where replicas find it."""
+        """Write the bundle and put it where replicas find it. Until the candidate is settled it stays here, too: another attempt must find
+        the manifest that was published."""
         place = self.place
         origin = Origin(
             model=self.buffer.model,
@@ -150,12 +153,12 @@ class DomainTrainer:
             gate=asdict(verdict),
             created=place.now(),
         )
-        bundle = write_bundle(place.written, candidate.speculator, origin)
+        bundle = self.bundle = write_bundle(place.written, candidate.speculator, origin)
         return Submission(place.artefacts.publish(bundle), bundle.manifest, verdict, candidate.parent, self.tag)
 
     def serve(self, live: MLPSpeculator, version: str) -> None:
         """Another version serves the domain now; what was begun from the last one is dropped."""
-        self.trial = None
+        self.end()
         self.refresher.serve(live, version)
 
     def holding(self, unwanted: Callable[[Trace], bool]) -> int:
@@ -165,8 +168,15 @@ class DomainTrainer:
 
     def drop(self, reason: str) -> None:
         """Give up what was begun."""
-        self.trial = None
+        self.end()
         self.refresher.drop(reason)
+
+    def end(self) -> None:
+        """Nothing is judged or delivered any more."""
+        self.trial = None
+        if self.bundle is not None:
+            shutil.rmtree(self.bundle.folder, ignore_errors=True)
+        self.bundle = None
 
     def status(self) -> Value:
         """Where it is, in plain values."""

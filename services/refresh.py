@@ -8,10 +8,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -122,29 +123,23 @@ class Refresh:
 
     # -- what goes on beside serving ----------------------------------------------------------------------------------------
 
-    async def tell(self) -> None:
-        """Report to the registry and take in what it says, again and again. Loading is done beside: a replica that is silent meanwhile
-        would pass for one that is gone."""
+    def works(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        """All that it does, again and again. None waits for another: a replica that is silent while it loads would pass for one that is
+        gone."""
+        return (
+            self.again(self.report, "reporting to the registry"),
+            self.again(self.register, "registration"),
+            self.again(self.change, "a change of versions"),
+            self.again(self.tell_load, "telling the trainer the load"),
+            self.again(self.send, "handing over to the trainer"),
+        )
+
+    async def again(self, act: Callable[[], Awaitable[None]], what: str) -> None:
+        """Do it now and then, once the model is loaded."""
         while True:
             await asyncio.sleep(REPORT_S)
             if self.host.versions is not None:
-                await self.attempt(self.report, "reporting to the registry")
-                await self.attempt(self.register, "registration")
-
-    async def follow(self) -> None:
-        """Do what the registry says, again and again."""
-        while True:
-            await asyncio.sleep(REPORT_S)
-            if self.host.versions is not None:
-                await self.attempt(self.change, "a change of versions")
-
-    async def deliver(self) -> None:
-        """Tell the trainer how busy this replica is, and hand it what was captured, again and again."""
-        while True:
-            await asyncio.sleep(REPORT_S)
-            if self.trainer is not None:
-                await self.attempt(self.tell_load, "telling the trainer the load")
-                await self.attempt(self.send, "handing over to the trainer")
+                await self.attempt(act, what)
 
     async def attempt(self, act: Callable[[], Awaitable[None]], what: str) -> None:
         """Do it; what goes wrong is logged, the same again only after a while, and tried again at the next turn."""
@@ -296,7 +291,9 @@ class Refresh:
 
     async def tell_load(self) -> None:
         """How many requests run or wait here, when that is news. A trainer with a device of its own need not know."""
-        assert self.trainer is not None and self.host.runner is not None
+        if self.trainer is None:
+            return
+        assert self.host.runner is not None
         running, now = len(self.host.runner.engine.texts), self.clock()
         if self.settings.refresh.trainer.running is None or (running == self.told[0] and now < self.told[1] + REMIND_S):
             return
@@ -305,9 +302,8 @@ class Refresh:
 
     async def send(self) -> None:
         """Hand over what was captured, by reference; it is dropped and counted when the trainer is away."""
-        assert self.trainer is not None
-        batch = self.traces.take()
-        if not batch:
+        batch = self.traces.take() if self.trainer is not None else []
+        if self.trainer is None or not batch:
             return
         try:
             reference = await asyncio.to_thread(lambda: ray.put([trace.to_bytes() for trace in batch]))

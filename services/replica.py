@@ -58,8 +58,8 @@ class ModelReplica:
         self.outbox: Outbox[RequestRecord] = Outbox(MOST_RECORDS)
         self.host = ModelHost(settings, self.pilot, self.outbox.put)
         self.refresh = Refresh(settings, refresh, self.host, self.pilot.replica) if refresh is not None else None
-        beside = (self.refresh.tell, self.refresh.follow, self.refresh.deliver) if self.refresh is not None else ()
-        self.tasks = [asyncio.create_task(work()) for work in (self.load, self.report, self.write, *beside)]
+        beside = self.refresh.works() if self.refresh is not None else ()
+        self.tasks = [asyncio.create_task(work) for work in (self.load(), self.report(), self.write(), *beside)]
 
     # -- what the gateway calls ---------------------------------------------------------------------------------------------
 

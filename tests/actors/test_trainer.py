@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,12 @@ TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.
 
 def keeper(tmp_path: Path, settings: TrainerSettings = TRAINER, live: MLPSpeculator | None = None) -> TrainerKeeper:
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
-    return TrainerKeeper("toy", BASE, {"": (live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=lambda: 7.0)
+    now = partial(next, count(7.0))
+    return TrainerKeeper("toy", BASE, {"": (live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=now)
 
 
-def fed(found: TrainerKeeper, count: int = 80) -> TrainerKeeper:
-    for trace in many(count):
+def fed(found: TrainerKeeper, traces: int = 80) -> TrainerKeeper:
+    for trace in many(traces):
         found.add(trace.to_bytes())
     return found
 
@@ -99,7 +102,8 @@ def test_what_cannot_be_published_is_tried_again(tmp_path: Path) -> None:
     (tmp_path / "work" / "bundles").unlink()
     submission = worked(found)
     assert found.status()["candidates"]["passed"] == 1  # though it was judged twice
-    assert submission is not None and read_bundle(tmp_path / "work" / "bundles" / submission.manifest.version)
+    assert submission is not None and read_bundle(tmp_path / "artefacts" / "toy" / submission.manifest.version)
+    assert not list((tmp_path / "work" / "bundles").iterdir())  # what is published is not kept here too
 
 
 def test_traces_of_another_base_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -319,10 +323,10 @@ def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
 APART = replace(TRAINER, buffer=replace(TRAINER.buffer, tags=("law", "sql")))
 
 
-def spread(found: TrainerKeeper, count: int = 80, tags: tuple[str, ...] = ("", "law", "sql"), first: int = 0) -> TrainerKeeper:
+def spread(found: TrainerKeeper, traces: int = 80, tags: tuple[str, ...] = ("", "law", "sql"), first: int = 0) -> TrainerKeeper:
     """So many traces of each tag."""
     for place, tag in enumerate(tags):
-        for trace in many(count, tag=tag, first=first + 1000 * place):
+        for trace in many(traces, tag=tag, first=first + 1000 * place):
             found.add(trace.to_bytes())
     return found
 
@@ -360,8 +364,8 @@ def test_domains_take_turns_and_none_waits_for_ever(tmp_path: Path) -> None:
     """All have something to do at any time: the one with most fresh traces begins, and after that who has waited longest."""
     short = replace(SETTINGS, steps=1, interval=1, least_tokens=0, least_gain=99.0)
     found = keeper(tmp_path, replace(APART, refresh=short))
-    for tag, count in (("", 60), ("law", 70), ("sql", 80)):
-        spread(found, count, (tag,), first=count * 100)
+    for tag, traces in (("", 60), ("law", 70), ("sql", 80)):
+        spread(found, traces, (tag,), first=traces * 100)
     begun: list[str] = []
     while len(begun) < 9:
         domain = found.next()

@@ -75,7 +75,7 @@ class Stand:
         self.refresh = Refresh(self.settings, wanted, self.host, "r1", lambda: self.now)
 
     async def beat(self, count: int = 1) -> None:
-        """What `follow` does, at once."""
+        """What `works` do, at once."""
         for _ in range(count):
             for act in (self.refresh.report, self.refresh.register, self.refresh.change):
                 await self.refresh.attempt(act, "it")
@@ -371,21 +371,26 @@ async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(stand, harm, r
     assert stand.shown()["agrees"] and not stand.shown()["errors"]
 
 
-async def test_a_replica_tells_how_it_stands_while_it_loads(stand, monkeypatch):
-    go_on, load = threading.Event(), stand.host.load_version
-    monkeypatch.setattr(stand.host, "load_version", lambda *wanted: load(*wanted) if go_on.wait(30) else None)
+@pytest.mark.parametrize("held_up", ["loading", "publishing"])
+async def test_a_replica_tells_how_it_stands_whatever_holds_it_up(stand, monkeypatch, held_up):
+    go_on = threading.Event()
+    where, name = (stand.host, "load_version") if held_up == "loading" else (stand.refresh.artefacts, "publish")
+    act = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *wanted: act(*wanted) if go_on.wait(30) else None)
     monkeypatch.setattr(refresh, "REPORT_S", 0.01)
     version = stand.version(1).manifest.version
     stand.keeper.promote("toy", version, "operator")
+    stand.refresh.registered, stand.refresh.register_again = held_up == "loading", 0.0
     stand.registry.told.clear()
-    works = [asyncio.create_task(work()) for work in (stand.refresh.tell, stand.refresh.follow)]
+    works = [asyncio.create_task(work) for work in stand.refresh.works()]
     try:
         async with asyncio.timeout(30):
             while len(stand.registry.told) < 5:
                 await asyncio.sleep(0.01)
-            assert stand.host.pilot.version != version == stand.refresh.following.assignments[""].live.version
+            assert stand.refresh.following.assignments[""].live.version == version
+            assert held_up != "loading" or stand.host.pilot.version != version
             go_on.set()
-            while not stand.shown()["agrees"]:
+            while not (stand.shown()["agrees"] and stand.refresh.registered):
                 await asyncio.sleep(0.01)
     finally:
         go_on.set()
