@@ -77,7 +77,7 @@ def load_base(
 
 def mapped(config: PretrainedConfig, folder: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Base:
     """A base whose packed weights were in a file already: proven when they were packed, and not loaded again."""
-    executor = Native(config, tensors, torch.get_num_threads())
+    executor = Native(config, tensors, torch.get_num_threads(), dtype)
     try:
         generation: Any = GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -132,7 +132,7 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
     if not supported(model):
         return None
     tensors = dict(pack_model(model))
-    executor = Native(model.config, weights.private(tensors), torch.get_num_threads())
+    executor = Native(model.config, weights.private(tensors), torch.get_num_threads(), dtype)
     try:
         probe(model, executor, expected, dtype)
     except UnsupportedModel as error:
@@ -142,7 +142,7 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
         return executor
     try:
         weights.save(tensors, file)
-        return Native(model.config, weights.load(file), torch.get_num_threads())
+        return Native(model.config, weights.load(file), torch.get_num_threads(), dtype)
     except OSError as error:
         log.warning("packed weights cannot be shared in %s: %s", file.parent, error)
         return executor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.native import compiled
-from engine.native.packing import padded, panels
+from engine.native.packing import Kind, lossless, padded, panels
 from engine.native.weights import aligned
 
 
@@ -19,12 +19,12 @@ class NativeLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in]; bias: [out] or None."""
         lanes = compiled.lanes()
-        packed = aligned(panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all())))
+        packed = aligned(panels(weight, lanes, lossless(weight)))
         shift = None if bias is None else aligned(padded(bias.float(), packed.shape[0] * 2 * lanes))
         self.out, self.inputs, self.width = weight.shape[0], weight.shape[1], packed.shape[0] * 2 * lanes
         self.tensors = (packed, shift)
         place = None if shift is None else shift.data_ptr()
-        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], int(packed.dtype == torch.bfloat16), 0)
+        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], Kind.of(packed), 0)
         self.kernels = compiled.load()
 
     def __call__(self, x: Tensor) -> Tensor:
