@@ -138,7 +138,7 @@ def check_decoder(report: Report, name: str, config: Any, dtype: torch.dtype) ->
         dict(mode="modules"),
     ]
     for options in ways:
-        executor = Graphed(model_of(config, device, dtype), device, dtype, **options)
+        executor = Graphed(Eager(model_of(config, device, dtype), device, dtype), **options)
         store = KVStore(100)
         for _ in range(2):  # the first call captures, the second replays
             got, hidden = executor.forward(store, rows, tokens, range(len(tokens)))
@@ -176,7 +176,8 @@ def check_texts(report: Report, tiny: bool) -> None:
     found: dict[str, dict[str, list[int]]] = {}
     for name, policy, mode in (("oracle", "off", "oracle"), ("graphs", "off", "fused"), ("drafts", "fixed", "fused")):
         model = model_of(config, device, torch.float32)
-        base = base_of(model, Graphed(model, device, torch.float32, mode=mode), device, torch.float32)  # type: ignore[arg-type]
+        executor = Graphed(Eager(model, device, torch.float32), mode=mode)  # type: ignore[arg-type]
+        base = base_of(model, executor, device, torch.float32)
         flight = Flight(base, drafter_for(config, device, torch.float32), policy, 3, 2, slots=1024)
         requests = requests_of(prompts, 4 if tiny else 40) + requests_of(prompts, 4 if tiny else 40, 1.0, "t")
         found[name] = flight.run(requests).texts
@@ -190,7 +191,7 @@ def check_invariance(report: Report, dtype: torch.dtype, tiny: bool) -> None:
     config, device = small_llama(tiny), report.device
     length = 8 if tiny else 300
     for invariant in (True, False):
-        executor = Graphed(model_of(config, device, dtype), device, dtype, invariant=invariant)
+        executor = Graphed(Eager(model_of(config, device, dtype), device, dtype), invariant=invariant)
         want = last_logits(executor, length, length - 1, 0, 0)
         cases = [(length - 1, 0, 5), (length - 1, 4, 0), (length // 2, 3, 7), (3, 1, 12)]
         same = [bool(torch.equal(last_logits(executor, length, *case), want)) for case in cases]

@@ -70,7 +70,7 @@ def kernels() -> ctypes.CDLL | None:
     loaded.pool_new.argtypes = (c_int,)
     loaded.pool_free.argtypes = (c_void_p,)
     loaded.forward.argtypes = (c_void_p, POINTER(Model), POINTER(Batch))
-    loaded.gumbel.argtypes = (c_void_p, c_void_p, c_int, c_int64, c_void_p)
+    loaded.gumbel.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p)
     loaded.draw.argtypes = (c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_void_p)
     loaded.gumbel.restype = loaded.draw.restype = None
     loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)

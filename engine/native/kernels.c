@@ -1006,12 +1006,27 @@ INLINE uint32_t mix_one(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* Gumbel noise of every token for pairs of seed and position. seeds, positions: [rows]; out: [rows][vocab] */
-void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vocab, float *out) {
-    for (int row = 0; row < rows; ++row) {
-        uint32_t seed = mix_one((uint32_t)seeds[row]) + mix_one((uint32_t)((uint64_t)seeds[row] >> 32)) * 3;
-        uint32_t key = mix_one(seed + (uint32_t)positions[row] * 0x9E3779B9u);
-        for (int64_t first = 0; first < vocab; first += LANES) {
+#define STRETCH 4096 /* tokens of a row that one thread does at a time, a multiple of LANES */
+
+typedef struct {
+    const int64_t *seeds, *positions; /* [rows] */
+    int rows;
+    int64_t vocab;
+    float *out; /* [rows][vocab] */
+} Noise;
+
+static void noise_job(Pool *pool, int thread, const void *argument) {
+    const Noise *n = argument;
+    unsigned phase = atomic_load(&pool->phase);
+    int64_t vocab = n->vocab;
+    int stretches = (int)((vocab + STRETCH - 1) / STRETCH);
+    (void)thread;
+    for (int piece; (piece = take(pool, phase, 1)) < n->rows * stretches;) {
+        int row = piece / stretches;
+        int64_t begin = (int64_t)(piece % stretches) * STRETCH, end = begin + STRETCH < vocab ? begin + STRETCH : vocab;
+        uint32_t seed = mix_one((uint32_t)n->seeds[row]) + mix_one((uint32_t)((uint64_t)n->seeds[row] >> 32)) * 3;
+        uint32_t key = mix_one(seed + (uint32_t)n->positions[row] * 0x9E3779B9u);
+        for (int64_t first = begin; first < end; first += LANES) {
             uint32_t number[LANES], hashed[LANES];
             float noise[LANES];
             for (int i = 0; i < LANES; ++i) number[i] = key + (uint32_t)(first + i) * 0x85EBCA6Bu;
@@ -1021,9 +1036,17 @@ void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vo
                 vd g = -logarithm(-logarithm(u));
                 for (int i = 0; i < WIDE; ++i) noise[half * WIDE + i] = (float)g[i];
             }
-            memcpy(out + row * vocab + first, noise, sizeof(float) * (vocab - first < LANES ? vocab - first : LANES));
+            memcpy(n->out + row * vocab + first, noise, sizeof(float) * (end - first < LANES ? end - first : LANES));
         }
     }
+    barrier(pool, &phase);
+}
+
+/* Gumbel noise of every token for pairs of seed and position. seeds, positions: [rows]; out: [rows][vocab] */
+void gumbel(Pool *pool, const int64_t *seeds, const int64_t *positions, int rows, int64_t vocab, float *out) {
+    pthread_mutex_lock(&pool->busy);
+    run(pool, noise_job, &(Noise){seeds, positions, rows, vocab, out});
+    pthread_mutex_unlock(&pool->busy);
 }
 
 int lanes(void) { return LANES; }

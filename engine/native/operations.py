@@ -12,6 +12,8 @@ from engine.native import compiled
 from engine.native.packing import Kind, lossless, padded, panels
 from engine.native.weights import aligned
 
+SHARED = 2**15  # numbers of noise that are worth waking threads for
+
 
 class NativeLinear:
     """A linear layer in the kernels' layout. Weights that bfloat16 represents exactly are kept so."""
@@ -40,7 +42,8 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """`engine.sampling.gumbel` for tensors on a CPU."""
     out = torch.empty(len(seeds), vocab)
     whole = [tensor.to(torch.int64).contiguous() for tensor in (seeds, positions)]
-    compiled.load().gumbel(*(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
+    threads = torch.get_num_threads() if len(seeds) * vocab >= SHARED else 1
+    compiled.load().gumbel(compiled.pool(threads), *(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
     return out
 
 

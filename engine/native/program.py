@@ -112,6 +112,8 @@ class Native:
     dtype: the type that the model was loaded in; keys and values are bfloat16 if it is that, and float32 otherwise.
     """
 
+    invariant = True
+
     def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int, dtype: torch.dtype = torch.float32) -> None:
         self.kernels, self.tensors, self.vocab_size = compiled.load(), tensors, int(config.vocab_size)
         self.lanes = compiled.lanes()

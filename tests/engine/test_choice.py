@@ -1,0 +1,165 @@
+"""Which executor a base gets, and what becomes of a step that it cannot compute. The ways of a GPU are stood in for: none is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from engine import loading
+from engine.attention import KVStore, Row
+from engine.engine import Engine
+from engine.executor import DeviceLost, Eager
+from engine.gpu import triton
+from engine.gpu.graphs import MOST_REFUSALS, Graphed
+from engine.loading import UnsupportedModel, attach
+from engine.native import compiled
+from engine.native.program import Native
+from tests.engine.toys import mixed_requests, run, texts, toy_config, toy_model
+
+CPU = torch.device("cpu")
+
+
+def llama():
+    return toy_model(toy_config(), "ragged")
+
+
+def gemma():
+    return toy_model(CONFIG_MAPPING["gemma2"](**{**toy_config().to_diff_dict(), "model_type": "gemma2"}), "ragged")
+
+
+def test_eager_is_the_transformers_model_as_it_is():
+    base = attach(llama(), "eager")
+    assert type(base.executor) is Eager
+    assert all(type(module) is torch.nn.Linear for name, module in base.executor.model.named_modules() if name.endswith("_proj"))
+
+
+@pytest.mark.skipif(compiled.kernels() is None, reason="there is no C compiler")
+def test_invariance_is_had_from_native_kernels():
+    assert isinstance(attach(llama(), invariant=True).executor, Native)
+
+
+@pytest.mark.parametrize(("make", "executor"), [(gemma, "auto"), (llama, "eager")], ids=["shape", "eager"])
+def test_invariance_is_refused_where_it_cannot_be_had(make, executor):
+    with pytest.raises(UnsupportedModel, match=r"batch_invariant cannot be had from the Eager executor.*takes executor auto"):
+        attach(make(), executor, invariant=True)
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    """The CPU as a device that the GPU's executor is chosen for, without Triton."""
+    monkeypatch.setattr(loading, "ACCELERATORS", frozenset({"cpu"}))
+    monkeypatch.setattr(triton, "available", False)
+
+
+def test_a_gpu_gets_its_own_executor_which_falls_back_to_the_oracle(accelerated, caplog):
+    requests = mixed_requests(3)
+    plain = texts(run(Engine(attach(llama(), "eager"), slots=1024), requests))
+    with caplog.at_level("INFO"):
+        base = attach(llama())
+    assert isinstance(base.executor, Graphed) and base.executor.mode == "oracle"
+    assert "computed by oracle (Triton is not installed)" in caplog.text
+    assert texts(run(Engine(base, slots=1024), requests)) == plain
+    assert type(attach(llama(), "eager").executor) is Eager
+
+
+def test_what_a_gpu_computes_otherwise_is_no_promise(accelerated):
+    with pytest.raises(UnsupportedModel, match=r"from the Graphed executor \(Triton is not installed\)"):
+        attach(llama(), invariant=True)
+
+
+class Breaking(Graphed):
+    """All ways are there, computed by the oracle, and break when told to."""
+
+    broken: frozenset[tuple[str, bool]] = frozenset()
+    tried: list[tuple[str, bool]]
+
+    def __init__(self, **options):
+        super().__init__(Eager(llama(), CPU, torch.float32), **options)
+        self.tried = []
+
+    def fuse(self, positions, tuned):
+        self.fused = object()
+
+    def compute(self, store, rows, tokens, keep):
+        if hasattr(self, "tried"):
+            self.tried.append(self.way)
+        if self.way in self.broken:
+            raise RuntimeError(f"CUDA error in {self.way}")
+        return self.oracle.forward(store, rows, tokens, keep)
+
+    def ask_device(self, error):
+        if "lost" in self.broken:
+            raise DeviceLost("it does not answer") from error
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    monkeypatch.setattr(triton, "available", True)
+    return Breaking
+
+
+def once(executor):
+    row = Row(np.zeros(0, dtype=np.int64), [1, 2, 3], [-1, 0, 1], [0, 1, 2])
+    return executor.forward(KVStore(16), [row], [5, 6, 7], [2])[0]
+
+
+ALL = [("fused", True), ("fused", False), ("modules", True), ("modules", False), ("oracle", False)]
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_a_step_that_fails_is_computed_by_the_next_way_that_can(breaking, caplog, count):
+    executor = breaking()
+    assert executor.way == ALL[0]
+    want = once(executor)
+    executor.broken = frozenset(ALL[:count])
+    assert torch.equal(once(executor), want)
+    assert executor.way == (ALL[0] if count == 1 else ALL[count])
+    assert "CUDA error in ('fused', True)" in caplog.text
+    executor.tried.clear()
+    assert torch.equal(once(executor), want)
+    assert count == 1 or set(executor.tried) == {ALL[count]}, "and it stays with that"
+
+
+def test_a_capture_is_tried_again_unless_it_fails_again_and_again(breaking):
+    executor = breaking()
+    executor.broken = frozenset({("fused", True)})
+    for _ in range(MOST_REFUSALS):
+        once(executor)
+        assert executor.way == ("fused", True)
+    once(executor)
+    assert executor.way == ("fused", False) and "CUDA error" in executor.why
+
+
+def test_a_step_that_no_way_computes_is_at_fault_itself(breaking):
+    executor = breaking()
+    executor.broken = frozenset(ALL)
+    with pytest.raises(RuntimeError, match=r"CUDA error in \('fused', True\)"):
+        once(executor)
+    assert (executor.way, executor.why) == (ALL[0], "")
+    executor.broken = frozenset()
+    once(executor)
+    assert executor.tried[-1] == ALL[0]
+
+
+def test_an_invariant_way_is_not_left_for_one_that_is_not(breaking):
+    executor = breaking(invariant=True)
+    executor.broken = frozenset({("fused", True)})
+    once(executor)
+    assert executor.invariant
+    executor.broken = frozenset(ALL[:2])
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        once(executor)
+    assert executor.invariant and {way[0] for way in executor.tried} == {"fused"}
+
+
+def test_a_device_that_is_lost_ends_the_engine_and_not_one_request_after_another(breaking):
+    base = attach(llama(), "eager")
+    base.executor = breaking()
+    engine = Engine(base, slots=256)
+    engine.submit(mixed_requests(1)[0])
+    engine.step()
+    base.executor.broken = frozenset({*ALL, "lost"})
+    with pytest.raises(DeviceLost):
+        engine.step()
