@@ -114,7 +114,8 @@ def main(
         results.append({"model": folder.name, **sizes(bases), **near, "cells": cells})
         show(results[-1])
     if out:
-        content = {"command": sys.argv, "machine": machine(), "threads": threads, "bfloat16_by": WAYS[compiled.pairs()], "models": results}
+        command = ["python", "-m", "benchmarks.precision", *sys.argv[1:]]
+        content = {"command": command, "machine": machine(), "threads": threads, "bfloat16_by": WAYS[compiled.pairs()], "models": results}
         out.write_text(json.dumps(content, indent=2) + "\n")
 
 

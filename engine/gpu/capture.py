@@ -66,11 +66,11 @@ class Replay(Generic[T]):
 def capture(replay: Replay[Any], pool: Pool) -> torch.cuda.CUDAGraph:
     """Capture a replay's call; its result is the graph's output. Raises what the call raises, and what CUDA refuses to capture."""
     before, aside, graph = torch.cuda.current_stream(), pool.aside(), torch.cuda.CUDAGraph()
+    aside.wait_stream(before)
+    with torch.cuda.stream(aside):
+        replay.call()  # kernels are compiled and libraries set up outside of the capture
+    before.wait_stream(aside)
     try:
-        aside.wait_stream(before)
-        with torch.cuda.stream(aside):
-            replay.call()  # kernels are compiled and libraries set up outside of the capture
-        before.wait_stream(aside)
         with torch.cuda.graph(graph, pool.handle, aside, "thread_local"):  # another thread may load weights meanwhile
             replay.result = replay.call()
     except BaseException:

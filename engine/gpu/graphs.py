@@ -36,6 +36,7 @@ HALF_TOLERANCE = 5e-2
 CAPTURED = 1024  # tokens of a step, and
 SHORT = 64  # of a row in it; longer rows are prompts, whose time goes into arithmetic, and whose shapes rarely come again
 MOST_GRAPHS = 96
+HEADER = 1 << 15  # integers of a step beside the slots that it reads, amply
 MOST_REFUSALS = 3  # captures that may fail, because another thread disturbed them or memory was short, before none is tried any more
 
 
@@ -230,6 +231,7 @@ class Graphed:
             self.forget()
             if self.decoder is not None:
                 self.decoder.make_room(store)
+            self.staging.grow(store.slots + HEADER)  # now, since graphs read the buffer where it lies
             self.store = store
 
     def step(self, store: KVStore, geometry: Geometry) -> DeviceStep:

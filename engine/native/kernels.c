@@ -539,7 +539,7 @@ static void multiply(Pool *pool, unsigned phase, const Product *p) {
 }
 
 /* How bfloat16 is best multiplied with bfloat16 here: 2 by AMX, which the system must grant to the process, 1 by VDPBF16PS, 0 not at all.
- * Intel's processors take two cycles for a VDPBF16PS, which is half of what they do in float32. */
+ * The Intel processor that was measured takes two cycles for a VDPBF16PS, which is half of what it does in float32. */
 int pairs(void) {
 #if defined(AMX)
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) ? 0 : 2;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from engine.attention import KVStore, Row
 from engine.engine import Engine
 from engine.executor import DeviceLost, Eager
 from engine.gpu import triton
+from engine.gpu.capture import Pool, Replay
 from engine.gpu.graphs import MOST_REFUSALS, Graphed
 from engine.loading import UnsupportedModel, attach
 from engine.native import compiled
@@ -163,3 +166,97 @@ def test_a_device_that_is_lost_ends_the_engine_and_not_one_request_after_another
     base.executor.broken = frozenset({*ALL, "lost"})
     with pytest.raises(DeviceLost):
         engine.step()
+
+
+# -- captures -----------------------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Card:
+    """Stands in for `torch.cuda`: what is the present stream, and what was called and captured on which."""
+
+    def __init__(self, monkeypatch):
+        self.main = self.present = Stream()
+        self.called, self.captured, self.fails = [], [], False
+        for name in ("Stream", "current_stream", "set_stream", "stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, {"Stream": Stream, "CUDAGraph": Graph}.get(name) or getattr(self, name))
+
+    def current_stream(self):
+        return self.present
+
+    def set_stream(self, stream):
+        self.present = stream
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.present = self.present, stream
+        try:
+            yield
+        finally:
+            self.present = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream, mode):
+        """Like torch's, it leaves its stream in place when a capture fails."""
+        before, self.present = self.present, stream
+        self.captured.append((pool, stream, mode))
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        graph.handle = pool or object()
+        yield
+        self.present = before
+
+    def call(self):
+        self.called.append(self.present)
+
+
+class Graph:
+    def pool(self):
+        return self.handle
+
+    def replay(self):
+        pass
+
+
+def test_graphs_are_captured_on_the_stream_that_their_libraries_know_and_share_memory(monkeypatch):
+    card, pool = Card(monkeypatch), Pool(torch.device("cuda"))
+    for _ in range(2):
+        Replay(card.call, pool)
+    streams = {*card.called, *(stream for _, stream, _ in card.captured)}
+    assert len(card.called) == 4 and len(streams) == 1 and card.main not in streams
+    assert card.captured[0][0] is None and card.captured[1][0] is pool.handle and card.present is card.main
+    pool.renew()
+    Replay(card.call, pool)
+    assert card.captured[2][0] is None, "memory whose graphs are gone takes no new ones"
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch):
+    card, pool = Card(monkeypatch), Pool(torch.device("cuda"))
+    Replay(card.call, pool)
+    card.fails = True
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Replay(card.call, pool)
+    assert card.present is card.main
+    card.fails = False
+    Replay(card.call, pool)
+    (_, first, _), _, (handle, last, _) = card.captured
+    assert handle is None and last is not first
+
+
+def test_a_call_that_fails_before_it_is_captured_costs_no_stream(monkeypatch):
+    card, pool = Card(monkeypatch), Pool(torch.device("cuda"))
+    stream = pool.aside()
+
+    def out_of_resources():
+        raise ValueError("too much shared memory")
+
+    with pytest.raises(ValueError, match="shared memory"):
+        Replay(out_of_resources, pool)
+    assert card.present is card.main and pool.aside() is stream and not card.captured
