@@ -8,6 +8,7 @@ left for the next one, and the step is computed by that.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -37,7 +38,7 @@ CAPTURED = 1024  # tokens of a step, and
 SHORT = 64  # of a row in it; longer rows are prompts, whose time goes into arithmetic, and whose shapes rarely come again
 MOST_GRAPHS = 96
 HEADER = 1 << 15  # integers of a step beside the slots that it reads, amply
-MOST_REFUSALS = 3  # captures that may fail, because another thread disturbed them or memory was short, before none is tried any more
+MOST_REFUSALS = 8  # buckets that may not be captured, because another thread disturbed it or memory was short, before none is any more
 
 
 class Graphed:
@@ -68,8 +69,9 @@ class Graphed:
         self.fused: Decoder | None = None
         self.tuning: dict[str, float] = {}
         self.way: Way = (mode, capture)
-        self.why, self.refusals = "", 0
+        self.why = ""
         self.hopeless: set[Mode] = set()
+        self.refused: set[Bucket] = set()
         with on(self.device):
             self.staging, self.pool = Staging(self.device), Pool(self.device)
             self.choose(positions or longest(self.model), tuned)
@@ -104,6 +106,8 @@ class Graphed:
                     self.fuse(positions, tuned)
                 self.prove()
                 break
+            except DeviceLost:
+                raise
             except Exception as error:
                 self.pass_over(error)
         self.forget()
@@ -173,6 +177,7 @@ class Graphed:
         except Unmaskable:
             return self.oracle.forward(store, rows, tokens, keep)
         self.adopt(store)
+        captured = captured and geometry.bucket not in self.refused
         logits, hidden = self.replay(store, geometry) if captured else self.run(self.step(store, geometry))
         return logits[: geometry.kept, : self.vocab_size], hidden[: geometry.kept].clone()
 
@@ -185,18 +190,21 @@ class Graphed:
         An invariant way is not left for one that is not. Raises what the present way raised if no other computes the step either: then
         the step is at fault. Raises DeviceLost if the device answers nothing.
         """
-        self.ask_device(error)
         present, why, bound = self.way, self.why, self.invariant
         log.error("a step could not be computed by %s", named(present), exc_info=error)
+        self.tidy(error)
         for way in list(ways(*present))[1:]:
             if way[0] in self.hopeless or (bound and way[0] != "fused"):
                 continue
             try:
                 result = self.attempt(way, store, rows, tokens, keep)
+            except DeviceLost:
+                raise
             except Exception as another:
                 self.pass_over(another)
                 continue
-            self.settle(present, error)
+            self.why = f"{self.why}; {error!r}".lstrip("; ")
+            log.warning("forwards are computed by %s from now on", named(way))
             return result
         self.take(present)
         self.why = why
@@ -208,21 +216,15 @@ class Graphed:
         self.prove()
         return self.compute(store, rows, tokens, keep)
 
-    def settle(self, before: Way, error: Exception) -> None:
-        """Stay with the way that helped; but a capture that failed may succeed another time."""
-        if before == (self.mode, True) and self.refusals < MOST_REFUSALS:
-            self.refusals += 1
-            self.take(before)
-            return
-        self.why = f"{self.why}; {error!r}".lstrip("; ")
-        log.warning("forwards are computed by %s from now on", named(self.way))
-
-    def ask_device(self, error: Exception) -> None:
-        """Raise DeviceLost if the device answers nothing any more: such an error lasts until its process ends."""
+    def tidy(self, error: Exception) -> None:
+        """Give back what a failed step holds. Raises DeviceLost if the device answers nothing any more: such an error lasts as long as
+        its process."""
+        traceback.clear_frames(error.__traceback__)
         if self.device.type != "cuda":
             return
         try:
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
         except Exception as lost:
             raise DeviceLost(f"{self.device} does not answer: {lost}") from error
 
@@ -254,13 +256,24 @@ class Graphed:
         graph = self.graphs.pop(geometry.bucket, None)
         if graph is None:
             step = DeviceStep.of(store, geometry.bucket, buffer)
-            graph = Replay(lambda: self.hand_over(*self.run(step)), self.pool)
+            try:
+                graph = Replay(lambda: self.hand_over(*self.run(step)), self.pool)
+            except Exception as error:
+                self.refuse(geometry.bucket, error)
+                return self.run(step)
         self.graphs[geometry.bucket] = graph
         if len(self.graphs) > MOST_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
-        result = graph()
-        self.refusals = 0
-        return result
+        return graph()
+
+    def refuse(self, bucket: Bucket, error: Exception) -> None:
+        """Steps of a bucket that could not be captured are computed without; and all are, when that happens often."""
+        log.error("a step of %d tokens could not be captured", bucket.tokens, exc_info=error)
+        self.tidy(error)
+        self.refused.add(bucket)
+        if len(self.refused) > MOST_REFUSALS:
+            log.warning("nothing is captured from now on")
+            self.take((self.mode, False))
 
     def hand_over(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Results in the place where all graphs leave theirs, so that none keeps memory for its own."""

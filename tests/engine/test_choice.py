@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from engine import loading
 from engine.attention import KVStore, Row
 from engine.engine import Engine
 from engine.executor import DeviceLost, Eager
-from engine.gpu import triton
+from engine.gpu import graphs, triton
 from engine.gpu.capture import Pool, Replay
 from engine.gpu.graphs import MOST_REFUSALS, Graphed
 from engine.loading import UnsupportedModel, attach
@@ -92,7 +94,7 @@ class Breaking(Graphed):
             raise RuntimeError(f"CUDA error in {self.way}")
         return self.oracle.forward(store, rows, tokens, keep)
 
-    def ask_device(self, error):
+    def tidy(self, error):
         if "lost" in self.broken:
             raise DeviceLost("it does not answer") from error
 
@@ -118,21 +120,10 @@ def test_a_step_that_fails_is_computed_by_the_next_way_that_can(breaking, caplog
     want = once(executor)
     executor.broken = frozenset(ALL[:count])
     assert torch.equal(once(executor), want)
-    assert executor.way == (ALL[0] if count == 1 else ALL[count])
-    assert "CUDA error in ('fused', True)" in caplog.text
+    assert executor.way == ALL[count] and "CUDA error in ('fused', True)" in caplog.text
     executor.tried.clear()
     assert torch.equal(once(executor), want)
-    assert count == 1 or set(executor.tried) == {ALL[count]}, "and it stays with that"
-
-
-def test_a_capture_is_tried_again_unless_it_fails_again_and_again(breaking):
-    executor = breaking()
-    executor.broken = frozenset({("fused", True)})
-    for _ in range(MOST_REFUSALS):
-        once(executor)
-        assert executor.way == ("fused", True)
-    once(executor)
-    assert executor.way == ("fused", False) and "CUDA error" in executor.why
+    assert executor.tried == [ALL[count]], "and it stays with that"
 
 
 def test_a_step_that_no_way_computes_is_at_fault_itself(breaking):
@@ -169,6 +160,50 @@ def test_a_device_that_is_lost_ends_the_engine_and_not_one_request_after_another
 
 
 # -- captures -----------------------------------------------------------------------------------------------------------------------
+
+
+class Naming(Breaking):
+    """Its logits name the tokens that were read."""
+
+    def fuse(self, positions, tuned):
+        self.fused = SimpleNamespace(make_room=lambda store: None)
+
+    def prove(self):
+        pass
+
+    compute = Graphed.compute
+
+    def run(self, step):
+        ids = step.parts["ids"].long().index_select(0, step.parts["keep"])
+        return torch.nn.functional.one_hot(ids, self.vocab_size).float(), torch.zeros(len(ids), self.hidden_size)
+
+
+def test_what_cannot_be_captured_is_computed_without(breaking, monkeypatch, caplog):
+    executor, store = Naming(), KVStore(4096)
+    calls, refusing = [], {4}
+
+    def replay(call, pool):
+        calls.append(len(call()[0]))
+        if calls[-1] in refusing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    def read(count):
+        row = Row(np.zeros(0, dtype=np.int64), range(1, 1 + count), range(-1, count - 1), range(count))
+        return executor.forward(store, [row], range(5, 5 + count), range(count))[0].argmax(-1).tolist() == list(range(5, 5 + count))
+
+    monkeypatch.setattr(graphs, "Replay", replay)
+    assert all(read(count) for count in (4, 4, 2, 2, 4))
+    assert calls == [4, 2] and executor.way == ("fused", True) and "a step of 4 tokens could not be captured" in caplog.text
+    refusing.update(range(1, 65))
+    monkeypatch.setattr(executor, "cut", replace(executor.cut, programs=1))
+    sizes = [1, 8, 16, 24, 32, 48, 64]
+    assert all(read(count) for count in sizes) and executor.way == ("fused", True)
+    assert len(executor.refused) == MOST_REFUSALS
+    executor.cut = replace(executor.cut, split=256)
+    assert read(1) and executor.way == ("fused", False) and "nothing is captured" in caplog.text
+    calls.clear()
+    assert read(2) and not calls
 
 
 class Stream:
