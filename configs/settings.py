@@ -114,6 +114,22 @@ class EngineSettings(Section):
     max_waiting: int = Field(default=256, ge=1, le=2**20, description="Requests that may wait for a place; more are answered with 429.")
     chunk: int = Field(default=256, ge=1, le=2**20, description="Prompt tokens computed in one step, beside decoding.")
     max_context: Positive | None = Field(default=None, description="Longest prompt and answer together; none: the base's own.")
+    executor: Literal["auto", "eager"] = Field(
+        default="auto",
+        description="What computes forwards. auto: compiled kernels on a CPU, fused ones and CUDA graphs on a GPU, where they prove to "
+        "compute what the base does, and the base itself elsewhere; eager: the base itself, module by module in PyTorch.",
+    )
+    batch_invariant: bool = Field(
+        default=False,
+        description="Whether a token's logits must be the same bits whatever else is in a step, drafts included. The compiled kernels of "
+        "a CPU always compute so; on a GPU it costs speed, see docs/gpu.md. A model that cannot be computed so does not start.",
+    )
+
+    @model_validator(mode="after")
+    def computable(self) -> Self:
+        if self.batch_invariant and self.executor == "eager":
+            raise ValueError("batch_invariant needs executor auto: PyTorch's kernels depend on how many rows they compute")
+        return self
 
 
 class SamplingDefaults(Section):

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.attention import KVStore, Row
 from engine.capture import Recorder
 from engine.drafter import Draft, Drafter, Kept
+from engine.executor import DeviceLost
 from engine.loading import Base
 from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
 from engine.sampling import UNDRAWN, InvalidRequest, Sampler, draw
@@ -193,7 +194,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepReport:
-        """Advance every request that fits by one forward. Never raises for what a request or a drafter did."""
+        """Advance every request that fits by one forward. Never raises for what a request or a drafter did, but DeviceLost."""
         started = time.perf_counter()
         dropped = list(self.drop_cancelled())
         self.admit()
@@ -211,6 +212,8 @@ class Engine:
             logits, hidden = self.forward(plans)
             picks = self.draw(plans, logits)
             scores = [self.score(p, logits) for p in plans]
+        except DeviceLost:
+            raise
         except Exception as error:
             log.exception("a step failed; its %d requests fail with it", len(plans))
             return StepReport((*dropped, *self.fail(plans, error)), load, seconds=time.perf_counter() - started)

@@ -7,12 +7,18 @@ and is the oracle that the others are tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine.attention import KVStore, Row, lay_out
+
+Choice = Literal["auto", "eager"]  # the fastest executor that computes what the transformers model does, or that model itself
+
+
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more, and will not in this process."""
 
 
 class Executor(Protocol):
@@ -20,6 +26,11 @@ class Executor(Protocol):
 
     vocab_size: int
     hidden_size: int
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a token's logits are the same bits whatever else is computed beside it."""
+        ...
 
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Write the keys and values of T new tokens to their slots. rows: the requests, whose tokens are packed in row order.
@@ -30,7 +41,9 @@ class Executor(Protocol):
 
 
 class Eager:
-    """The transformers model itself, called module by module, with ragged attention."""
+    """The transformers model itself, called module by module, with ragged attention. Its libraries choose kernels by the number of rows."""
+
+    invariant = False
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype

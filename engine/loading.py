@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from engine.attention import IMPLEMENTATION, KVStore, Row, ragged_attention
-from engine.executor import Eager, Executor
+from engine.executor import Choice, Eager, Executor
+from engine.gpu.graphs import Graphed
 from engine.native import weights
 from engine.native.program import Native, pack_model, possible, supported
 from engine.packed import pack
@@ -24,6 +25,7 @@ from engine.tree import Tree
 
 log = logging.getLogger(__name__)
 PROBE_TOLERANCE = 2e-3  # largest difference of logits, relative to the largest logit, in float32
+ACCELERATORS = frozenset({"cuda"})  # types of devices that the kernels of `engine.gpu` are for
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -53,18 +55,23 @@ class Base:
 
 
 def load_base(
-    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, cache: Path | None = None, native: bool = True
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: Path | None = None,
+    executor: Choice = "auto",
+    invariant: bool = False,
 ) -> Base:
     """Load a base from a local folder or a hub id in the published format.
 
     cache: where weights packed for this processor are kept, to be mapped by every process of the host; None: private memory.
-    native False: plain PyTorch even where compiled kernels could serve.
-    Raises UnsupportedModel for an architecture that ragged attention cannot serve, OSError for a folder that cannot be read.
+    executor, invariant: see `attach`.
+    Raises UnsupportedModel for an architecture that cannot be served, or not so, OSError for a folder that cannot be read.
     """
     register()
     config = AutoConfig.from_pretrained(folder)
     refuse_layers(config)
-    packable = native and device == "cpu" and Path(folder).is_dir() and possible(config)
+    packable = executor == "auto" and device == "cpu" and Path(folder).is_dir() and possible(config)
     file = weights.file_for(Path(folder), cache, dtype) if cache and packable else None
     if file is not None and (tensors := weights.present(file)) is not None:
         return mapped(config, folder, tensors, dtype)
@@ -72,12 +79,12 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: {error}") from error
-    return attach(model.to(device).eval(), native, file)
+    return attach(model.to(device).eval(), executor, invariant, file)
 
 
 def mapped(config: PretrainedConfig, folder: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Base:
     """A base whose packed weights were in a file already: proven when they were packed, and not loaded again."""
-    executor = Native(config, tensors, torch.get_num_threads())
+    executor = Native(config, tensors, torch.get_num_threads(), dtype)
     try:
         generation: Any = GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -108,10 +115,11 @@ def register() -> None:
 
 
 @torch.inference_mode()
-def attach(model: Any, native: bool = True, file: Path | None = None) -> Base:
+def attach(model: Any, executor: Choice = "auto", invariant: bool = False, file: Path | None = None) -> Base:
     """Wrap a loaded model whose attention implementation is ours, after probing it.
 
-    native: whether compiled kernels may take over where they serve the model; file: where its packed weights will be kept.
+    executor: whether kernels of ours may take over where they compute what the model does; file: where its packed weights will be kept.
+    invariant: a token's logits must be the same bits whatever else is in a step. Raises UnsupportedModel where they would not be.
     """
     refuse_layers(model.config)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -119,12 +127,29 @@ def attach(model: Any, native: bool = True, file: Path | None = None) -> Base:
     eager = Eager(model, device, dtype)
     expected = plain_probe(model, eager.vocab_size)
     measured = probe(model, eager, expected, dtype)
-    executor: Executor = eager
-    if native and device.type == "cpu" and (compiled := compile_native(model, expected, dtype, file)):
-        executor, measured = compiled, compiled.bytes_per_token
-    elif native and pack(model):
-        executor = Eager(model, device, dtype)
-    return describe(model.config, executor, eos, device, dtype, measured)
+    chosen: Executor = eager if executor == "eager" else fastest(eager, expected, invariant, file)
+    if invariant and not chosen.invariant:
+        raise UnsupportedModel(varying(model.config, chosen))
+    return describe(model.config, chosen, eos, device, dtype, chosen.bytes_per_token if isinstance(chosen, Native) else measured)
+
+
+def fastest(eager: Eager, expected: Tensor, invariant: bool, file: Path | None) -> Executor:
+    """The fastest executor for the device that computes what the model does; each proves it by numbers, and says in the log why not."""
+    model, device, dtype = eager.model, eager.device, eager.dtype
+    if device.type in ACCELERATORS:
+        return Graphed(eager, invariant=invariant)
+    if device.type == "cpu" and (native := compile_native(model, expected, dtype, file)):
+        return native
+    return Eager(model, device, dtype) if pack(model) else eager
+
+
+def varying(config: PretrainedConfig, executor: Executor) -> str:
+    """Why logits would depend on what else is in a step, and what is needed so that they do not."""
+    why = f" ({executor.why})" if isinstance(executor, Graphed) else ""
+    return (
+        f"{config.model_type}: batch_invariant cannot be had from the {type(executor).__name__} executor{why}; it takes executor auto, and "
+        "a model that the native kernels serve (on a CPU, with a C compiler) or that is computed fused (on a GPU, with Triton)"
+    )
 
 
 def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path | None) -> Native | None:
@@ -132,7 +157,7 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
     if not supported(model):
         return None
     tensors = dict(pack_model(model))
-    executor = Native(model.config, weights.private(tensors), torch.get_num_threads())
+    executor = Native(model.config, weights.private(tensors), torch.get_num_threads(), dtype)
     try:
         probe(model, executor, expected, dtype)
     except UnsupportedModel as error:
@@ -142,7 +167,7 @@ def compile_native(model: Any, expected: Tensor, dtype: torch.dtype, file: Path 
         return executor
     try:
         weights.save(tensors, file)
-        return Native(model.config, weights.load(file), torch.get_num_threads())
+        return Native(model.config, weights.load(file), torch.get_num_threads(), dtype)
     except OSError as error:
         log.warning("packed weights cannot be shared in %s: %s", file.parent, error)
         return executor

@@ -60,7 +60,6 @@ class Telemetry:
             limits=self.limits if isinstance(self.limits, Limits) and _possible(self.limits) else None,
         )
 
-
     def _drafts(self) -> dict[str, DepthCounts]:
         """The counts that can be true, of a believable number of classes."""
         told = self.survival if isinstance(self.survival, Mapping) else {}

@@ -91,7 +91,8 @@ class ModelHost:
         s = self.settings
         if s.threads:
             torch.set_num_threads(s.threads)
-        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), Path(s.packed_weights) if s.packed_weights else None)
+        e, packed = s.engine, Path(s.packed_weights) if s.packed_weights else None
+        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), packed, e.executor, e.batch_invariant)
         self.speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
         version = self.configured_version = fingerprint(self.speculator) if self.speculator else ""
         drafter = build_drafter(
@@ -100,7 +101,6 @@ class ModelHost:
         if (versions := versions_of(drafter)) is not None:
             versions.ended = self.counted
         self.pilot.take(drafter)
-        e = s.engine
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
         sizes: dict[str, Any] = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
         engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, recorder=self.recorder(), slots=slots, **sizes)

@@ -12,6 +12,7 @@ from benchmarks.accelerator.flight import Flight, requests_of
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts
 from engine.attention import KVStore, Row
+from engine.gpu.graphs import named
 
 TEXTS, TOKENS, BATCH = 64, 256, 8
 
@@ -46,6 +47,7 @@ def compare(report: Report, subject: Subject, shape: Shape, invariant: bool, tin
             report.add(
                 model=subject.name, invariant=invariant, temperature=temperature, speculation=name, texts=count, differ=len(gaps),
                 tokens_before_flips=agreed, flips_per_token=len(gaps) / max(agreed, 1), gaps=sorted(gaps)[:16], tokens_per_second=rate,
+                used=named(subject.executor.way),
             )  # fmt: skip
 
 

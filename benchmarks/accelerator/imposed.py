@@ -31,7 +31,7 @@ class Imposed:
 
     def __init__(self, inner: Executor, chance: float, seed: int = 0) -> None:
         self.inner, self.chance, self.random = inner, chance, random.Random(seed)
-        self.vocab_size, self.hidden_size = inner.vocab_size, inner.hidden_size
+        self.vocab_size, self.hidden_size, self.invariant = inner.vocab_size, inner.hidden_size, inner.invariant
 
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         logits, hidden = self.inner.forward(store, rows, tokens, keep)

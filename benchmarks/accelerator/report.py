@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Report:
 def machine(device: torch.device) -> dict[str, Any]:
     """What it ran on."""
     found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    found["triton"] = version("triton") if find_spec("triton") else None
+    found["triton"] = import_module("triton").__version__ if find_spec("triton") else None
     if device.type == "cuda":
         found |= {"device": torch.cuda.get_device_name(device), "memory": torch.cuda.get_device_properties(device).total_memory}
     else:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig, 
 from drafters.config import MLPSpeculatorConfig
 from drafters.mlp import MLPSpeculator
 from engine.attention import IMPLEMENTATION
-from engine.executor import Executor
+from engine.executor import Eager, Executor
 from engine.gpu.graphs import Graphed
 from engine.loading import Base, describe, register
 
@@ -131,7 +131,7 @@ def inner_size(config: Any) -> int:
 
 
 def subject(name: str, model: Any, drafter: MLPSpeculator, device: torch.device, dtype: torch.dtype, **options: Any) -> Subject:
-    executor = Graphed(model, device, dtype, **options)
+    executor = Graphed(Eager(model, device, dtype), **options)
     return Subject(
         name, model, base_of(model, executor, device, dtype), executor, drafter, weight_bytes(model), kv_bytes(model), device, dtype
     )

@@ -13,6 +13,7 @@ from benchmarks.accelerator.imposed import PUBLISHED, PUBLISHED_DEPTH, Imposed, 
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts, random_subject
 from engine.attention import KVStore
+from engine.gpu.graphs import named
 
 BATCHES = (1, 4, 16, 64, 128)
 TOKENS = 128
@@ -82,6 +83,7 @@ def compare(
             tokens_per_step=flown.tokens / max(flown.steps, 1) / len(texts), over_off=flown.rate / off if off else None,
             step_ms=1e3 * flown.seconds / max(flown.steps, 1), draft_ms=1e3 * flown.draft_seconds / max(flown.steps, 1),
             drafting_share=flown.draft_seconds / flown.seconds, drafted=flown.drafted, accepted=flown.accepted,
+            used=named(subject.executor.way),
         )  # fmt: skip
 
 

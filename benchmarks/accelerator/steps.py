@@ -13,6 +13,7 @@ from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, random_subject
 from engine.attention import KVStore, Row
 from engine.drafter import Draft
+from engine.gpu.graphs import named
 from engine.sampling import Sampler, SamplingParams
 from engine.tree import Budget, Tree
 
@@ -117,6 +118,7 @@ class Bench:
         report.add(
             model=subject.name, batch=batch, prompt=prompt, depth=depth, candidates=width, rows=count, step_ms=1e3 * waited,
             device_ms=1e3 * device, floor_ms=1e3 * floor, of_floor=floor / waited, over_plain=waited / plain if plain else None,
+            used=named(subject.executor.way),
         )  # fmt: skip
 
 

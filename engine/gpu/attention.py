@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.attention import KVStore
 from engine.gpu import kernels
-from engine.gpu.layout import BITS, PER_TILE, Bucket, Geometry, power, sections
+from engine.gpu.layout import BITS, PER_TILE, Bucket, Geometry, power, room, sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class DeviceStep:
         parts, at = {}, 0
         for name, size in sections(bucket):
             parts[name] = data[at : at + size]
-            at += size
+            at += room(size)
         parts["bits"] = parts["bits"].view(torch.int64)
         parts["keep"] = parts["keep"][: bucket.kept]
         return cls(store, bucket, parts, data[at:])
@@ -91,17 +91,17 @@ def attend(
     cells = 0 if single else count * heads * bucket.splits
     sums = torch.empty(max(cells * dim, 1), dtype=torch.float32, device=query.device)
     stats = torch.empty(max(cells * 2, 1), dtype=torch.float32, device=query.device)
-    shape: dict[str, Any] = dict(HEADS=heads, DIM=dim, WIDE=power(dim), SPLITS=bucket.splits, SINKS=sinks is not None)
+    shape: dict[str, Any] = dict(HEADS=heads, DIM=dim, WIDE=power(dim), SINKS=sinks is not None)
     some = sinks if sinks is not None else stats
     kernels.attend_kernel[bucket.tiles, kv_heads, bucket.splits](
         query, keys, values, out, sums, stats, step.slots, parts["bits"], parts["order"], parts["reach"], parts["positions"],
-        *(parts[name] for name in PER_TILE), some, scale, softcap or 0.0, window or 0, bucket.split, heads * dim,
-        **shape, KV_HEADS=kv_heads, FOLD=heads // kv_heads, TILE=bucket.tile, BLOCK=32 if dim > 128 else 64,
+        *(parts[name] for name in PER_TILE), some, scale, softcap or 0.0, window or 0, bucket.split, bucket.splits, heads * dim,
+        **shape, SINGLE=single, KV_HEADS=kv_heads, FOLD=heads // kv_heads, TILE=bucket.tile, BLOCK=32 if dim > 128 else 64,
         SOFTCAP=softcap is not None, WINDOW=window is not None, PRECISION=precision(query),
         num_warps=4 if bucket.tile < 64 else 8, num_stages=3 if dim <= 128 else 2,
     )  # fmt: skip
     if not single:
-        kernels.combine_kernel[count, heads](sums, stats, out, parts["keys_of"], some, bucket.split, **shape, num_warps=1)
+        kernels.combine_kernel[count, heads](sums, stats, out, parts["keys_of"], some, bucket.split, bucket.splits, **shape, num_warps=1)
     return out
 
 

@@ -6,6 +6,7 @@ On a CPU a replay is the call itself, so that everything around it is the same t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,19 +14,37 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-MOST_GRAPHS = 96
 
 
 @dataclass(slots=True)
 class Pool:
-    """Memory of one device that graphs share: they never run at the same time."""
+    """Memory of one device that graphs share: they never run at the same time.
+
+    They are captured on one stream, after a call on that very stream: what libraries keep for each stream (cuBLAS its workspace) is then
+    made once, and in no graph's memory.
+    """
 
     device: torch.device
     handle: Any = field(default=None)
+    stream: Any = field(default=None)
 
     @property
     def captures(self) -> bool:
         return self.device.type == "cuda"
+
+    def aside(self) -> torch.cuda.Stream:
+        """The stream to capture on."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self.stream  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """Share no more with the graphs that there were: memory whose last graph is gone takes no new one."""
+        self.handle = None
+
+    def abandon(self) -> None:
+        """After a capture that failed: neither its memory nor its stream are used again."""
+        self.handle = self.stream = None
 
 
 class Replay(Generic[T]):
@@ -45,16 +64,19 @@ class Replay(Generic[T]):
 
 
 def capture(replay: Replay[Any], pool: Pool) -> torch.cuda.CUDAGraph:
-    """Capture a replay's call; its result is the graph's output."""
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
+    """Capture a replay's call; its result is the graph's output. Raises what the call raises, and what CUDA refuses to capture."""
+    before, aside, graph = torch.cuda.current_stream(), pool.aside(), torch.cuda.CUDAGraph()
+    aside.wait_stream(before)
     with torch.cuda.stream(aside):
         replay.call()  # kernels are compiled and libraries set up outside of the capture
-    torch.cuda.current_stream().wait_stream(aside)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="thread_local"):  # another thread may load weights meanwhile
-        replay.result = replay.call()
+    before.wait_stream(aside)
+    try:
+        with torch.cuda.graph(graph, pool.handle, aside, "thread_local"):  # another thread may load weights meanwhile
+            replay.result = replay.call()
+    except BaseException:
+        torch.cuda.set_stream(before)  # torch leaves the capture's stream in place when a capture fails
+        pool.abandon()
+        raise
     pool.handle = graph.pool()
     return graph
 
@@ -83,9 +105,10 @@ class Captured:
         return replay()[:count].clone()
 
 
-def seconds_of(call: Callable[[], object], repeats: int = 4) -> float:
-    """Seconds that a call takes on the GPU, launches left out: it is captured and replayed."""
-    replay = Replay(call, Pool(torch.device("cuda")))
+def seconds_of(call: Callable[[], object], pool: Pool, repeats: int = 4) -> float:
+    """Seconds that a call takes on the GPU, launches left out: it is captured, in memory of its own, and replayed."""
+    pool.renew()
+    replay = Replay(call, pool)
     replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
@@ -93,4 +116,10 @@ def seconds_of(call: Callable[[], object], repeats: int = 4) -> float:
         replay()
     end.record()
     torch.cuda.synchronize()
+    pool.renew()
     return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, streams, graphs and kernels are those of a GPU: the present device is the first one until it is said, in every thread."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

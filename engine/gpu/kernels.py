@@ -1,15 +1,18 @@
 # mypy: ignore-errors
-"""The kernels. Sums run in float32, in an order that depends on a row's own keys and on the tile sizes, never on other rows."""
+"""The kernels. Sums run in float32, in an order that depends on a row's own keys and on the tile sizes, never on other rows.
+
+What differs from step to step is a plain argument and not a constant, so that serving compiles few kernels.
+"""
 
 from engine.gpu.triton import jit, tl
 
 
-@jit
+@jit("split", "splits")
 def attend_kernel(
     query, keys, values, out, sums, stats, slots, bits, order, reach, positions, first, queries, offset, start, count, base, sinks,
-    scale, softcap, window, split, query_token,
+    scale, softcap, window, split, splits, query_token,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile's queries over one split of its keys, for one key head. Base-2 logarithms throughout."""
@@ -22,7 +25,7 @@ def attend_kernel(
         high = tl.minimum(low + split, total)
         row = tl.load(offset + tile) + tl.arange(0, TILE)
         real = row // FOLD < tl.load(queries + tile)
-        token = tl.load(order + tl.load(first + tile) + row // FOLD, mask=real, other=0)
+        token = tl.load(order + tl.load(first + tile) + row // FOLD, mask=real, other=0).to(tl.int64)
         head = kv_head * FOLD + row % FOLD
         dim = tl.arange(0, WIDE)
         inside = dim < DIM
@@ -62,7 +65,7 @@ def attend_kernel(
             mixed = mixed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
             top = high_score
         spot = token * HEADS + head
-        if SPLITS == 1:
+        if SINGLE:
             if SINKS:
                 sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
                 most = tl.maximum(top, sink)
@@ -72,16 +75,16 @@ def attend_kernel(
             mixed = mixed / tl.where(total_weight == 0.0, 1.0, total_weight)[:, None]
             tl.store(out + spot[:, None] * DIM + dim[None, :], mixed.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
         else:
-            cell = spot.to(tl.int64) * SPLITS + part
+            cell = spot * splits + part
             tl.store(sums + cell[:, None] * DIM + dim[None, :], mixed, mask=real[:, None] & inside[None, :])
             tl.store(stats + cell * 2, top, mask=real)
             tl.store(stats + cell * 2 + 1, total_weight, mask=real)
 
 
-@jit
+@jit("split", "splits")
 def combine_kernel(
-    sums, stats, out, keys_of, sinks, split,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
+    sums, stats, out, keys_of, sinks, split, splits,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query head, in order."""
     token = tl.program_id(0)
@@ -89,9 +92,10 @@ def combine_kernel(
     parts = (tl.load(keys_of + token) + split - 1) // split
     dim = tl.arange(0, WIDE)
     inside = dim < DIM
-    cell = (token.to(tl.int64) * HEADS + head) * SPLITS
-    index = tl.arange(0, SPLITS)
-    most = tl.max(tl.load(stats + (cell + index) * 2, mask=index < parts, other=float("-inf")), 0)
+    cell = (token.to(tl.int64) * HEADS + head) * splits
+    most = tl.full([1], float("-inf"), tl.float32)
+    for part in range(parts):
+        most = tl.maximum(most, tl.load(stats + (cell + part) * 2))
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         most = tl.maximum(most, sink)
@@ -108,7 +112,7 @@ def combine_kernel(
     tl.store(out + (token.to(tl.int64) * HEADS + head) * DIM + dim, mixed.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit()
 def scatter_kernel(
     mixed, query, keys, values, write, positions, cos, sin,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
@@ -147,7 +151,7 @@ def scatter_kernel(
         tl.store(target + DIM // 2, right, mask=inside)
 
 
-@jit
+@jit()
 def norm_kernel(x, weight, bias, out, width, eps, WIDE: tl.constexpr, CENTRED: tl.constexpr):
     """RMS normalisation of one row, or layer normalisation when CENTRED."""
     row = tl.program_id(0).to(tl.int64)
@@ -165,7 +169,7 @@ def norm_kernel(x, weight, bias, out, width, eps, WIDE: tl.constexpr, CENTRED: t
     tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit("rows")
 def linear_kernel(
     x, weight, bias, residual, out, rows, columns, inner,
     TILE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
@@ -209,7 +213,7 @@ def linear_kernel(
     tl.store(out + spot, total.to(out.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit()
 def gate_kernel(x, out, width, BLOCK: tl.constexpr):
     """silu(gate) * up of one row of [gate | up]."""
     row = tl.program_id(0).to(tl.int64)

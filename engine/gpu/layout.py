@@ -40,7 +40,7 @@ class Bucket:
     @property
     def header(self) -> int:
         """Integers before the list of slots."""
-        return self.tokens * (len(PER_TOKEN) + 2) + self.tiles * len(PER_TILE)
+        return sum(room(size) for _, size in sections(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def split_header(data: np.ndarray, bucket: Bucket) -> dict[str, np.ndarray]:
     views, at = {}, 0
     for name, size in sections(bucket):
         views[name] = data[at : at + size]
-        at += size
+        at += room(size)
     return views
 
 
@@ -124,6 +124,11 @@ def sections(bucket: Bucket) -> Iterator[tuple[str, int]]:
     yield "bits", 2 * bucket.tokens
     yield from ((name, bucket.tokens) for name in PER_TOKEN)
     yield from ((name, bucket.tiles) for name in PER_TILE)
+
+
+def room(size: int) -> int:
+    """Integers that a section takes: all begin at multiples of 16 bytes, since kernels for other beginnings would be compiled apart."""
+    return -(-size // 4) * 4
 
 
 def is_chain(parents: Sequence[int]) -> bool:

@@ -28,7 +28,7 @@ class Staging:
         """Make room for `size` integers. True if the buffer is another one now."""
         if size <= len(self.buffer):
             return False
-        self.allocate(2 * size)
+        self.allocate(max(2 * len(self.buffer), size))
         return True
 
     def put(self, data: np.ndarray) -> Tensor:

@@ -23,7 +23,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC
 
 
 class Linear(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("panels", c_int32), ("half", c_int32), ("pad", c_int32))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("panels", c_int32), ("kind", c_int32), ("pad", c_int32))
 
 
 class Layer(ctypes.Structure):
@@ -38,8 +38,9 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "pad")),
-        *((name, c_float) for name in ("eps", "scale", "embed_scale", "residual_scale", "logit_scale", "pad2")),
+        *((name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "paired")),
+        *((name, c_float) for name in ("eps", "scale", "embed_scale", "residual_scale", "logit_scale")),
+        ("halved", c_int32),
         *((name, c_void_p) for name in ("embed", "norm", "cosine", "sine")),
         ("head", Linear),
         ("layer", POINTER(Layer)),
@@ -69,7 +70,7 @@ def kernels() -> ctypes.CDLL | None:
     loaded.pool_new.argtypes = (c_int,)
     loaded.pool_free.argtypes = (c_void_p,)
     loaded.forward.argtypes = (c_void_p, POINTER(Model), POINTER(Batch))
-    loaded.gumbel.argtypes = (c_void_p, c_void_p, c_int, c_int64, c_void_p)
+    loaded.gumbel.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p)
     loaded.draw.argtypes = (c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_void_p)
     loaded.gumbel.restype = loaded.draw.restype = None
     loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)
@@ -98,6 +99,12 @@ def load() -> ctypes.CDLL:
 def lanes() -> int:
     """Floats in a vector; a panel of weights has twice as many columns."""
     return int(load().lanes())
+
+
+@functools.cache
+def pairs() -> int:
+    """How products of bfloat16 with bfloat16 are computed: 2 by AMX, 1 by AVX-512's dot products, 0 not at all."""
+    return int(load().pairs())
 
 
 @functools.cache

@@ -6,6 +6,10 @@
  *
  * Weights lie in panels of PANEL output columns, [panels][in][PANEL]: one stream from memory for up to ROWS rows of input.
  * Inputs of a product lie in tiles of m <= ROWS rows, [tiles][in][m].
+ *
+ * Where the processor multiplies bfloat16 and the model is to be computed in it, weights lie in blocks of DEEP inputs,
+ * [panels][in / DEEP][2][DEEP / 2][LANES][2], inputs are rounded to bfloat16 and lie row by row, [rows][in], and sums stay float32. AMX does it
+ * or VDPBF16PS, one of them for any number of rows: the two round differently.
  */
 #include <fenv.h>
 #include <math.h>
@@ -27,31 +31,46 @@
 #define ROWS 8
 #endif
 #define PANEL (2 * LANES)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define DEEP 32
+#define PAIRS /* products of bfloat16 with bfloat16, two at a time */
+#endif
+#if defined(PAIRS) && defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX /* and sixteen rows at a time */
+#endif
 #define QUERIES 8   /* queries of one head attended together */
 #define TOGETHER 64 /* queries of all heads attended together */
 #define SPINS 20000 /* turns of waiting before a thread sleeps */
+#define AHEAD 512   /* floats of weights that are fetched before they are needed */
 
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t vs __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
+enum { SINGLE, WIDENED, PAIRED }; /* float32; bfloat16, widened; bfloat16 in pairs of inputs, for bfloat16 inputs */
+
 typedef struct {
-    const void *weight;  /* panels, float32 or bfloat16 */
+    const void *weight;  /* panels */
     const float *bias;   /* [panels * PANEL] or NULL */
-    int32_t in, panels, half, pad;
+    int32_t in, panels, kind, pad;
 } Linear;
 
 typedef struct {
     const float *norm_attention, *norm_mlp, *norm_query, *norm_key; /* the last two [dim] or NULL */
     Linear qkv, out, gate_up, down;
-    float *keys, *values; /* [slots][kv_heads][dim] */
+    char *keys, *values;  /* [slots][kv_heads][dim], float32 or bfloat16 */
     int64_t window;       /* positions seen, 0: all */
 } Layer;
 
 typedef struct {
-    int32_t layers, hidden, heads, kv_heads, dim, pad;
-    float eps, scale, embed_scale, residual_scale, logit_scale, pad2;
+    int32_t layers, hidden, heads, kv_heads, dim, paired; /* paired: all weights are */
+    float eps, scale, embed_scale, residual_scale, logit_scale;
+    int32_t halved; /* keys and values are bfloat16 */
     const float *embed, *norm, *cosine, *sine; /* cosine, sine: [context][dim / 2] */
     Linear head;
     const Layer *layer;
@@ -208,6 +227,19 @@ INLINE vf load(const float *x) { return *(const vf *)x; }
 INLINE void store(float *x, vf v) { *(vf *)x = v; }
 INLINE vf all(float x) { return x - (vf){}; }
 
+/* To bfloat16, to the nearest, and back. */
+INLINE vs halve(vf v) {
+#ifdef PAIRS
+    return (vs)_mm512_cvtneps_pbh((__m512)v);
+#else
+    vi wrong = v != v;
+    vu bits = (vu)v, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((near & ~(vu)wrong) | (0x7fc0 & (vu)wrong), vs);
+#endif
+}
+
+INLINE vf widen(vs v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
+
 /* e^x, to about one unit in the last place; 0 below -87.3 */
 INLINE vf exponential(vf x) {
     vi tiny = x < all(-87.3f);
@@ -267,11 +299,11 @@ enum { STORE, ADD, GATE };
 
 typedef struct {
     const Linear *linear;
-    const float *input; /* tiles */
+    const void *input;  /* tiles of float32, or rows of bfloat16 for weights in pairs */
     int rows, size;     /* size: rows per tile */
     int kind;
     float scale;        /* of what is stored or added */
-    float *output;      /* STORE, ADD: [rows][stride]; GATE: tiles of [inner] */
+    void *output;       /* STORE, ADD: float [rows][stride]; GATE: inputs of the next product */
     int64_t stride;
 } Product;
 
@@ -287,19 +319,40 @@ INLINE float *tiled(float *base, int rows, int size, int64_t in, int m, int *ste
     return base + (int64_t)tile * size * in + (m - tile * size);
 }
 
+/* Where the inputs of one row of a product are written: float32, one every `step`, or bfloat16 side by side. */
+typedef struct { float *at; uint16_t *pairs; int64_t step; } Place;
+
+INLINE Place place(void *base, int paired, int rows, int size, int64_t in, int m) {
+    int step = 1;
+    float *at = paired ? NULL : tiled(base, rows, size, in, m, &step);
+    return (Place){at, paired ? (uint16_t *)base + m * in : NULL, step};
+}
+
+/* LANES inputs from k on. */
+INLINE void put(Place to, int64_t k, vf v) {
+    if (to.pairs) {
+        *(vs *)(to.pairs + k) = halve(v);
+        return;
+    }
+    float x[LANES];
+    store(x, v);
+    for (int i = 0; i < LANES; ++i) to.at[(k + i) * to.step] = x[i];
+}
+
+/* The sums of one row over one panel. m: the row within its tile of `step` rows. */
 INLINE void finish(const Product *p, int row, int panel, int m, int step, vf low, vf high) {
     if (p->linear->bias) {
         low += load(p->linear->bias + (int64_t)panel * PANEL);
         high += load(p->linear->bias + (int64_t)panel * PANEL + LANES);
     }
     if (p->kind == GATE) {
-        vf gated = low / (1.0f + exponential(-low)) * high;
-        float x[LANES], *out = p->output + (int64_t)(row - m) * (p->linear->panels * LANES) + (int64_t)panel * LANES * step + m;
-        store(x, gated);
-        for (int i = 0; i < LANES; ++i) out[i * step] = x[i];
+        int64_t inner = (int64_t)p->linear->panels * LANES;
+        float *tile = (float *)p->output + (int64_t)(row - m) * inner + m;
+        put((Place){tile, p->linear->kind == PAIRED ? (uint16_t *)p->output + row * inner : NULL, step}, (int64_t)panel * LANES,
+            low / (1.0f + exponential(-low)) * high);
         return;
     }
-    float *out = p->output + row * p->stride + (int64_t)panel * PANEL;
+    float *out = (float *)p->output + row * p->stride + (int64_t)panel * PANEL;
     low *= p->scale;
     high *= p->scale;
     if (p->kind == ADD) {
@@ -310,40 +363,49 @@ INLINE void finish(const Product *p, int row, int panel, int m, int step, vf low
     store(out + LANES, high);
 }
 
+/* sum + x * b: of floats, or of pairs of bfloat16. */
+INLINE vf accumulate(const int kind, vf sum, vf x, vf b) {
+#ifdef PAIRS
+    if (kind == PAIRED) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)b);
+#endif
+    return sum + x * b;
+}
+
 /* rows x together panels: each sum over k runs first to last, whatever the shape of the tile. */
-INLINE void tile(const Product *p, const int rows, const int together, const int half, int row, int panel) {
-    const int in = p->linear->in;
-    const float *a = p->input + (int64_t)row * in;
-    const float *w[4];
-    const uint32_t *h[4];
+INLINE void tile(const Product *p, const int rows, const int together, const int kind, int row, int panel) {
+    const int steps = kind == PAIRED ? p->linear->in / 2 : p->linear->in, width = kind == WIDENED ? LANES : PANEL; /* in floats */
+    const float *a = (const float *)p->input + (int64_t)row * steps, *w[4];
     vf sum[2 * ROWS]; /* [rows][2 * together]; arrays have constant sizes so that they become registers */
-    for (int j = 0; j < together; ++j) {
-        w[j] = (const float *)p->linear->weight + (int64_t)(panel + j) * in * PANEL;
-        h[j] = (const uint32_t *)p->linear->weight + (int64_t)(panel + j) * in * LANES;
-    }
+    for (int j = 0; j < together; ++j) w[j] = (const float *)p->linear->weight + (int64_t)(panel + j) * steps * width;
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
         for (int j = 0; j < 2 * together; ++j) sum[r * 2 * together + j] = (vf){};
 #pragma GCC unroll 1
-    for (int k = 0; k < in; ++k) {
+    for (int k = 0; k < steps; ++k) {
         vf b[8];
 #pragma GCC unroll 4
         for (int j = 0; j < together; ++j) {
-            if (half) {
-                vu pair = *(const vu *)(h[j] + (int64_t)k * LANES);
+            const float *at = w[j] + (int64_t)k * width, *next = at + LANES;
+#ifdef PAIRS
+            if (kind == PAIRED) at = w[j] + (k + (k & -(DEEP / 2))) * (int64_t)LANES, next = at + DEEP / 2 * LANES;
+#endif
+            __builtin_prefetch(at + AHEAD);
+            if (kind != WIDENED) __builtin_prefetch(next + AHEAD);
+            if (kind == WIDENED) {
+                vu pair = *(const vu *)at;
                 b[2 * j] = (vf)(pair << 16);
                 b[2 * j + 1] = (vf)(pair & 0xffff0000u);
             } else {
-                b[2 * j] = load(w[j] + (int64_t)k * PANEL);
-                b[2 * j + 1] = load(w[j] + (int64_t)k * PANEL + LANES);
+                b[2 * j] = load(at);
+                b[2 * j + 1] = load(next);
             }
         }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
-            vf x = all(a[(int64_t)k * rows + r]);
+            vf x = kind == PAIRED ? (vf)(((const int32_t *)a)[(int64_t)r * steps + k] - (vi){}) : all(a[(int64_t)k * rows + r]);
 #pragma GCC unroll 8
-            for (int j = 0; j < 2 * together; ++j) sum[r * 2 * together + j] += x * b[j];
+            for (int j = 0; j < 2 * together; ++j) sum[r * 2 * together + j] = accumulate(kind, sum[r * 2 * together + j], x, b[j]);
         }
     }
 #pragma GCC unroll 12
@@ -352,11 +414,19 @@ INLINE void tile(const Product *p, const int rows, const int together, const int
         for (int j = 0; j < together; ++j) finish(p, row + r, panel + j, r, rows, sum[(r * together + j) * 2], sum[(r * together + j) * 2 + 1]);
 }
 
+#if defined(PAIRS) && !defined(AMX)
+#define KINDS(rows, together, row, panel) \
+    p->linear->kind == PAIRED    ? tile(p, rows, together, PAIRED, row, panel) \
+    : p->linear->kind == WIDENED ? tile(p, rows, together, WIDENED, row, panel) \
+                                 : tile(p, rows, together, SINGLE, row, panel)
+#else
+#define KINDS(rows, together, row, panel) \
+    p->linear->kind == WIDENED ? tile(p, rows, together, WIDENED, row, panel) : tile(p, rows, together, SINGLE, row, panel)
+#endif
 #define TILE(n) \
-    case n: half ? tile(p, n, 1, 1, row, panel) : tile(p, n, 1, 0, row, panel); break;
+    case n: KINDS(n, 1, row, panel); break;
 
 static void tile_of(const Product *p, int rows, int row, int panel) {
-    const int half = p->linear->half;
     switch (rows) {
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if ROWS > 6
@@ -368,8 +438,86 @@ static void tile_of(const Product *p, int rows, int row, int panel) {
     }
 }
 
-static void tiles_of_one_row(const Product *p, int panel) { p->linear->half ? tile(p, 1, 4, 1, 0, panel) : tile(p, 1, 4, 0, 0, panel); }
-static void tiles_of_two_rows(const Product *p, int panel) { p->linear->half ? tile(p, 2, 2, 1, 0, panel) : tile(p, 2, 2, 0, 0, panel); }
+static void tiles_of_one_row(const Product *p, int panel) { KINDS(1, 4, 0, panel); }
+static void tiles_of_two_rows(const Product *p, int panel) { KINDS(2, 2, 0, panel); }
+
+#ifdef AMX
+#define HIGH 16  /* rows of a tile register */
+#define BYTES 64 /* of one of them: DEEP inputs, two of each of LANES columns, or as many sums */
+
+typedef struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } Shapes;
+
+INLINE int high_rows(int rows) {
+    int tiles = (rows + HIGH - 1) / HIGH;
+    return tiles ? (rows + tiles - 1) / tiles : 1;
+}
+
+/* A tile register is loaded row by row, which no processor sees coming. */
+INLINE void fetch_register(const char *w) {
+    for (int i = 0; i < HIGH; ++i) __builtin_prefetch(w + i * BYTES);
+}
+
+/* One or two tiles of `size` rows by one panel. Rows beyond the last are computed from whatever lies there, and dropped. */
+INLINE void block(const Product *p, const int both, int size, int row, int panel) {
+    int64_t pitch = (int64_t)p->linear->in * 2;
+    const char *a = (const char *)p->input + row * pitch, *w = (const char *)p->linear->weight + panel * pitch * PANEL;
+    float sum[4][HIGH][LANES] __attribute__((aligned(BYTES)));
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < pitch; k += BYTES, w += 2 * HIGH * BYTES) {
+        fetch_register(w + HIGH * BYTES);
+        _tile_loadd(6, w, BYTES);
+        fetch_register(w + 2 * HIGH * BYTES);
+        _tile_loadd(7, w + HIGH * BYTES, BYTES);
+        _tile_loadd(4, a + k, pitch);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, a + k + size * pitch, pitch);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sum[0], BYTES);
+    _tile_stored(1, sum[1], BYTES);
+    if (both) {
+        _tile_stored(2, sum[2], BYTES);
+        _tile_stored(3, sum[3], BYTES);
+    }
+    __asm__ volatile("" ::: "memory"); /* some compilers do not know that the registers were stored there */
+    for (int r = 0; r < (both ? 2 : 1) * size && row + r < p->rows; ++r) {
+        int low = r < size ? 0 : 2, at = r < size ? r : r - size;
+        finish(p, row + r, panel, 0, 0, load(sum[low][at]), load(sum[low + 1][at]));
+    }
+}
+
+static void blocks(const Product *p, int panel) {
+    int size = high_rows(p->rows), row = 0;
+    for (; row + size < p->rows; row += 2 * size) block(p, 1, size, row, panel);
+    if (row < p->rows) block(p, 0, size, row, panel);
+}
+#endif
+
+/* Before products of so many rows in pairs, and once more before those of another number. Registers 0 to 3 hold sums and 4 and 5 inputs of
+ * as many rows as a tile has, 6 and 7 weights. */
+INLINE void open_registers(int paired, int rows) {
+#ifdef AMX
+    Shapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; ++i) shapes.bytes[i] = BYTES, shapes.rows[i] = (uint8_t)(i < 6 ? high_rows(rows) : HIGH);
+    if (paired) _tile_loadconfig(&shapes);
+#endif
+}
+
+/* After them: registers in use would be saved and restored whenever another thread gets the processor. */
+INLINE void close_registers(int paired) {
+#ifdef AMX
+    if (paired) _tile_release();
+#endif
+}
 
 /* This thread's share of a product. Ends without a barrier. */
 static void multiply(Pool *pool, unsigned phase, const Product *p) {
@@ -380,11 +528,27 @@ static void multiply(Pool *pool, unsigned phase, const Product *p) {
     if (share >= together) share -= share % together;
     for (int first; (first = take(pool, phase, share)) < panels;) {
         int last = first + share < panels ? first + share : panels, panel = first;
+#ifdef AMX
+        for (; p->linear->kind == PAIRED && panel < last; ++panel) blocks(p, panel);
+#endif
         for (; p->rows == 1 && panel + 4 <= last; panel += 4) tiles_of_one_row(p, panel);
         for (; p->rows == 2 && panel + 2 <= last; panel += 2) tiles_of_two_rows(p, panel);
         for (; panel < last; ++panel)
             for (int row = 0; row < p->rows; row += p->size) tile_of(p, p->rows - row < p->size ? p->rows - row : p->size, row, panel);
     }
+}
+
+/* How bfloat16 is best multiplied with bfloat16 here: 2 by AMX, which the system must grant to the process, 1 by VDPBF16PS, 0 not at all.
+ * The Intel processor that was measured takes two cycles for a VDPBF16PS, which is half of what it does in float32. */
+int pairs(void) {
+#if defined(AMX)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) ? 0 : 2;
+#elif defined(PAIRS)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") ? 0 : 1;
+#else
+    return 0;
+#endif
 }
 
 /* ---- norms and rotation ----------------------------------------------------------------------------------------------------------- */
@@ -395,18 +559,16 @@ INLINE float inverse_rms(const float *x, int n, float eps) {
     return 1.0f / sqrtf(fold(sum) / (float)n + eps);
 }
 
-/* RMS norm of rows into tiles, and plainly as well where `plain` is given. */
-static void normalise(Pool *pool, unsigned phase, const float *x, int rows, int n, const float *weight, float eps, float *tiles, float *plain) {
-    int size = tile_rows(rows);
+/* RMS norm of rows as inputs of a product, and plainly as well where `plain` is given. */
+static void normalise(Pool *pool, unsigned phase, const Model *model, const float *x, int rows, const float *weight, void *inputs, float *plain) {
+    int n = model->hidden, size = tile_rows(rows);
     for (int m; (m = take(pool, phase, 1)) < rows;) {
         const float *row = x + (int64_t)m * n;
-        float factor = inverse_rms(row, n, eps), y[LANES];
-        int step;
-        float *out = tiled(tiles, rows, size, n, m, &step);
+        float factor = inverse_rms(row, n, model->eps);
+        Place to = place(inputs, model->paired, rows, size, n, m);
         for (int i = 0; i < n; i += LANES) {
             vf v = load(row + i) * factor * load(weight + i);
-            store(y, v);
-            for (int j = 0; j < LANES; ++j) out[(int64_t)(i + j) * step] = y[j];
+            put(to, i, v);
             if (plain) store(plain + (int64_t)m * n + i, v);
         }
     }
@@ -449,24 +611,31 @@ typedef struct {
 } Forward;
 
 /* Slots lie anywhere, so the processor cannot guess which come next. */
-INLINE void fetch(const float *x, int count) {
-    for (int i = 0; i < count; i += 16) __builtin_prefetch(x + i);
+INLINE void fetch(const char *x, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
 }
 
-/* Scores of each head's queries with `count` keys from `from` on. query, out: [heads][queries]; keys: of the first head. */
-INLINE void score(const int dim, int heads, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots,
-                  int from, int count, float scale, float *const *out) {
+/* LANES floats of keys or values. */
+INLINE vf recall(const int halved, const char *x) { return halved ? widen(*(const vs *)x) : load((const float *)x); }
+
+INLINE int bytes_of(int halved) { return halved ? 2 : 4; }
+
+/* Scores of each head's queries with `count` keys from `from` on. query, out: [heads][queries]; keys: of the first head; pitch: bytes from
+ * slot to slot. */
+INLINE void score(const int halved, const int dim, int heads, int queries, const float *const *query, const char *keys, int64_t pitch,
+                  const int32_t *slots, int from, int count, float scale, float *const *out) {
+    const int each = bytes_of(halved);
     for (int first = from; first < from + count; first += LANES) {
         int many = from + count - first < LANES ? from + count - first : LANES;
-        for (int j = 0; j < many && first + j + LANES < from + count; ++j) fetch(keys + slots[first + j + LANES] * pitch, heads * dim);
+        for (int j = 0; j < many && first + j + LANES < from + count; ++j) fetch(keys + slots[first + j + LANES] * pitch, heads * dim * each);
         for (int h = 0; h < heads; ++h) {
             vf part[QUERIES][LANES];
             for (int j = 0; j < many; ++j) {
-                const float *key = keys + slots[first + j] * pitch + h * dim;
+                const char *key = keys + slots[first + j] * pitch + h * dim * each;
                 for (int q = 0; q < queries; ++q) {
                     const float *one = query[h * queries + q];
-                    vf sum = load(one) * load(key);
-                    for (int i = LANES; i < dim; i += LANES) sum += load(one + i) * load(key + i);
+                    vf sum = load(one) * recall(halved, key);
+                    for (int i = LANES; i < dim; i += LANES) sum += load(one + i) * recall(halved, key + i * each);
                     part[q][j] = sum;
                 }
             }
@@ -486,11 +655,13 @@ INLINE void score(const int dim, int heads, int queries, const float *const *que
     }
 }
 
-INLINE void score_of(int dim, int heads, int queries, const float *const *query, const float *keys, int64_t pitch, const int32_t *slots, int from,
-                     int count, float scale, float *const *out) {
-    if (dim == 64) score(64, heads, queries, query, keys, pitch, slots, from, count, scale, out);
-    else if (dim == 128) score(128, heads, queries, query, keys, pitch, slots, from, count, scale, out);
-    else score(dim, heads, queries, query, keys, pitch, slots, from, count, scale, out);
+#define SCORE(halved, dim) score(halved, dim, heads, queries, query, keys, pitch, slots, from, count, scale, out)
+
+static void score_of(int halved, int dim, int heads, int queries, const float *const *query, const char *keys, int64_t pitch,
+                     const int32_t *slots, int from, int count, float scale, float *const *out) {
+    if (dim == 64) halved ? SCORE(1, 64) : SCORE(0, 64);
+    else if (dim == 128) halved ? SCORE(1, 128) : SCORE(0, 128);
+    else halved ? SCORE(1, dim) : SCORE(0, dim);
 }
 
 /* Scores to weights over [from, length), zero before; the sum's inverse. */
@@ -517,18 +688,19 @@ INLINE float softmax(float *s, int from, int length) {
 
 #define WIDTH 4 /* vectors of a head's value that are summed together */
 
-INLINE void weigh_part(const int vectors, const int together, const float *const *weights, const float *values, int64_t pitch,
+INLINE void weigh_part(const int halved, const int vectors, const int together, const float *const *weights, const char *values, int64_t pitch,
                        const int32_t *slots, int from, int to, float *const *out, int at) {
+    const int each = bytes_of(halved);
     vf sum[4][WIDTH];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q)
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; ++i) sum[q][i] = load(out[q] + at + i * LANES);
     for (int j = from; j < to; ++j) {
-        const float *value = values + slots[j] * pitch + at;
+        const char *value = values + slots[j] * pitch + at * each;
         vf v[WIDTH];
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; ++i) v[i] = load(value + i * LANES);
+        for (int i = 0; i < vectors; ++i) v[i] = recall(halved, value + i * LANES * each);
 #pragma GCC unroll 4
         for (int q = 0; q < together; ++q) {
             vf w = all(weights[q][j]);
@@ -543,25 +715,39 @@ INLINE void weigh_part(const int vectors, const int together, const float *const
 }
 
 /* out += sum over j in [from, to) of weights[j] * value of slot j, first to last. weights, out: [heads][queries]. */
-static void weigh(int dim, int heads, int queries, const float *const *weights, const float *values, int64_t pitch, const int32_t *slots, int from,
-                  int to, float *const *out) {
+INLINE void weigh(const int halved, int dim, int heads, int queries, const float *const *weights, const char *values, int64_t pitch,
+                  const int32_t *slots, int from, int to, float *const *out) {
     for (int first = from; first < to; first += LANES) {
         int last = first + LANES < to ? first + LANES : to;
-        for (int j = last; j < last + LANES && j < to; ++j) fetch(values + slots[j] * pitch, heads * dim);
+        for (int j = last; j < last + LANES && j < to; ++j) fetch(values + slots[j] * pitch, heads * dim * bytes_of(halved));
         for (int h = 0; h < heads; ++h)
             for (int q = 0, step; q < queries; q += step) {
                 const float *const *w = weights + h * queries + q;
                 float *const *o = out + h * queries + q;
-                const float *v = values + h * dim;
+                const char *v = values + h * dim * bytes_of(halved);
                 int d = 0;
                 step = queries - q >= 4 ? 4 : 1;
                 for (; d + WIDTH * LANES <= dim; d += WIDTH * LANES)
-                    step == 4 ? weigh_part(WIDTH, 4, w, v, pitch, slots, first, last, o, d)
-                              : weigh_part(WIDTH, 1, w, v, pitch, slots, first, last, o, d);
+                    step == 4 ? weigh_part(halved, WIDTH, 4, w, v, pitch, slots, first, last, o, d)
+                              : weigh_part(halved, WIDTH, 1, w, v, pitch, slots, first, last, o, d);
                 for (; d < dim; d += LANES)
-                    step == 4 ? weigh_part(1, 4, w, v, pitch, slots, first, last, o, d) : weigh_part(1, 1, w, v, pitch, slots, first, last, o, d);
+                    step == 4 ? weigh_part(halved, 1, 4, w, v, pitch, slots, first, last, o, d)
+                              : weigh_part(halved, 1, 1, w, v, pitch, slots, first, last, o, d);
             }
     }
+}
+
+static void weigh_of(int halved, int dim, int heads, int queries, const float *const *weights, const char *values, int64_t pitch,
+                     const int32_t *slots, int from, int to, float *const *out) {
+    halved ? weigh(1, dim, heads, queries, weights, values, pitch, slots, from, to, out)
+           : weigh(0, dim, heads, queries, weights, values, pitch, slots, from, to, out);
+}
+
+/* Write one token's keys or values of all heads to its slot. */
+INLINE void remember(int halved, char *store, int64_t slot, const float *x, int count) {
+    char *to = store + slot * count * bytes_of(halved);
+    if (!halved) memcpy(to, x, sizeof(float) * count);
+    else for (int i = 0; i < count; i += LANES) *(vs *)(to + 2 * i) = halve(load(x + i));
 }
 
 /* Some new tokens of one row with kv heads [first_head, first_head + heads): at most QUERIES queries of each, TOGETHER in all. */
@@ -570,8 +756,9 @@ static void attend(const Forward *f, const Part *part, const Layer *layer, Unit 
     const Model *m = f->model;
     const Row *row = f->batch->row + unit.row;
     int dim = m->dim, group = m->heads / m->kv_heads, tree = row->parents != NULL, all_queries = heads * queries;
-    int64_t pitch = (int64_t)m->kv_heads * dim;
-    const float *keys = layer->keys + (int64_t)first_head * dim, *values = layer->values + (int64_t)first_head * dim;
+    int halved = m->halved, each = dim * bytes_of(halved); /* bytes of a head */
+    int64_t pitch = (int64_t)m->kv_heads * each;
+    const char *keys = layer->keys + (int64_t)first_head * each, *values = layer->values + (int64_t)first_head * each;
     const int32_t *slots = f->keys[unit.row];
     const float *query[TOGETHER];
     float *scores[TOGETHER], *out[TOGETHER], sums[TOGETHER], *results = scratch + TOGETHER * f->longest;
@@ -593,23 +780,25 @@ static void attend(const Forward *f, const Part *part, const Layer *layer, Unit 
         out[i] = results + i * dim;
     }
     memset(results, 0, sizeof(float) * all_queries * dim);
-    score_of(dim, heads, queries, query, keys, pitch, slots, begin, shared - begin, m->scale, scores);
+    score_of(halved, dim, heads, queries, query, keys, pitch, slots, begin, shared - begin, m->scale, scores);
     for (int i = 0; i < all_queries; ++i) {
         int q = i % queries;
         float *tail[1] = {scores[i] + row->length};
-        if (tree) score_of(dim, 1, 1, query + i, keys + i / queries * dim, pitch, f->paths[token[q]], 0, length[q] - row->length, m->scale, tail);
+        if (tree)
+            score_of(halved, dim, 1, 1, query + i, keys + i / queries * each, pitch, f->paths[token[q]], 0, length[q] - row->length, m->scale, tail);
         sums[i] = softmax(scores[i], from[q], length[q]);
         for (int j = begin; j < from[q] / LANES * LANES; ++j) scores[i][j] = 0;
     }
-    weigh(dim, heads, queries, (const float *const *)scores, values, pitch, slots, begin, least, out);
+    weigh_of(halved, dim, heads, queries, (const float *const *)scores, values, pitch, slots, begin, least, out);
     for (int i = 0; i < all_queries; ++i) {
-        int q = i % queries, head = (first_head + i / queries) * group + (first_query + q) % group, step;
-        const float *tail[1] = {tree ? scores[i] + row->length : scores[i]}, *v = values + i / queries * dim;
-        if (tree) weigh(dim, 1, 1, tail, v, pitch, f->paths[token[q]], 0, length[q] - row->length, out + i);
-        else if (length[q] > least) weigh(dim, 1, 1, tail, v, pitch, slots, least, length[q], out + i);
-        int place = part->place ? part->place[token[q]] : token[q];
-        float *to = tiled(f->tiles, part->rows, tile_rows(part->rows), (int64_t)m->heads * dim, place, &step) + (int64_t)head * dim * step;
-        for (int d = 0; d < dim; ++d) to[(int64_t)d * step] = out[i][d] * sums[i];
+        int q = i % queries, head = (first_head + i / queries) * group + (first_query + q) % group;
+        const float *tail[1] = {tree ? scores[i] + row->length : scores[i]};
+        const char *v = values + i / queries * each;
+        if (tree) weigh_of(halved, dim, 1, 1, tail, v, pitch, f->paths[token[q]], 0, length[q] - row->length, out + i);
+        else if (length[q] > least) weigh_of(halved, dim, 1, 1, tail, v, pitch, slots, least, length[q], out + i);
+        int index = part->place ? part->place[token[q]] : token[q];
+        Place to = place(f->tiles, m->paired, part->rows, tile_rows(part->rows), (int64_t)m->heads * dim, index);
+        for (int d = 0; d < dim; d += LANES) put(to, (int64_t)head * dim + d, load(out[i] + d) * sums[i]);
     }
 }
 
@@ -637,6 +826,7 @@ static void forward_job(Pool *pool, int thread, const void *argument) {
     int T = b->tokens, size = tile_rows(T), hidden = m->hidden, dim = m->dim;
     unsigned phase = atomic_load(&pool->phase);
     float *scratch = f->scores + (int64_t)thread * TOGETHER * (f->longest + dim);
+    open_registers(m->paired, T);
     for (int t; (t = take(pool, phase, 1)) < T;) {
         const float *from = m->embed + (int64_t)b->ids[t] * hidden;
         float *to = f->all.x + (int64_t)t * hidden;
@@ -646,7 +836,7 @@ static void forward_job(Pool *pool, int thread, const void *argument) {
     const Part *part = &f->all;
     for (int l = 0; l < m->layers; ++l) {
         const Layer *layer = m->layer + l;
-        normalise(pool, phase, part->x, T, hidden, layer->norm_attention, m->eps, f->tiles, NULL);
+        normalise(pool, phase, m, part->x, T, layer->norm_attention, f->tiles, NULL);
         barrier(pool, &phase);
         multiply(pool, phase, &(Product){&layer->qkv, f->tiles, T, size, STORE, 1.0f, f->qkv, f->stride});
         barrier(pool, &phase);
@@ -656,31 +846,34 @@ static void forward_job(Pool *pool, int thread, const void *argument) {
             const float *cosine = m->cosine + (int64_t)b->positions[t] * (dim / 2), *sine = m->sine + (int64_t)b->positions[t] * (dim / 2);
             for (int h = 0; h < m->heads; ++h) turn(q + h * dim, dim, layer->norm_query, m->eps, cosine, sine);
             for (int h = 0; h < m->kv_heads; ++h) turn(k + h * dim, dim, layer->norm_key, m->eps, cosine, sine);
-            int64_t pitch = (int64_t)m->kv_heads * dim;
-            memcpy(layer->keys + b->slots[t] * pitch, k, sizeof(float) * pitch);
-            memcpy(layer->values + b->slots[t] * pitch, v, sizeof(float) * pitch);
+            remember(m->halved, layer->keys, b->slots[t], k, m->kv_heads * dim);
+            remember(m->halved, layer->values, b->slots[t], v, m->kv_heads * dim);
             if (part == &f->kept && part->place[t] >= 0)
                 memcpy(part->x + (int64_t)part->place[t] * hidden, f->all.x + (int64_t)t * hidden, sizeof(float) * hidden);
         }
         barrier(pool, &phase);
-        if (!part->rows) return;
+        if (!part->rows) break;
         attend_all(pool, phase, f, part, layer, scratch);
         barrier(pool, &phase);
         size = tile_rows(part->rows);
+        if (part == &f->kept) open_registers(m->paired, part->rows);
         multiply(pool, phase, &(Product){&layer->out, f->tiles, part->rows, size, ADD, m->residual_scale, part->x, hidden});
         barrier(pool, &phase);
-        normalise(pool, phase, part->x, part->rows, hidden, layer->norm_mlp, m->eps, f->tiles, NULL);
+        normalise(pool, phase, m, part->x, part->rows, layer->norm_mlp, f->tiles, NULL);
         barrier(pool, &phase);
         multiply(pool, phase, &(Product){&layer->gate_up, f->tiles, part->rows, size, GATE, 1.0f, f->wide, 0});
         barrier(pool, &phase);
         multiply(pool, phase, &(Product){&layer->down, f->wide, part->rows, size, ADD, m->residual_scale, part->x, hidden});
         barrier(pool, &phase);
     }
-    normalise(pool, phase, part->x, part->rows, hidden, m->norm, m->eps, f->tiles, b->hidden);
-    barrier(pool, &phase);
-    int64_t stride = (int64_t)m->head.panels * PANEL;
-    multiply(pool, phase, &(Product){&m->head, f->tiles, part->rows, size, STORE, m->logit_scale, b->logits, stride});
-    barrier(pool, &phase);
+    if (part->rows) {
+        normalise(pool, phase, m, part->x, part->rows, m->norm, f->tiles, b->hidden);
+        barrier(pool, &phase);
+        int64_t stride = (int64_t)m->head.panels * PANEL;
+        multiply(pool, phase, &(Product){&m->head, f->tiles, part->rows, size, STORE, m->logit_scale, b->logits, stride});
+        barrier(pool, &phase);
+    }
+    close_registers(m->paired);
 }
 
 INLINE size_t room(size_t *total, size_t bytes) {
@@ -813,12 +1006,27 @@ INLINE uint32_t mix_one(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* Gumbel noise of every token for pairs of seed and position. seeds, positions: [rows]; out: [rows][vocab] */
-void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vocab, float *out) {
-    for (int row = 0; row < rows; ++row) {
-        uint32_t seed = mix_one((uint32_t)seeds[row]) + mix_one((uint32_t)((uint64_t)seeds[row] >> 32)) * 3;
-        uint32_t key = mix_one(seed + (uint32_t)positions[row] * 0x9E3779B9u);
-        for (int64_t first = 0; first < vocab; first += LANES) {
+#define STRETCH 4096 /* tokens of a row that one thread does at a time, a multiple of LANES */
+
+typedef struct {
+    const int64_t *seeds, *positions; /* [rows] */
+    int rows;
+    int64_t vocab;
+    float *out; /* [rows][vocab] */
+} Noise;
+
+static void noise_job(Pool *pool, int thread, const void *argument) {
+    const Noise *n = argument;
+    unsigned phase = atomic_load(&pool->phase);
+    int64_t vocab = n->vocab;
+    int stretches = (int)((vocab + STRETCH - 1) / STRETCH);
+    (void)thread;
+    for (int piece; (piece = take(pool, phase, 1)) < n->rows * stretches;) {
+        int row = piece / stretches;
+        int64_t begin = (int64_t)(piece % stretches) * STRETCH, end = begin + STRETCH < vocab ? begin + STRETCH : vocab;
+        uint32_t seed = mix_one((uint32_t)n->seeds[row]) + mix_one((uint32_t)((uint64_t)n->seeds[row] >> 32)) * 3;
+        uint32_t key = mix_one(seed + (uint32_t)n->positions[row] * 0x9E3779B9u);
+        for (int64_t first = begin; first < end; first += LANES) {
             uint32_t number[LANES], hashed[LANES];
             float noise[LANES];
             for (int i = 0; i < LANES; ++i) number[i] = key + (uint32_t)(first + i) * 0x85EBCA6Bu;
@@ -828,9 +1036,17 @@ void gumbel(const int64_t *seeds, const int64_t *positions, int rows, int64_t vo
                 vd g = -logarithm(-logarithm(u));
                 for (int i = 0; i < WIDE; ++i) noise[half * WIDE + i] = (float)g[i];
             }
-            memcpy(out + row * vocab + first, noise, sizeof(float) * (vocab - first < LANES ? vocab - first : LANES));
+            memcpy(n->out + row * vocab + first, noise, sizeof(float) * (end - first < LANES ? end - first : LANES));
         }
     }
+    barrier(pool, &phase);
+}
+
+/* Gumbel noise of every token for pairs of seed and position. seeds, positions: [rows]; out: [rows][vocab] */
+void gumbel(Pool *pool, const int64_t *seeds, const int64_t *positions, int rows, int64_t vocab, float *out) {
+    pthread_mutex_lock(&pool->busy);
+    run(pool, noise_job, &(Noise){seeds, positions, rows, vocab, out});
+    pthread_mutex_unlock(&pool->busy);
 }
 
 int lanes(void) { return LANES; }

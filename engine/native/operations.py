@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.native import compiled
-from engine.native.packing import padded, panels
+from engine.native.packing import Kind, lossless, padded, panels
 from engine.native.weights import aligned
+
+SHARED = 2**15  # numbers of noise that are worth waking threads for
 
 
 class NativeLinear:
@@ -19,12 +21,12 @@ class NativeLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in]; bias: [out] or None."""
         lanes = compiled.lanes()
-        packed = aligned(panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all())))
+        packed = aligned(panels(weight, lanes, lossless(weight)))
         shift = None if bias is None else aligned(padded(bias.float(), packed.shape[0] * 2 * lanes))
         self.out, self.inputs, self.width = weight.shape[0], weight.shape[1], packed.shape[0] * 2 * lanes
         self.tensors = (packed, shift)
         place = None if shift is None else shift.data_ptr()
-        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], int(packed.dtype == torch.bfloat16), 0)
+        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], Kind.of(packed), 0)
         self.kernels = compiled.load()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """`engine.sampling.gumbel` for tensors on a CPU."""
     out = torch.empty(len(seeds), vocab)
     whole = [tensor.to(torch.int64).contiguous() for tensor in (seeds, positions)]
-    compiled.load().gumbel(*(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
+    threads = torch.get_num_threads() if len(seeds) * vocab >= SHARED else 1
+    compiled.load().gumbel(compiled.pool(threads), *(tensor.data_ptr() for tensor in whole), len(seeds), vocab, out.data_ptr())
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.attention import KVStore, Row
 from engine.native import compiled
-from engine.native.packing import gated, padded, panels
+from engine.native.packing import DEEP, Kind, gated, lossless, padded, panels
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite"})
 ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})  # whose angles depend on the position alone
@@ -49,19 +49,25 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def paired(config: Any, dtype: torch.dtype) -> bool:
+    """Whether a model of this type is computed in products of bfloat16: where the processor has them, if the model was loaded so."""
+    width = int(config.num_attention_heads) * head_dim(config)
+    return dtype == torch.bfloat16 and compiled.pairs() > 0 and width % DEEP == 0
+
+
 def pack_model(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the program by name, in the kernels' layout."""
-    lanes = compiled.lanes()
+    lanes, pairs = compiled.lanes(), paired(model.config, model.lm_head.weight.dtype)
     yield "embed", model.model.embed_tokens.weight.float()
     yield "norm", model.model.norm.weight.float()
-    yield from product("head", model.lm_head.weight, None, lanes)
+    yield from product("head", model.lm_head.weight, None, lanes, pairs)
     yield from zip(("cosine", "sine"), angles(model), strict=True)
     for index, layer in enumerate(model.model.layers):
-        for name, tensor in pack_layer(layer, lanes):
+        for name, tensor in pack_layer(layer, lanes, pairs):
             yield f"{index}.{name}", tensor
 
 
-def pack_layer(layer: Any, lanes: int) -> Iterator[tuple[str, Tensor]]:
+def pack_layer(layer: Any, lanes: int, pairs: bool) -> Iterator[tuple[str, Tensor]]:
     attention, mlp = layer.self_attn, layer.mlp
     yield "norm_attention", layer.input_layernorm.weight.float()
     yield "norm_mlp", layer.post_attention_layernorm.weight.float()
@@ -69,17 +75,18 @@ def pack_layer(layer: Any, lanes: int) -> Iterator[tuple[str, Tensor]]:
         yield "norm_query", attention.q_norm.weight.float()
         yield "norm_key", attention.k_norm.weight.float()
     qkv = [getattr(attention, f"{n}_proj") for n in "qkv"]
-    yield from product("qkv", torch.cat([m.weight for m in qkv]), joined([m.bias for m in qkv]), lanes)
-    yield from product("out", attention.o_proj.weight, attention.o_proj.bias, lanes)
-    both = gated(mlp.gate_proj.weight, mlp.up_proj.weight, lanes)
-    biases = None if mlp.gate_proj.bias is None else gated(mlp.gate_proj.bias, mlp.up_proj.bias, lanes)
-    yield from product("gate_up", both, biases, lanes)
-    yield from product("down", padded(mlp.down_proj.weight.T, both.shape[0] // 2).T, mlp.down_proj.bias, lanes)
+    yield from product("qkv", torch.cat([m.weight for m in qkv]), joined([m.bias for m in qkv]), lanes, pairs)
+    yield from product("out", attention.o_proj.weight, attention.o_proj.bias, lanes, pairs)
+    multiple = 2 if pairs else 1  # what `down` reads comes in whole steps of the processor
+    both = gated(mlp.gate_proj.weight, mlp.up_proj.weight, lanes, multiple)
+    biases = None if mlp.gate_proj.bias is None else gated(mlp.gate_proj.bias, mlp.up_proj.bias, lanes, multiple)
+    yield from product("gate_up", both, biases, lanes, pairs)
+    yield from product("down", padded(mlp.down_proj.weight.T, both.shape[0] // 2).T, mlp.down_proj.bias, lanes, pairs)
 
 
-def product(name: str, weight: Tensor, bias: Tensor | None, lanes: int) -> Iterator[tuple[str, Tensor]]:
+def product(name: str, weight: Tensor, bias: Tensor | None, lanes: int, pairs: bool) -> Iterator[tuple[str, Tensor]]:
     """A linear layer. Weights that bfloat16 represents exactly are kept so: the same products at half the memory traffic."""
-    packed = panels(weight, lanes, half=bool((weight.to(torch.bfloat16) == weight).all()))
+    packed = panels(weight, lanes, Kind.PAIRED if pairs else lossless(weight))
     yield name, packed
     if bias is not None:
         yield f"{name}.bias", padded(bias.float(), packed.shape[0] * 2 * lanes)
@@ -100,13 +107,19 @@ def angles(model: Any) -> tuple[Tensor, Tensor]:
 
 
 class Native:
-    """An executor of one compiled model. tensors: what `pack_model` yields, wherever it lives; it is only read."""
+    """An executor of one compiled model. tensors: what `pack_model` yields, wherever it lives; it is only read.
 
-    def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int) -> None:
+    dtype: the type that the model was loaded in; keys and values are bfloat16 if it is that, and float32 otherwise.
+    """
+
+    invariant = True
+
+    def __init__(self, config: Any, tensors: Mapping[str, Tensor], threads: int, dtype: torch.dtype = torch.float32) -> None:
         self.kernels, self.tensors, self.vocab_size = compiled.load(), tensors, int(config.vocab_size)
         self.lanes = compiled.lanes()
         self.hidden_size, self.kv_heads, self.dim = int(config.hidden_size), int(config.num_key_value_heads), head_dim(config)
-        self.bytes_per_token = 2 * 4 * self.kv_heads * self.dim * int(config.num_hidden_layers)
+        self.kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.bytes_per_token = 2 * self.kept.itemsize * self.kv_heads * self.dim * int(config.num_hidden_layers)
         self.layers = (compiled.Layer * config.num_hidden_layers)(*(self.layer(config, i) for i in range(config.num_hidden_layers)))
         self.model = self.describe(config)
         self.threads = threads
@@ -126,6 +139,7 @@ class Native:
             residual_scale=getattr(c, "residual_multiplier", None) or 1.0,
             logit_scale=1.0 / (getattr(c, "logits_scaling", None) or 1.0),
         )
+        numbers |= dict(paired=Kind.of(self.tensors["head"]) is Kind.PAIRED, halved=self.kept == torch.bfloat16)
         places = {name: self.tensors[name].data_ptr() for name in ("embed", "norm", "cosine", "sine")}
         return compiled.Model(**numbers, **places, head=self.linear("head"), layer=self.layers)
 
@@ -136,8 +150,9 @@ class Native:
 
     def linear(self, name: str) -> compiled.Linear:
         weight = self.tensors[name]
-        half = weight.dtype == torch.bfloat16
-        return compiled.Linear(weight.data_ptr(), self.place(f"{name}.bias"), weight.shape[1], weight.shape[0], int(half), 0)
+        kind = Kind.of(weight)
+        inputs = weight.shape[1] * (DEEP if kind is Kind.PAIRED else 1)
+        return compiled.Linear(weight.data_ptr(), self.place(f"{name}.bias"), inputs, weight.shape[0], kind, 0)
 
     def place(self, name: str) -> int | None:
         return self.tensors[name].data_ptr() if name in self.tensors else None
@@ -171,7 +186,8 @@ class Native:
         if self.store is store:
             return
         for index, layer in enumerate(self.layers):
-            keys, values = store.reserve(index, self.kv_heads, self.dim, self.dim, torch.float32, torch.device("cpu"))
+            keys, values = store.reserve(index, self.kv_heads, self.dim, self.dim, self.kept, torch.device("cpu"))
+            assert keys.dtype == values.dtype == self.kept, f"a store of {keys.dtype} for a program of {self.kept}"
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         self.store = store
 

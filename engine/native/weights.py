@@ -32,7 +32,8 @@ def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path | None:
     """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
-    place = digest([str(folder.resolve()), str(dtype), compiled.lanes()])
+    pairs = [compiled.pairs()] if dtype == torch.bfloat16 and compiled.pairs() else []
+    place = digest([str(folder.resolve()), str(dtype), compiled.lanes(), *pairs])
     file = cache / f"{folder.resolve().name}-{place}-{digest([stamps, LAYOUT])}.safetensors"
     return file if not file.exists() or whole(file) or discarded(file) else None
 

@@ -123,6 +123,8 @@ BAD: list[tuple[Any, tuple[str, ...]]] = [
     ({"models": [MODEL | {"engine": {"kv_bytes": "plenty"}}]}, ("models[0].engine.kv_bytes", "'plenty'", "256MiB")),
     ({"models": [MODEL | {"engine": {"kv_bytes": "4XB"}}]}, ("models[0].engine.kv_bytes", "'4XB'", "4GiB")),
     ({"models": [MODEL | {"engine": {"max_waiting": "many"}}]}, ("models[0].engine.max_waiting", "'many'")),
+    ({"models": [MODEL | {"engine": {"executor": "fast"}}]}, ("models[0].engine.executor", "'fast'", "eager")),
+    ({"models": [MODEL | {"engine": {"executor": "eager", "batch_invariant": True}}]}, ("models[0].engine", "batch_invariant", "auto")),
     ({"models": [MODEL | {"sampling": {"temperature": 9}}]}, ("models[0].sampling.temperature", "9")),
     ({"models": [MODEL | {"policy": "fast"}]}, ("models[0].policy", "'fast'")),
     ({"models": [MODEL], "gateway": {"port": 70000}}, ("gateway.port", "70000", "65535")),

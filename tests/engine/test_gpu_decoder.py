@@ -16,6 +16,7 @@ if not triton.available:
 
 from triton import knobs
 
+from engine import loading
 from engine.engine import Engine
 from engine.executor import Eager
 from engine.gpu import kernels
@@ -45,7 +46,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def graphed(name: str, **options: object) -> Graphed:
-    return Graphed(model_of(name), DEVICE, torch.float32, **options)  # type: ignore[arg-type]
+    return Graphed(Eager(model_of(name), DEVICE, torch.float32), **options)  # type: ignore[arg-type]
 
 
 def forward(executor: object, rows_and_tokens: list[tuple[Row, list[int]]]) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_the_fused_decoder_is_the_model(name, invariant):
 
 def test_weights_are_kept_once():
     model = model_of("llama")
-    executor = Graphed(model, DEVICE, torch.float32)
+    executor = Graphed(Eager(model, DEVICE, torch.float32))
     attention = model.model.layers[0].self_attn
     merged = executor.decoder.layers[0].qkv.weight
     assert attention.q_proj.weight.data_ptr() == merged.data_ptr()
@@ -118,17 +119,40 @@ def test_logits_are_the_same_bits_in_any_company():
         assert torch.equal(at_the_end(*case), want)
 
 
-def test_a_text_is_that_of_the_plain_model():
-    """Greedy and drawn, two requests at once, with trees drafted, through the engine."""
+REQUESTS = [
+    Request("a", [5, 9, 13], SamplingParams(temperature=0.0, max_tokens=8)),
+    Request("b", list(range(20)), SamplingParams(temperature=1.0, seed=3, max_tokens=6)),
+]
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    monkeypatch.setattr(loading, "ACCELERATORS", frozenset({DEVICE.type}))
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["fast", "invariant"])
+def test_a_text_is_that_of_the_plain_model(accelerated, invariant):
+    """Greedy and drawn, two requests at once, with trees drafted, through the engine, by the executor that a base on a GPU gets."""
+    plain = texts(run(Engine(attach(model_of("grouped heads, tied"), "eager"), slots=256), REQUESTS))
+    base = attach(model_of("grouped heads, tied"), invariant=invariant)
+    assert isinstance(base.executor, Graphed) and (base.executor.mode, base.executor.invariant) == ("fused", invariant)
+    drafter = Oracle({r.id: [*r.prompt, *plain[r.id]] for r in REQUESTS}, 0.7)
+    assert texts(run(Engine(base, drafter, everywhere(3, 2), slots=256), REQUESTS)) == plain
+
+
+def test_a_kernel_that_fails_while_serving_costs_no_request(accelerated, monkeypatch, caplog):
     base = attach(model_of("grouped heads, tied"))
-    requests = [
-        Request("a", [5, 9, 13], SamplingParams(temperature=0.0, max_tokens=8)),
-        Request("b", list(range(20)), SamplingParams(temperature=1.0, seed=3, max_tokens=6)),
-    ]
-    plain = texts(run(Engine(base, slots=256), requests))
-    base.executor = graphed("grouped heads, tied")
-    drafter = Oracle({r.id: [*r.prompt, *plain[r.id]] for r in requests}, 0.7)
-    assert texts(run(Engine(base, drafter, everywhere(3, 2), slots=256), requests)) == plain
+    plain = texts(run(Engine(base, slots=256), REQUESTS))
+    engine = Engine(base, slots=256)
+    for request in REQUESTS:
+        engine.submit(request)
+    outcomes = [outcome for _ in range(3) for outcome in engine.step().outcomes]
+    base.executor.graphs.clear()
+    monkeypatch.setattr(kernels, "norm_kernel", None)
+    while engine.busy:
+        outcomes += engine.step().outcomes
+    assert {r.id: [t for o in outcomes if o.request.id == r.id for t in o.tokens] for r in REQUESTS} == plain
+    assert base.executor.mode == "modules" and "from now on" in caplog.text
 
 
 @pytest.mark.parametrize("act", ["none", "gated", "gelu"])
@@ -179,7 +203,7 @@ def test_norms_and_gates():
 )
 def test_what_cannot_be_fused_is_called_module_by_module(config):
     """Norms that add 1, soft-capped logits, windows; norms of queries and keys."""
-    executor = Graphed(toy_model(config, "ragged").to(DEVICE), DEVICE, torch.float32)
+    executor = Graphed(Eager(toy_model(config, "ragged").to(DEVICE), DEVICE, torch.float32))
     assert executor.mode == "modules" and executor.why
     with torch.inference_mode():
         want = forward(Eager(toy_model(config, "ragged").to(DEVICE), DEVICE, torch.float32), proof(53))

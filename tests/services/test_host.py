@@ -10,6 +10,7 @@ import pytest
 from actors.policy import parse_policy
 from configs.settings import EngineSettings, ModelSettings
 from engine.engine import Engine
+from engine.executor import Eager
 from policies import Plan
 from services.host import MOST_CHUNK_S, ModelHost, joined, spacing
 from services.pilot import Pilot
@@ -242,6 +243,21 @@ async def test_a_budget_that_holds_nothing_says_so(folder):
     with pytest.raises(ValueError, match=r"engine.kv_bytes: 4096 bytes hold 5 tokens of 768 bytes; at least 49152 bytes"):
         await host.start()
     assert "kv_bytes" in host.status().detail
+
+
+async def test_what_computes_forwards_is_what_the_settings_say(folder):
+    async for host in running(settings(folder, executor="eager")):
+        assert isinstance(host.runner.engine.base.executor, Eager)
+        items, _ = await answer(host, Job(id="e", model="toy", prompts=("The",), max_tokens=2))
+        assert not isinstance(items[0], Failure)
+
+
+async def test_a_model_that_cannot_be_invariant_does_not_start_and_says_why(folder, monkeypatch):
+    monkeypatch.setattr("engine.loading.supported", lambda model: False)
+    host = ModelHost(settings(folder, batch_invariant=True), Pilot("r", Plan.of(0, "toy", parse_policy({"kind": "off"}))))
+    with pytest.raises(ValueError, match="batch_invariant cannot be had"):
+        await host.start()
+    assert "native kernels" in host.status().detail
 
 
 async def test_priority_reaches_the_engine(host, monkeypatch):
