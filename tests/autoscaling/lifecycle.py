@@ -36,7 +36,7 @@ KEY = {"Authorization": f"Bearer {USER}"}
 STORE = 80 * 2**20  # bytes of each node's object store
 SEATS = 8
 CLIENTS = 3 * SEATS
-FEW = 3  # that one replica would carry with a margin
+FEW = 2  # that one replica would carry with a margin
 SHORT, LONG = 100, 400  # tokens
 
 
