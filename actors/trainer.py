@@ -30,10 +30,9 @@ from actors.store import Value
 from drafters.bundle import BundleError, Manifest, Origin, write_bundle
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import Candidate, Refresher, RefreshSettings
+from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.traces import InvalidTrace, Trace
-from drafters.walk import expected_tokens
 from policies import Verdict
 from policies.gate import GateRule, gate
 
@@ -78,8 +77,20 @@ class Trial:
     """A candidate beside the serving speculator on held-out requests that had no part in choosing it."""
 
     candidate: Candidate
-    traces: Sequence[Trace]
-    pairs: list[tuple[float, float]] = field(default_factory=list)
+    serving: Measurement
+    tried: Measurement
+
+    @property
+    def whole(self) -> bool:
+        return self.serving.whole and self.tried.whole
+
+    def advance(self) -> None:
+        """Replay one stretch of a request more, with either of them."""
+        (self.tried if self.serving.whole else self.serving).advance()
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Tokens per step of the serving speculator and of the candidate on each request."""
+        return [(before.per_step, after.per_step) for before, after in zip(self.serving.walks, self.tried.walks, strict=True)]
 
 
 class TrainerKeeper:
@@ -146,11 +157,12 @@ class TrainerKeeper:
             if self.refresher.candidate is None:
                 self.refresher.advance(seconds)
             if (candidate := self.refresher.candidate) is not None:
-                self.trial = Trial(candidate, self.buffer.judging(self.tag))
+                traces = self.buffer.judging(self.tag)
+                self.trial = Trial(candidate, Measurement(self.refresher.live, traces), Measurement(candidate.speculator, traces))
             return None
         until = time.monotonic() + seconds
-        while len(self.trial.pairs) < len(self.trial.traces):
-            self.compare(self.trial)
+        while not self.trial.whole:
+            self.trial.advance()
             if time.monotonic() >= until:
                 return None
         return self.judge(self.trial)
@@ -162,13 +174,9 @@ class TrainerKeeper:
         self.trial = None
         self.refresher.take()
 
-    def compare(self, trial: Trial) -> None:
-        trace = trial.traces[len(trial.pairs)]
-        trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
-
     def judge(self, trial: Trial) -> Submission | None:
         """Let the gate decide, and publish what passes."""
-        verdict = self.verdict = gate(trial.pairs, self.settings.rule)
+        verdict = self.verdict = gate(trial.pairs(), self.settings.rule)
         if verdict.passed:
             return self.publish(trial.candidate, verdict)
         log.info("%s: %s", self.model, verdict.reason)
