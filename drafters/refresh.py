@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "measuring", "training", "candidate"]
 LONGEST_WAIT = 6  # fruitless rounds double the wait this often at most
+CHANGED = 0.1  # tokens per step by which serving must be off its former pace for the traffic to count as another
 SMOOTH = 0.1  # share of the latest loss in the smoothed one
 PART = 128  # places of a training step that are gone through at once: tens of milliseconds of a core for small models
 
@@ -212,6 +213,7 @@ class Refresher:
         self.candidate: Candidate | None = None
         self.rounds = self.fruitless = self.refused = 0
         self.used = 0  # answer tokens seen when the last round began
+        self.former = 1.0  # the pace of serving then
         self.outcome = "no round yet"
 
     # -- what is asked of it ------------------------------------------------------------------------------------------------
@@ -275,14 +277,30 @@ class Refresher:
     def ready(self) -> bool:
         """Whether there is work; begins a round when it may."""
         if self.able() and self.round is None:
-            self.rounds, self.used = self.rounds + 1, self.buffer.counts(self.tag).tokens
+            self.rounds, self.used, self.former = self.rounds + 1, self.buffer.counts(self.tag).tokens, self.pace()
             self.round = self.begin()
         return self.able()
 
     def missing(self) -> int:
         """Answer tokens that must still come before the next round."""
-        wait = self.settings.least_tokens << min(self.fruitless, LONGEST_WAIT)
-        return 0 if self.round else max(0, self.used + wait - self.buffer.counts(self.tag).tokens)
+        fresh = self.buffer.counts(self.tag).tokens - self.used
+        usual = self.settings.least_tokens
+        if self.round or (fresh >= usual and self.fruitless and self.changed()):
+            return 0
+        return max(0, (usual << min(self.fruitless, LONGEST_WAIT)) - fresh)
+
+    def changed(self) -> bool:
+        """Whether serving is off the pace that it had when the last round began: then that there was nothing to gain says little."""
+        return abs(self.pace() - self.former) > CHANGED
+
+    def pace(self) -> float:
+        """Tokens per step that serving made of the latest answers, of `least_tokens` tokens together."""
+        tokens = kept = 0
+        for trace in self.buffer.latest(self.tag):
+            tokens, kept = tokens + len(trace), kept + int(trace.accepted.sum())
+            if tokens >= self.settings.least_tokens:
+                break
+        return tokens / max(1, tokens - kept) if tokens else 1.0
 
     def enough(self) -> bool:
         """Whether there are held-out requests to measure on, and any to train on."""
@@ -397,12 +415,12 @@ class Refresher:
         replace_durably(file, lambda opened: torch.save(state, opened))
 
     def resume(self, file: Path) -> bool:
-        """Go on from a checkpoint; False if there is none, it cannot be read, or it is of another parent version, domain or settings.
+        """Go on from a checkpoint; False if there is none, it cannot be read, or is of another parent version, domain, settings or format.
 
         Held-out requests that the buffer has no more are measured on no more, and what was measured is measured again.
         """
         state = read_state(file)
-        if state is None or state.get("belongs") != self.belongs():
+        if state is None or state.get("belongs") != self.belongs() or not state.keys() >= {*KEPT}:
             return False
         for name in KEPT:
             setattr(self, name, state[name])
@@ -436,7 +454,7 @@ class Refresher:
         return r
 
 
-KEPT = ("rounds", "fruitless", "refused", "used", "outcome")
+KEPT = ("rounds", "fruitless", "refused", "used", "former", "outcome")
 
 
 def round_state(r: Round | None) -> dict[str, Any] | None:

@@ -195,6 +195,10 @@ class ReplayBuffer:
         domain = self.domains.get(tag, Domain())
         return (*(trace for _, _, trace in domain.older.entries), *domain.recent.traces)
 
+    def latest(self, tag: str) -> Iterator[Trace]:
+        """A domain's recent traces to learn from, the latest first."""
+        return reversed(self.domains.get(tag, Domain()).recent.traces)
+
     def sample(self, tag: str, count: int, recent: float, step: int) -> list[Trace]:
         """`count` traces to learn from in a step, with replacement, longer ones more often. A function of seed, tag, step and contents.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from benchmarks.drifting.fleet import CEILING, REFRESHED, STATIC, fleet
 from benchmarks.drifting.live import Answer, Exchange, Habits, Wanted, answer, driven
 from benchmarks.drifting.offline import untrained
 from benchmarks.drifting.picture import draw
+from benchmarks.drifting.texts import Kind, prompts
 from configs.settings import load_settings
 from drafters.mlp import MLPSpeculator
 
@@ -145,14 +145,25 @@ def test_the_fleet_is_one_base_of_which_one_model_is_refreshed(tmp_path: Path) -
 
 
 def test_what_is_learned_beforehand_is_of_other_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(texts.KINDS, "letters", lambda: [letter * 1000 for letter in "abcd"])
-    learned, live = texts.halves("letters")
+    letters = [letter * 1000 for letter in "abcd"]
+    monkeypatch.setitem(texts.KINDS, "letters", Kind(lambda: letters))
+    learned, live = (prompts("letters", beforehand, 20, 1) for beforehand in (True, False))
     assert {text[0] for text in learned} == {"a", "c"} and {text[0] for text in live} == {"b", "d"}
-    cut = texts.prompts(live, 20, 1)
-    assert len(cut) == 20 and {len(prompt) for prompt in cut} == {texts.LENGTH} and cut == texts.prompts(live, 20, 1)
-    assert all(any(text.strip() for text in islice(documents, 3)) for documents in texts.halves("code"))
-    with pytest.raises(ValueError, match="no kind 'verse'; there are code, prose"):
-        texts.halves("verse")
+    assert {len(prompt) for prompt in live} == {texts.LENGTH} and live == prompts("letters", False, 20, 1)
+    with pytest.raises(ValueError, match="no kind 'verse'; there are code, prose, reference, tables, chat"):
+        prompts("verse", True, 1, 1)
+
+
+def test_documents_that_are_prompts_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(texts.KINDS, "talks", Kind(lambda: [f"talk {index}" for index in range(10)], whole=True))
+    assert sorted(prompts("talks", False, 3, 1)) == ["talk 1", "talk 3", "talk 7"]
+    with pytest.raises(ValueError, match="6 prompts are wanted, and there are 5 documents"):
+        prompts("talks", True, 6, 1)
+
+
+@pytest.mark.parametrize("kind", ["code", "prose", "reference", "tables"])
+def test_there_is_text_of_every_kind(kind: str) -> None:
+    assert any(prompt.strip() for prompt in prompts(kind, False, 3, 1))
 
 
 def test_random_weights_have_the_shapes_that_the_base_needs(tmp_path: Path) -> None:
@@ -166,14 +177,14 @@ def test_random_weights_have_the_shapes_that_the_base_needs(tmp_path: Path) -> N
 
 
 def test_only_the_last_phase_is_put_to_the_ceiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (5, 7), Habits(2, 0.7, 16), 20, 10, 8, 1)
+    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (5, 7), Habits(2, 0.7, 16), 20, 8, 1)
     asked = drift.wanted(plan, (STATIC, REFRESHED, CEILING))
     assert [len(one.models) for one in asked] == [2] * 5 + [3] * 7
     assert [one.seed for one in asked] == [*range(1, 13)]
 
 
 def test_a_picture_of_a_run_and_what_is_written_of_it(tmp_path: Path) -> None:
-    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (60, 120), Habits(2, 0.7, 16), 20, 10, 20, 1)
+    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (60, 120), Habits(2, 0.7, 16), 20, 20, 1)
     found = drift.document(plan, {}, shifted(), [change(119.5)])
     assert found["promoted_at"] == [120] and found["outcome"]["promotions_judged"] == 1 and found["outcome"]["recovered"] > 0.8
     draw(found, tmp_path / "drift.png")

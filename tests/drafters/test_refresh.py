@@ -149,6 +149,23 @@ def test_nothing_to_gain_ends_a_round_and_doubles_the_wait() -> None:
     assert (standing.round, standing.waiting_for, refresher.fruitless) == (2, 1600, 2)
 
 
+def test_other_traffic_ends_a_long_wait() -> None:
+    """Rounds without gain wait ever longer, unless serving is off its pace: half of all tokens were kept drafts, and now none are."""
+    buffer = filled([served(trace, 0.5) for trace in many(60)])
+    refresher = Refresher(speculator(), "v1", buffer, replace(SETTINGS, rate=1e-9, patience=1, least_tokens=400))
+    assert refresher.advance().waiting_for == 800
+    for count, share, waiting_for in ((30, 0.5, 200), (15, 0.5, 1600), (15, 0.0, 1300), (10, 0.0, 3200), (30, 0.0, 2600)):
+        for trace in many(count, first=buffer.counts("").seen):
+            buffer.add(served(trace, share))
+        assert refresher.advance().waiting_for == waiting_for, (count, share)
+    assert refresher.fruitless == 3
+
+
+def served(trace: Trace, share: float) -> Trace:
+    """The trace as if that share of its tokens had been drafts that were kept."""
+    return replace(trace, accepted=torch.arange(len(trace)) % 20 >= 20 * (1 - share))
+
+
 def test_the_stop_rule_ends_before_all_steps() -> None:
     buffer = filled()
     refresher = Refresher(speculator(), "v1", buffer, replace(SETTINGS, rate=1e-9, steps=1000, patience=2))
