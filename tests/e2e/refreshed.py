@@ -81,7 +81,9 @@ class Service:
         return self.operator.post(f"/admin/speculators/tiny/{version}/{action}", params=terms)
 
     def training(self, paused: bool) -> None:
-        self.operator.patch("/admin/training/tiny", json={"paused": paused}, params={"why": "a test"}).raise_for_status()
+        """Pause the trainer or let it go on, once it answers."""
+        wish = {"json": {"paused": paused}, "params": {"why": "a test"}}
+        wait_until(lambda: self.operator.patch("/admin/training/tiny", **wish).status_code == 200, 60, 0.2)
 
     def actor(self, name: str) -> Any:
         return ray.get_actor(name, self.settings.ray.namespace)
