@@ -30,14 +30,14 @@ from services.hub import local_copy
 from services.pilot import Pilot
 from services.profile import profile
 from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
-from services.runner import EngineDied, EngineRunner, Ticket
+from services.runner import EngineDied, EngineRunner, Stream
 from services.text import Answer, Tokenizer
 
 log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
-CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream beside it
+CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream that runs
 MOST_CHUNK_S = 0.025  # and no more than that
 
 
@@ -213,22 +213,22 @@ class ModelHost:
 
     async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
         """A job's items: `Accepted` and tuples of pieces, or a `Failure`. Closing the generator cancels what still runs."""
-        tickets: list[Ticket[Piece]] = []
+        stream: Stream[Piece] | None = None
         try:
             runner = self.ready()
             choices = await asyncio.to_thread(self.choices, job)
             by_id = {c.request.id: c for c in choices}
-            tickets = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
+            stream = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
             prompt_tokens = sum(len(c.request.prompt) for c in choices if c.index % job.n == 0)
             yield Accepted(tuple(c.request.params.seed for c in choices), prompt_tokens)
-            async for pieces in merge(runner, tickets):
+            async for pieces in chunks(stream, lambda: spacing(len(runner.streams))):
                 yield pieces
-            tickets = []
+            stream = None
         except Exception as error:
             yield failure(job, error)
         finally:
-            if tickets and self.runner is not None:
-                self.runner.cancel(tickets)
+            if stream is not None and self.runner is not None:
+                self.runner.cancel(stream)
 
     def ready(self) -> EngineRunner:
         status = self.status()
@@ -373,45 +373,18 @@ class NotReady(RuntimeError):
         self.status = status
 
 
-async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> AsyncGenerator[tuple[Piece, ...], None]:
-    """The pieces of several requests as they come, those of one choice that are there at the same time as one.
-
-    Beside other streams a chunk waits for its turn after the one before it, so that the way to the clients carries no more than it can.
-    """
-    arrived, clock, last = asyncio.Queue[Piece | Exception | None](), asyncio.get_running_loop().time, 0.0
-
-    async def pump(ticket: Ticket[Piece]) -> None:
-        try:
-            async for piece in runner.items(ticket):
-                arrived.put_nowait(piece)
-        except Exception as error:
-            arrived.put_nowait(error)
-        arrived.put_nowait(None)
-
-    pumps = [asyncio.create_task(pump(t)) for t in tickets]
-    open_ = len(pumps)
-    try:
-        while open_:
-            items = [await arrived.get()]
-            early = last + spacing(len(runner.tickets)) - clock()
-            if early > 0 and isinstance(items[0], Piece) and items[0].finish is None:
-                await asyncio.sleep(early)
-            while not arrived.empty():
-                items.append(arrived.get_nowait())
-            open_ -= items.count(None)
-            if broken := next((i for i in items if isinstance(i, Exception)), None):
-                raise broken
-            if pieces := joined(i for i in items if isinstance(i, Piece)):
-                yield pieces
-                last = clock()
-    finally:
-        for task in pumps:
-            task.cancel()
+async def chunks(stream: Stream[Piece], apart: Callable[[], float]) -> AsyncGenerator[tuple[Piece, ...], None]:
+    """The pieces of a stream as they come, those of one choice that are there at the same time as one; apart: seconds between two chunks
+    now, so that the way to the clients carries no more than it can."""
+    clock, earliest = asyncio.get_running_loop().time, 0.0
+    while pieces := await stream.take(earliest):
+        yield joined(pieces)
+        earliest = clock() + apart()
 
 
 def spacing(streams: int) -> float:
-    """Seconds between two chunks of a stream beside so many streams; none for one alone."""
-    return min(CHUNK_S * streams, MOST_CHUNK_S) if streams > 1 else 0.0
+    """Seconds between two chunks of a stream where so many run."""
+    return min(CHUNK_S * streams, MOST_CHUNK_S)
 
 
 def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
