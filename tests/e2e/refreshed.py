@@ -25,6 +25,7 @@ from tests.services.folders import write_model
 
 REFRESH = {
     "enabled": True,
+    "tags": ["law"],
     "capture": {"share": 1.0},
     "held_out": 0.4,
     "rate": 4e-3,
@@ -47,7 +48,7 @@ class Service:
         self.client, self.operator = (
             httpx.Client(base_url=url(settings), headers={"Authorization": f"Bearer {key}"}, timeout=60) for key in (USER, ADMIN)
         )
-        self.expected = [self.text(fields) for fields in WANTED]
+        self.expected = self.texts()
 
     # -- clients ------------------------------------------------------------------------------------------------------------
 
@@ -55,24 +56,29 @@ class Service:
         body = {"model": "tiny", "prompt": prompt, "seed": seed, "max_tokens": 40, "ignore_eos": True, **fields}
         return self.client.post("/v1/completions", json=body).raise_for_status().json()
 
-    def text(self, fields: dict[str, Any]) -> str:
-        """The text of one of the WANTED requests."""
-        return str(self.ask(**fields)["choices"][0]["text"])
+    def texts(self, **more: Any) -> list[str]:
+        """Those of the WANTED requests."""
+        return [str(self.ask(**fields, **more)["choices"][0]["text"]) for fields in WANTED]
 
-    def traffic(self, count: int = 4) -> None:
+    def serving(self, **more: Any) -> str:
+        """The version that drafts for a request."""
+        return str(self.ask("x", 1, store=False, **more)["speculation"]["version"])
+
+    def traffic(self, count: int = 4, **more: Any) -> None:
         """More requests, each a prompt with several choices."""
         for _ in range(count):
             self.asked += 1
-            self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7)
+            self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7, **more)
 
-    def until(self, predicate: Any, timeout: float = 90) -> Any:
-        """Traffic until it is true."""
+    def until(self, predicate: Any, timeout: float = 90, **more: Any) -> Any:
+        """Traffic until it is true, with pauses in which the trainer has the processors."""
 
         def step() -> Any:
-            self.traffic()
+            if not self.trainer()["working"]:
+                self.traffic(**more)
             return predicate()
 
-        return wait_until(step, timeout, 0.0)
+        return wait_until(step, timeout, 0.1)
 
     # -- operators and actors -----------------------------------------------------------------------------------------------
 
@@ -111,18 +117,18 @@ class Service:
 
     # -- what holds ---------------------------------------------------------------------------------------------------------
 
-    def history(self) -> list[dict[str, Any]]:
-        return list(self.registry("history"))
+    def history(self, tag: str = "") -> list[dict[str, Any]]:
+        return list(self.registry("history", None, tag))
 
-    def state(self) -> dict[str, Any]:
-        return dict(self.registry("state"))
+    def state(self, tag: str = "") -> dict[str, Any]:
+        return dict(self.registry("state", tag))
 
     def version(self, name: str) -> dict[str, Any]:
         return next(found for found in self.state()["versions"] if found["version"] == name)
 
-    def replicas(self) -> dict[str, Any]:
+    def replicas(self, tag: str = "") -> dict[str, Any]:
         """Those that the registry heard of just now."""
-        return {name: found for name, found in self.state()["replicas"].items() if found["age"] < 2}
+        return {name: found for name, found in self.state(tag)["replicas"].items() if found["age"] < 2}
 
     def settled(self) -> str:
         """The live version, once no canary runs and everybody drafts with it."""
@@ -161,7 +167,7 @@ def crowd(service: Service, clients: int = 2) -> Iterator[Crowd]:
             if stop.is_set():
                 return
             try:
-                text = service.text(WANTED[index])
+                text = str(service.ask(**WANTED[index])["choices"][0]["text"])
             except httpx.HTTPError as error:
                 text = f"{type(error).__name__}: {error}"
             found.right += text == service.expected[index]

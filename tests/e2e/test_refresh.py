@@ -1,5 +1,5 @@
-"""The refresh loop of a whole service: traffic is captured, a speculator trained on it, tried and promoted; then everything that can go
-wrong does. Clients ask all the time, and get the same texts all the time."""
+"""The refresh loop of a whole service: traffic is captured, a speculator trained on it, tried and promoted, for a domain of its own first;
+then everything that can go wrong does. Clients ask all the time, and get the same texts all the time."""
 
 from __future__ import annotations
 
@@ -66,6 +66,27 @@ def truncate(url: str) -> None:
 def other_than(service: Service, live: str) -> str:
     """Another version that replicas can load: the configured one, or the first that was trained."""
     return next(v["version"] for v in service.state()["versions"] if v["version"] != live and v["state"] != "rejected")
+
+
+def test_a_domains_traffic_becomes_a_speculator_of_its_own(service: Service) -> None:
+    first, law = service.serving(), {"metadata": {"tag": "law"}}
+    assert service.serving(**law) == first
+    service.until(lambda: "promote" in [change["action"] for change in service.history("law")], **law)
+    own = service.state("law")["live"]
+    wait_until(lambda: service.serving(**law) == own, 20)
+    assert own != first == service.serving() == service.serving(metadata={"tag": "other"})
+    assert service.texts() == service.texts(**law) == service.expected
+    submit, canary, promote = [c for c in service.history("law") if c["version"] == own]
+    assert [(c["action"], c["who"]) for c in (submit, canary, promote)] == [
+        ("submit", "trainer"),
+        ("canary", "canary"),
+        ("promote", "canary"),
+    ]
+    assert (promote["from"], promote["to"], submit["release"]["against"]) == (None, own, first)
+    assert [c["action"] for c in service.history()] == ["register"] and service.state()["live"] == first
+    (replica,) = service.replicas("law").values()
+    assert replica["agrees"] and set(replica["loaded"]) == {own}
+    assert f'specfleet_version_steps_total{{model="tiny",tag="law",version="{own}"}}' in service.client.get("/metrics").text
 
 
 def test_traffic_becomes_a_better_speculator(service: Service) -> None:
