@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,7 @@ class TrainerSettings:
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
     rule: GateRule = field(default_factory=GateRule)
-    slice: float = 0.05
+    slice: float = 0.02
     running: int | None = 0
     quiet: float = 1.0
     believed: float = 10.0
@@ -149,9 +149,15 @@ class TrainerKeeper:
 
     def save(self) -> None:
         """Write traces and progress. Raises OSError, leaving what was written before."""
-        self.buffer.save(self.work / "traces")
+        for _ in self.saving():
+            pass
+
+    def saving(self) -> Generator[None, None, None]:
+        """`save` in small units, to be gone on with or closed; traces are written as they were when it began."""
+        yield from self.buffer.saving(self.work / "traces")
         for tag, domain in self.domains.items():
             domain.refresher.checkpoint(self.checkpoint(tag))
+            yield
 
     def recover(self) -> None:
         """Go on from what `save` wrote, as far as it is there and whole. Progress of what is no domain any more is deleted."""
@@ -206,7 +212,8 @@ class Worker:
         self.asked: float | None = None  # when load came while it worked
         self.paused, self.closing, self.working = was_paused(keeper.work / PAUSED), False, False
         self.shown: Value = keeper.status()
-        self.problem = ""
+        self.problem = self.unsaved = ""  # unsaved: why the last checkpoint was not written
+        self.saving: Generator[None, None, None] | None = None  # a checkpoint under way
         self.saved = self.polled = clock()
         self.thread = threading.Thread(target=self.loop, name="trainer", daemon=True)
 
@@ -252,7 +259,8 @@ class Worker:
     def status(self) -> Value:
         with self.change:
             own = {"paused": self.paused, "working": self.working, "yields": self.yields, "slowest_yield": self.slowest}
-            return self.shown | own | {"inbox": len(self.inbox), "dropped_before_reading": self.dropped, "problem": self.problem}
+            found = {"inbox": len(self.inbox), "dropped_before_reading": self.dropped, "problem": self.problem or self.unsaved}
+            return self.shown | own | found
 
     def close(self) -> None:
         """Stop after the unit that is under way, and save."""
@@ -261,6 +269,7 @@ class Worker:
             self.change.notify_all()
         self.thread.join()
         self.read()
+        self.stop_saving()
         self.attempt(self.keeper.save)
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
@@ -280,7 +289,7 @@ class Worker:
             self.read()
             self.attempt(self.follow)
             with self.change:
-                rests = self.resting() or self.keeper.idle()
+                rests = self.resting() or (self.keeper.idle() and self.saving is None)
                 self.note(rests)
                 if rests and not (self.closing or self.inbox or self.unwanted):
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
@@ -307,6 +316,7 @@ class Worker:
                 self.answer(done, what)
 
     def answer(self, done: Future[int], what: Selection) -> None:
+        self.stop_saving()
         try:
             done.set_result(self.keeper.forget(what))
         except Exception as error:
@@ -314,13 +324,33 @@ class Worker:
             done.set_exception(error)
 
     def turn(self) -> None:
-        """One slice, and what comes of it."""
+        """One slice of a checkpoint that is under way, or else of training, and what comes of it."""
+        if self.saving is not None:
+            self.go_on_saving(self.saving)
+            return
         if (found := self.keeper.run(self.settings.slice)) is not None:
             self.submit(found)
             self.keeper.settle(found.tag)
         if self.clock() - self.saved >= self.settings.checkpoint:
-            self.saved = self.clock()
-            self.keeper.save()
+            self.saved, self.saving = self.clock(), self.keeper.saving()
+
+    def go_on_saving(self, saving: Generator[None, None, None]) -> None:
+        """What keeps a checkpoint from being written is shown until one is."""
+        until = self.clock() + self.settings.slice
+        try:
+            for _ in saving:
+                if self.clock() >= until:
+                    return
+        except OSError as error:
+            self.saving, self.unsaved = None, f"{type(error).__name__}: {error}"
+            raise
+        self.saving, self.unsaved = None, ""
+
+    def stop_saving(self) -> None:
+        """Give up a checkpoint that is under way: another is about to be written."""
+        if self.saving is not None:
+            self.saving.close()
+            self.saving = None
 
     def follow(self) -> None:
         """Take over the versions that serve, where they are others."""

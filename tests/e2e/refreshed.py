@@ -36,7 +36,7 @@ REFRESH = {
     "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 1.0},
 }
-CANARY = {"share": 0.5, "least": 10, "most": 40, "tolerance": 0.05, "effect": 0.5}
+CANARY = {"share": 0.5, "least": 10, "most": 400, "tolerance": 0.05, "effect": 0.2}
 WANTED = tuple({"prompt": f"The quick {i}", "seed": i, "temperature": t} for i in range(4) for t in (0.0, 1.0))
 
 
