@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.drifting.findings import COLD, Exchanges, course, promotions, recovery, totals, warmed  # noqa: E402
-from benchmarks.drifting.fleet import CANARY, CEILING, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
+from benchmarks.drifting.fleet import CANARY, CEILING, COLD_REFRESH, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
 from benchmarks.drifting.live import Exchange, Habits, Wanted, driven, history  # noqa: E402
 from benchmarks.drifting.offline import Lesson, answered, taught, untrained  # noqa: E402
 from benchmarks.drifting.picture import draw  # noqa: E402
@@ -56,6 +56,10 @@ class Plan:
     lesson: int
     window: int
     seed: int
+
+    @property
+    def refresh(self) -> dict[str, Any]:
+        return COLD_REFRESH if self.cold else REFRESH
 
 
 def main(
@@ -84,7 +88,7 @@ def main(
         speculators, learned = prepared(plan, Path(folder))
         said(begun, f"prepared: {learned}")
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2)))), encoding="utf-8")
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2, plan.refresh)))), encoding="utf-8")
         with serving(str(file), url):
             exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
             found = document(plan, learned, exchanges, history(url)) | {"took_seconds": round(time.monotonic() - begun, 1)}
@@ -132,7 +136,7 @@ def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes:
     """The result as JSON."""
     judged = promotions(exchanges, changes, 2 * plan.window)
     reached = warmed(exchanges, plan.window) if plan.cold else recovery(exchanges, plan.window)
-    settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": REFRESH, "canary": CANARY}
+    settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": plan.refresh, "canary": CANARY}
     return {
         "command": ["python", *sys.argv],
         "machine": machine(),

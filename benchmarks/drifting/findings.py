@@ -51,7 +51,7 @@ def of(exchanges: Exchanges, model: str) -> list[Answer]:
 
 
 def course(exchanges: Exchanges, window: int) -> list[dict[str, Any]]:
-    """Tokens per step of every model in windows of requests, none across two phases; requests: answered by the window's end."""
+    """Tokens per step of every model in windows of requests, none across two phases; requests: at its beginning and end."""
     phases = sorted({exchange.phase for exchange in exchanges})
     out = list[dict[str, Any]]()
     for phase in phases:
@@ -64,7 +64,7 @@ def course(exchanges: Exchanges, window: int) -> list[dict[str, Any]]:
 def windowed(part: Exchanges) -> dict[str, Any]:
     models = {STATIC, REFRESHED, CEILING} & part[-1].answers.keys()
     rates = {model: round(per_step(of(part, model)), 3) for model in sorted(models) if of(part, model)}
-    return {"requests": part[-1].place + 1, "phase": part[0].phase, "tokens_per_step": rates}
+    return {"requests": [part[0].place, part[-1].place + 1], "phase": part[0].phase, "tokens_per_step": rates}
 
 
 def recovery(exchanges: Exchanges, window: int, phase: int = 1) -> dict[str, Any]:

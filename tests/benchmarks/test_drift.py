@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from benchmarks import drift
 from benchmarks.drifting import texts
 from benchmarks.drifting.findings import course, first, per_step, promotions, recovery, totals, warmed
-from benchmarks.drifting.fleet import CEILING, REFRESHED, STATIC, fleet
+from benchmarks.drifting.fleet import CEILING, REFRESH, REFRESHED, STATIC, fleet
 from benchmarks.drifting.live import Answer, Exchange, Habits, Wanted, answer, driven
 from benchmarks.drifting.offline import untrained
 from benchmarks.drifting.picture import draw
@@ -56,7 +56,7 @@ def test_tokens_per_step_leave_out_the_step_that_reads_the_prompt() -> None:
 
 def test_windows_never_mix_two_kinds_of_traffic() -> None:
     parts = course(shifted(), 40)
-    assert [(part["requests"], part["phase"]) for part in parts] == [(40, 0), (100, 1), (140, 1), (180, 1)]
+    assert [(part["requests"], part["phase"]) for part in parts] == [([0, 40], 0), ([60, 100], 1), ([100, 140], 1), ([140, 180], 1)]
     assert parts[0]["tokens_per_step"] == {STATIC: 2.0, REFRESHED: 2.0}
     assert parts[-1]["tokens_per_step"] == {STATIC: 1.5, REFRESHED: 2.4, CEILING: 2.5}
 
@@ -137,7 +137,7 @@ def test_an_answer_is_read_from_the_body_of_a_completion() -> None:
 def test_the_fleet_is_one_base_of_which_one_model_is_refreshed(tmp_path: Path) -> None:
     (tmp_path / "spec").mkdir()
     names = dict.fromkeys((STATIC, REFRESHED, CEILING), tmp_path / "spec")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fleet(ROOT / "models" / "demo-code", names, 10)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fleet(ROOT / "models" / "demo-code", names, 10, REFRESH)))
     settings = load_settings(tmp_path / "config.yaml", {})
     assert [model.refresh.enabled for model in settings.models] == [False, True, False]
     assert len({model.base for model in settings.models}) == 1 and {model.policy["kind"] for model in settings.models} == {"fixed"}
