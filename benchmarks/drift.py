@@ -9,8 +9,8 @@ request by request. Texts that are learned from beforehand are of other document
 With --cold the speculator is of random weights, there is one kind of traffic and no ceiling: how many requests until it makes 1.6
 tokens per step on what it learned from them alone.
 
-A promotion lowered tokens per step if the requests after it lie less above the static speculator's, on the same requests, than those of
-the version before it.
+A promotion lowered tokens per step if its version makes less of the requests that came after it than the version before would have made
+of them, which is found out by drafting for them again with both, when all is over: the base answers the same whoever drafts.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.drifting.findings import COLD, Exchanges, course, promotions, recovery, totals, warmed  # noqa: E402
+from benchmarks.drifting.findings import COLD, Exchanges, Replay, course, promotions, recovery, totals, warmed  # noqa: E402
 from benchmarks.drifting.fleet import CANARY, CEILING, COLD_REFRESH, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
 from benchmarks.drifting.live import Exchange, Habits, Wanted, driven, history  # noqa: E402
 from benchmarks.drifting.offline import Lesson, answered, taught, untrained  # noqa: E402
 from benchmarks.drifting.picture import draw  # noqa: E402
+from benchmarks.drifting.replayed import Replays  # noqa: E402
 from benchmarks.drifting.texts import KINDS, prompts  # noqa: E402
 from drafters.mlp import MLPSpeculator  # noqa: E402
 from drafters.replay import ReplayBuffer  # noqa: E402
@@ -91,9 +92,10 @@ def main(
         file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2, plan.refresh)))), encoding="utf-8")
         with serving(str(file), url):
             exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
-            found = document(plan, learned, exchanges, history(url)) | {"took_seconds": round(time.monotonic() - begun, 1)}
-            written(found, out)
-            said(begun, json.dumps(found["outcome"]))
+            changes = history(url)
+        found = document(plan, learned, exchanges, changes, Replays(model, plan.habits, changes).answers)
+        written(found | {"took_seconds": round(time.monotonic() - begun, 1)}, out)
+        said(begun, json.dumps(found["outcome"]))
 
 
 def written(found: dict[str, Any], out: Path) -> None:
@@ -132,9 +134,9 @@ def wanted(plan: Plan, models: Sequence[str]) -> list[Wanted]:
     return out
 
 
-def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes: list[dict[str, Any]]) -> dict[str, Any]:
+def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes: list[dict[str, Any]], replay: Replay) -> dict[str, Any]:
     """The result as JSON."""
-    judged = promotions(exchanges, changes, 2 * plan.window)
+    judged = promotions(exchanges, changes, 2 * plan.window, replay)
     reached = warmed(exchanges, plan.window) if plan.cold else recovery(exchanges, plan.window)
     settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": plan.refresh, "canary": CANARY}
     return {

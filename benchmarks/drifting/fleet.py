@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 STATIC, REFRESHED, CEILING = "static", "refreshed", "ceiling"
-POLICY = {"kind": "fixed", "depth": 4, "width": 1}  # as deep as the speculator goes
+DEPTH = 4  # as deep as any of the speculators goes
+POLICY = {"kind": "fixed", "depth": DEPTH, "width": 1}
 REFRESH = {
     "enabled": True,
     "capture": {"share": 1.0},
@@ -18,9 +19,9 @@ REFRESH = {
     "window": 32,
     "steps": 200,
     "interval": 50,
-    "least_gain": 0.05,
+    "least_gain": 0.03,
     "least_tokens": 2000,
-    "gate": {"least": 20, "margin": 0.05},
+    "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},
 }
 COLD_REFRESH = REFRESH | {"buffer_bytes": "64MiB", "held_out": 0.2}  # nothing that was learned is to be forgotten

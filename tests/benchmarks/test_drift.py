@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from benchmarks import drift
 from benchmarks.drifting import texts
-from benchmarks.drifting.findings import course, first, per_step, promotions, recovery, totals, warmed
+from benchmarks.drifting.findings import Replay, course, first, per_step, promotions, recovery, totals, warmed
 from benchmarks.drifting.fleet import CEILING, REFRESH, REFRESHED, STATIC, fleet
 from benchmarks.drifting.live import Answer, Exchange, Habits, Wanted, answer, driven
 from benchmarks.drifting.offline import untrained
 from benchmarks.drifting.picture import draw
+from benchmarks.drifting.replayed import Replays
 from benchmarks.drifting.texts import Kind, prompts
 from configs.settings import load_settings
 from drafters.mlp import MLPSpeculator
@@ -34,7 +35,7 @@ def made(rate: float, version: str = OLD, text: str = "t") -> Answer:
 
 def exchange(place: int, phase: int, rates: dict[str, float], version: str = OLD) -> Exchange:
     answers = {name: made(rate, version if name == REFRESHED else OLD) for name, rate in rates.items()}
-    return Exchange(place, phase, float(place), answers)
+    return Exchange(Wanted(phase, f"p{place}", place, tuple(rates)), place, float(place), answers)
 
 
 def shifted(recovers_at: int = 60) -> list[Exchange]:
@@ -77,24 +78,39 @@ def test_a_cold_start_counts_the_requests_to_its_target() -> None:
     assert first(slow, 40, lambda part: True) is None
 
 
+def replayed(rates: dict[str, float]) -> Replay:
+    """Versions that make so many tokens per step, a little more of every other request."""
+    return lambda version, wanted: [made(rates[version] + 0.1 * (one.seed % 2)) for one in wanted]
+
+
 @pytest.mark.parametrize(("rate", "lowered"), [(2.4, False), (1.2, True)])
-def test_a_promotion_is_judged_against_the_static_speculator_on_the_same_requests(rate: float, lowered: bool) -> None:
-    """Prompts get easier at the promotion, which alone must not count for it."""
-    before = [exchange(i, 0, {STATIC: 1.0, REFRESHED: 1.5}) for i in range(40)]
-    after = [exchange(40 + i, 0, {STATIC: 1.2 if lowered else 1.5, REFRESHED: rate}, NEW) for i in range(40)]
-    (found,) = promotions(before + after, [change(39.5), change(10.0, "canary")], 30)
-    assert (found.request, found.before_requests, found.after_requests) == (40, 30, 30)
-    assert found.before == pytest.approx(0.5) and found.lowered is lowered and found.low <= found.high
-    assert (found.high < 0) is lowered
+def test_a_promotion_is_judged_on_the_requests_after_it_by_both_versions(rate: float, lowered: bool) -> None:
+    requests = [exchange(i, 0, {STATIC: 1.0, REFRESHED: 1.0}) for i in range(80)]
+    (found,) = promotions(requests, [change(39.5), change(10.0, "canary")], 30, replayed({OLD: 1.5, NEW: rate}))
+    assert (found.version, found.request, found.requests) == (NEW, 40, 30)
+    assert found.before == pytest.approx(1.55, abs=0.02) and found.after == pytest.approx(rate + 0.05, abs=0.02)
+    assert found.lowered is lowered and (found.high < 0) is lowered and found.low <= found.high
 
 
-def test_requests_of_a_canary_or_of_another_phase_say_nothing_of_a_promotion() -> None:
-    before = [exchange(i, i // 36, {STATIC: 1.0, REFRESHED: 1.5}) for i in range(40)]
-    after = [exchange(40 + i, 1, {STATIC: 1.0, REFRESHED: 2.0}, NEW) for i in range(40)]
-    assert promotions(before + after, [change(39.5)], 30) == []
-    canary = [replace(e, phase=1) for e in before[:10]] + [exchange(10 + i, 1, {STATIC: 1.0, REFRESHED: 3.0}, "other") for i in range(30)]
-    (found,) = promotions(canary + after, [change(39.5)], 30)
-    assert found.before_requests == 10 and found.before == pytest.approx(0.5)
+def test_requests_of_another_phase_say_nothing_of_a_promotion() -> None:
+    requests = [exchange(i, i // 40, {STATIC: 1.0, REFRESHED: 1.0}) for i in range(80)]
+    rates = replayed({OLD: 1.5, NEW: 2.0})
+    assert promotions(requests, [change(34.5), change(79.5), change(74.5)], 30, rates) == []  # too few, none and too few again
+    (found,) = promotions(requests, [change(27.5)], 30, rates)
+    assert found.requests == 12
+
+
+def test_a_version_is_replayed_as_the_service_would_have_served_it(tmp_path: Path) -> None:
+    """Whatever drafts, the texts are the same; and a version that learned something takes fewer steps than random weights."""
+    model, habits = ROOT / "models" / "demo-code", Habits(1, 0.7, 24)
+    untrained(model, 1).save_pretrained(tmp_path / "random")
+    folders = {OLD: model / "speculator", NEW: tmp_path / "random"}
+    told = [{"release": {"placement": {"version": name, "url": f"file://{folder}"}}} for name, folder in folders.items()]
+    replays = Replays(model, habits, [*told, {"release": None}, change(1.0)])
+    wanted = [Wanted(0, f"import {name}\n", seed, (STATIC,)) for seed, name in enumerate(("os", "re", "json", "ast"))]
+    trained, random = (replays.answers(version, wanted) for version in (OLD, NEW))
+    assert [one.tokens for one in trained] == [one.tokens for one in random] and trained == replays.answers(OLD, wanted)
+    assert per_step(trained) > per_step(random) >= 1.0 and all(one.accepted == one.tokens - one.steps for one in trained)
 
 
 def test_failures_and_other_texts_are_counted() -> None:
@@ -185,7 +201,7 @@ def test_only_the_last_phase_is_put_to_the_ceiling(monkeypatch: pytest.MonkeyPat
 
 def test_a_picture_of_a_run_and_what_is_written_of_it(tmp_path: Path) -> None:
     plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (60, 120), Habits(2, 0.7, 16), 20, 20, 1)
-    found = drift.document(plan, {}, shifted(), [change(119.5)])
+    found = drift.document(plan, {}, shifted(), [change(119.5)], replayed({OLD: 1.5, NEW: 2.0}))
     assert found["promoted_at"] == [120] and found["outcome"]["promotions_judged"] == 1 and found["outcome"]["recovered"] > 0.8
     draw(found, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
