@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 
@@ -82,6 +83,7 @@ def main(
 ) -> None:
     """Train beforehand, serve, drive, and judge."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
+    torch.set_num_threads(1)  # more wait for each other on cores that do something else besides
     kinds, counts = ((before,), (first or 700,)) if cold else ((before, after), (first or 120, second))
     plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, window, seed)
     begun = time.monotonic()
