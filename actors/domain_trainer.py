@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from actors.artefacts import Artefacts
@@ -14,10 +14,9 @@ from actors.releases import Base
 from actors.store import Value
 from drafters.bundle import Bundle, Manifest, Origin, write_bundle
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import Candidate, Refresher, RefreshSettings
+from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings
 from drafters.replay import ReplayBuffer
 from drafters.traces import Trace
-from drafters.walk import expected_tokens
 from policies import Verdict
 from policies.gate import GateRule, gate
 
@@ -41,8 +40,20 @@ class Trial:
     """A candidate beside the serving speculator on held-out requests that had no part in choosing it."""
 
     candidate: Candidate
-    traces: Sequence[Trace]
-    pairs: list[tuple[float, float]] = field(default_factory=list)
+    serving: Measurement
+    tried: Measurement
+
+    @property
+    def whole(self) -> bool:
+        return self.serving.whole and self.tried.whole
+
+    def advance(self) -> None:
+        """Replay one stretch of a request more, with either of them."""
+        (self.tried if self.serving.whole else self.serving).advance()
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Tokens per step of the serving speculator and of the candidate on each request."""
+        return [(before.per_step, after.per_step) for before, after in zip(self.serving.walks, self.tried.walks, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +92,7 @@ class DomainTrainer:
     @property
     def judged(self) -> bool:
         """Whether all that is left of a round is to deliver its candidate."""
-        return self.trial is not None and len(self.trial.pairs) == len(self.trial.traces)
+        return self.trial is not None and self.trial.whole
 
     def idle(self) -> bool:
         """Whether there is nothing to do before more traces come."""
@@ -101,16 +112,21 @@ class DomainTrainer:
             except Exception as error:
                 self.drop(f"dropped: {type(error).__name__}: {error}")
                 raise
-        return self.judge(self.trial) if self.trial is not None and self.judged else None
+        return self.judge(self.trial) if self.trial is not None and self.trial.whole else None
 
     def advance(self, seconds: float) -> None:
-        """Train, or compare the candidate that came of it."""
-        if self.trial is not None:
-            self.compare(self.trial, seconds)
+        """Train, or compare the candidate that came of it, for about so long."""
+        if self.trial is None:
+            self.refresher.advance(seconds)
+            if (candidate := self.refresher.candidate) is not None:
+                traces = self.buffer.judging(self.tag)
+                self.trial = Trial(candidate, Measurement(self.refresher.live, traces), Measurement(candidate.speculator, traces))
             return
-        self.refresher.advance(seconds)
-        if (candidate := self.refresher.candidate) is not None:
-            self.trial = Trial(candidate, self.buffer.judging(self.tag))
+        until = time.monotonic() + seconds
+        while not self.trial.whole:
+            self.trial.advance()
+            if time.monotonic() >= until:
+                return
 
     def settle(self) -> None:
         """The candidate that was judged is where it belongs; until now every checkpoint held it."""
@@ -119,17 +135,9 @@ class DomainTrainer:
         self.end()
         self.refresher.take()
 
-    def compare(self, trial: Trial, seconds: float) -> None:
-        """Replay held-out requests with both speculators, for about so long."""
-        until = time.monotonic() + seconds
-        for trace in trial.traces[len(trial.pairs) :]:
-            trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
-            if time.monotonic() >= until:
-                return
-
     def judge(self, trial: Trial) -> Submission | None:
         """Let the gate decide, and publish what passes."""
-        verdict = self.verdict = gate(trial.pairs, self.rule)
+        verdict = self.verdict = gate(trial.pairs(), self.rule)
         if verdict.passed:
             return self.publish(trial.candidate, verdict)
         log.info("%s %r: %s", self.buffer.model, self.tag, verdict.reason)
@@ -163,7 +171,7 @@ class DomainTrainer:
 
     def holding(self, unwanted: Callable[[Trace], bool]) -> int:
         """How many of these traces its round goes on with, whether or not the buffer still has them."""
-        held = (*(self.refresher.round.held if self.refresher.round else ()), *(self.trial.traces if self.trial else ()))
+        held = (*(self.refresher.round.held if self.refresher.round else ()), *(self.trial.tried.traces if self.trial else ()))
         return sum(unwanted(trace) for trace in held)
 
     def drop(self, reason: str) -> None:

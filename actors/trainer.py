@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,7 @@ class TrainerSettings:
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
     buffer: BufferSettings = field(default_factory=BufferSettings)
     rule: GateRule = field(default_factory=GateRule)
-    slice: float = 0.05
+    slice: float = 0.02
     running: int | None = 0
     quiet: float = 1.0
     believed: float = 10.0
@@ -150,9 +150,15 @@ class TrainerKeeper:
 
     def save(self) -> None:
         """Write traces and progress. Raises OSError, leaving what was written before."""
-        self.buffer.save(self.work / "traces")
+        for _ in self.saving():
+            pass
+
+    def saving(self) -> Generator[None, None, None]:
+        """`save` in small units, to be gone on with or closed; traces are written as they were when it began."""
+        yield from self.buffer.saving(self.work / "traces")
         for tag, domain in self.domains.items():
             domain.refresher.checkpoint(self.checkpoint(tag))
+            yield
 
     def recover(self) -> None:
         """Go on from what `save` wrote, as far as it is there and whole. Progress of what is no domain any more is deleted."""
@@ -209,6 +215,7 @@ class Worker:
         self.shown: Value = keeper.status()
         self.problems: dict[str, str] = {}  # by the tag of the domain, or what else goes wrong
         self.unsaved = False
+        self.saving: Generator[None, None, None] | None = None  # a checkpoint under way
         self.saved = self.polled = clock()
         self.thread = threading.Thread(target=self.loop, name="trainer", daemon=True)
 
@@ -264,6 +271,7 @@ class Worker:
             self.change.notify_all()
         self.thread.join()
         self.read()
+        self.stop_saving()
         self.attempt(self.keeper.save, SAVING)
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
@@ -284,12 +292,22 @@ class Worker:
             self.attempt(self.follow, FOLLOWING)
             with self.change:
                 domain = None if self.resting() else self.keeper.next()
-                self.note(domain is None)
-                if domain is None and not (self.closing or self.inbox or self.unwanted):
+                rests = domain is None and not self.writes()
+                self.note(rests)
+                if rests and not (self.closing or self.inbox or self.unwanted):
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
-            if domain is not None:
-                self.attempt(self.turn, domain.tag)
+            if not rests:
+                self.work(domain)
+
+    def work(self, domain: DomainTrainer | None) -> None:
+        """One slice of a checkpoint that is under way; else one of the domain's training, after which a checkpoint may be due."""
+        if self.saving is not None and not self.busy():
             self.attempt(self.save, SAVING)
+            return
+        if domain is not None:
+            self.attempt(self.turn, domain.tag)
+        if self.saving is None and self.writes():
+            self.saved, self.unsaved, self.saving = self.clock(), False, self.keeper.saving()
 
     def note(self, rests: bool) -> None:
         """Keep what `status` shows, and how long it took to make way when load came."""
@@ -314,6 +332,7 @@ class Worker:
                 self.answer(done, what)
 
     def answer(self, done: Future[int], what: Selection) -> None:
+        self.stop_saving()
         try:
             done.set_result(self.keeper.forget(what))
         except Exception as error:
@@ -327,12 +346,30 @@ class Worker:
             self.submit(found)
             self.keeper.settle(found.tag)
 
-    def save(self) -> None:
-        """Write what came in and what was done, now and then, while serving can spare the disk."""
-        if self.unsaved and not self.busy() and self.clock() - self.saved >= self.settings.checkpoint:
-            self.saved = self.clock()
-            self.keeper.save()
-            self.unsaved = False
+    def writes(self) -> bool:
+        """Whether a checkpoint is under way or due, and serving can spare the disk."""
+        due = self.unsaved and self.clock() - self.saved >= self.settings.checkpoint
+        return (due or self.saving is not None) and not self.busy()
+
+    def save(self) -> bool:
+        """One slice of the checkpoint that is under way; whether that was the last one."""
+        assert self.saving is not None, "what is gone on with was begun"
+        until = self.clock() + self.settings.slice
+        try:
+            for _ in self.saving:
+                if self.clock() >= until:
+                    return False
+        except BaseException:
+            self.saving, self.unsaved = None, True
+            raise
+        self.saving = None
+        return True
+
+    def stop_saving(self) -> None:
+        """Give up a checkpoint that is under way: another is about to be written."""
+        if self.saving is not None:
+            self.saving.close()
+            self.saving, self.unsaved = None, True
 
     def follow(self) -> None:
         """Take over the versions that serve, where they are others."""
@@ -342,13 +379,16 @@ class Worker:
         for tag, (live, version) in self.serving().items():
             self.keeper.serve(tag, live, version)
 
-    def attempt(self, act: Callable[[], None], what: str) -> None:
-        """Do it; what goes wrong is logged, shown until it goes right, waited for a moment, and tried again at the next turn. what: the tag
-        of the domain that it is done for, or what is done."""
+    def attempt(self, act: Callable[[], bool | None], what: str) -> None:
+        """Do it; what goes wrong is logged, shown until it goes right, waited for a moment, and tried again at the next turn.
+
+        act: says False while it is not known whether it goes right. what: the tag of the domain that it is done for, or what is done.
+        """
         try:
-            act()
+            known = act()
             with self.change:
-                self.problems.pop(what, None)
+                if known is not False:
+                    self.problems.pop(what, None)
         except Exception as error:
             log.exception("%s: %s is held up", self.keeper.model, what or "training")
             with self.change:

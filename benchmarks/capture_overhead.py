@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -32,6 +33,7 @@ from services.cli.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW = 64  # tokens of each request
+COLUMNS = ("requests", "share", "tokens_per_s_off", "lost_percent_wall", "interval_wall", "lost_percent_processor", "interval_processor")
 
 
 class Run:
@@ -69,16 +71,23 @@ def compare(base: Base, folder: Path, tokens: list[int], count: int, shares: lis
 
 
 def cell(seconds: dict[float, list[tuple[float, float]]], share: float, count: int, depth: int) -> dict[str, Any]:
-    """Medians over rounds (the first one warmed up): tokens per second without, and what is lost with, in percent."""
+    """Medians over rounds (the first one warmed up), with a 95 % bootstrap interval: tokens per second without, and what is lost with, in
+    percent."""
     off, on = seconds[0.0][1:], seconds[share][1:]
-    lost = [[100 * (1 - a[kind] / b[kind]) for a, b in zip(off, on, strict=True)] for kind in (0, 1)]
-    found = {"requests": count, "depth": depth, "share": share, "rounds": len(off)}
-    rates = {"tokens_per_s_off": statistics.median(count * NEW / wall for wall, _ in off)}
-    return (
-        found
-        | rates
-        | {f"lost_percent_{kind}": statistics.median(values) for kind, values in zip(("wall", "processor"), lost, strict=True)}
-    )
+    found: dict[str, Any] = {"requests": count, "depth": depth, "share": share, "rounds": len(off)}
+    found["tokens_per_s_off"] = round(statistics.median(count * NEW / wall for wall, _ in off), 1)
+    for kind, name in enumerate(("wall", "processor")):
+        lost = [100 * (1 - a[kind] / b[kind]) for a, b in zip(off, on, strict=True)]
+        found[f"lost_percent_{name}"] = round(statistics.median(lost), 2)
+        found[f"interval_{name}"] = [round(bound, 2) for bound in interval(lost)]
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Of the median, over values drawn with replacement."""
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.percentile(np.median(drawn, 1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def main(
@@ -96,13 +105,14 @@ def main(
     tokens = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     wanted = [float(share) for share in shares.split(",")]
     cells = [c for count in map(int, requests.split(",")) for c in compare(base, model, tokens, count, wanted, 3, rounds)]
-    table = Table("at once", "share", "tokens/s without", "lost %, wall", "lost %, processor")
+    table = Table("at once", "share", "tokens/s without", "lost %, wall", "95 %", "lost %, processor", "95 %")
     for c in cells:
-        numbers = (c["tokens_per_s_off"], c["lost_percent_wall"], c["lost_percent_processor"])
-        table.add_row(str(c["requests"]), str(c["share"]), *(f"{n:.2f}" for n in numbers))
+        table.add_row(*(str(c[name]) for name in COLUMNS))
     Console().print(table)
     if out:
-        out.write_text(json.dumps({"command": sys.argv, "machine": machine(), "model": model.name, "cells": cells}, indent=2) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = {"command": ["python", *sys.argv], "machine": machine(), "model": model.name, "threads": threads, "cells": cells}
+        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

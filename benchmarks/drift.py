@@ -2,15 +2,15 @@
 
 A real service holds one base under three names, all with the same policy of fixed depth: `static` and `refreshed` begin with the same
 speculator, which was trained on one kind of text alone, and only the second is refreshed; `ceiling` holds one that was trained on the
-other kind beforehand, offline, until it stopped gaining. Users put every request to all of them at once, first of the one kind and then
-of the other (the ceiling's only then), so tokens per step compare request by request. Texts that are learned from beforehand are of
-other documents than those of the traffic.
+other kind beforehand, offline, until it stopped gaining: from random weights, or from those of the others, whichever is better. Users put
+every request to all of them at once, first of the one kind and then of the other (the ceiling's only then), so tokens per step compare
+request by request. Texts that are learned from beforehand are of other documents than those of the traffic.
 
 With --cold the speculator is of random weights, there is one kind of traffic and no ceiling: how many requests until it makes 1.6
 tokens per step on what it learned from them alone.
 
-A promotion lowered tokens per step if the requests after it lie less above the static speculator's, on the same requests, than those of
-the version before it.
+A promotion lowered tokens per step if its version makes less of the requests that came after it than the version before would have made
+of them, which is found out by drafting for them again with both, when all is over: the base answers the same whoever drafts.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.drifting.findings import COLD, Exchanges, course, promotions, recovery, totals, warmed  # noqa: E402
-from benchmarks.drifting.fleet import CANARY, CEILING, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
+from benchmarks.drifting.findings import COLD, Exchanges, Replay, course, promotions, recovery, totals, warmed  # noqa: E402
+from benchmarks.drifting.fleet import CANARY, CEILING, COLD_REFRESH, POLICY, REFRESH, REFRESHED, STATIC, fleet  # noqa: E402
 from benchmarks.drifting.live import Exchange, Habits, Wanted, driven, history  # noqa: E402
-from benchmarks.drifting.offline import Lesson, taught, untrained  # noqa: E402
+from benchmarks.drifting.offline import Lesson, answered, taught, untrained  # noqa: E402
 from benchmarks.drifting.picture import draw  # noqa: E402
-from benchmarks.drifting.texts import halves, prompts  # noqa: E402
+from benchmarks.drifting.replayed import Replays  # noqa: E402
+from benchmarks.drifting.texts import KINDS, prompts  # noqa: E402
+from drafters.mlp import MLPSpeculator  # noqa: E402
+from drafters.replay import ReplayBuffer  # noqa: E402
 from services.cli.bench_service import serving  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
-
-RATE = 4e-3  # of training beforehand
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,18 @@ class Plan:
     requests: tuple[int, ...]
     habits: Habits
     lesson: int
-    steps: int
     window: int
     seed: int
+
+    @property
+    def refresh(self) -> dict[str, Any]:
+        return COLD_REFRESH if self.cold else REFRESH
 
 
 def main(
     model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = ROOT / "models" / "demo-code",
     cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
-    before: Annotated[str, typer.Option("--from", help="Kind of the first traffic: code or prose.")] = "code",
+    before: Annotated[str, typer.Option("--from", help=f"Kind of the first traffic: {', '.join(KINDS)}.")] = "code",
     after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "prose",
     first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 120, 700.")] = None,
     second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 600,
@@ -71,7 +76,6 @@ def main(
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of all requests.")] = 0.7,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Longest answer.")] = 64,
     lesson: Annotated[int, typer.Option("--lesson", min=20, help="Prompts of a kind to learn from beforehand.")] = 320,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of a round beforehand.")] = 120,
     window: Annotated[int, typer.Option("--window", min=8, help="Requests that are averaged.")] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Of prompts, requests and random weights.")] = 1,
     url: Annotated[str, typer.Option("--url", help="Loopback address to start the service at.")] = "http://127.0.0.1:8124",
@@ -79,19 +83,21 @@ def main(
 ) -> None:
     """Train beforehand, serve, drive, and judge."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
+    torch.set_num_threads(1)  # more wait for each other on cores that do something else besides
     kinds, counts = ((before,), (first or 700,)) if cold else ((before, after), (first or 120, second))
-    plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, steps, window, seed)
+    plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, window, seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         speculators, learned = prepared(plan, Path(folder))
         said(begun, f"prepared: {learned}")
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2)))), encoding="utf-8")
+        file.write_text(yaml.safe_dump(json.loads(json.dumps(fleet(model, speculators, users + 2, plan.refresh)))), encoding="utf-8")
         with serving(str(file), url):
             exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
-            found = document(plan, learned, exchanges, history(url)) | {"took_seconds": round(time.monotonic() - begun, 1)}
-            written(found, out)
-            said(begun, json.dumps(found["outcome"]))
+            changes = history(url)
+        found = document(plan, learned, exchanges, changes, Replays(model, plan.habits, changes).answers)
+        written(found | {"took_seconds": round(time.monotonic() - begun, 1)}, out)
+        said(begun, json.dumps(found["outcome"]))
 
 
 def written(found: dict[str, Any], out: Path) -> None:
@@ -106,17 +112,19 @@ def prepared(plan: Plan, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]
     start, learned = untrained(plan.model, plan.seed), dict[str, Any]()
     places = {name: folder / f"speculator-{name}" for name in ((STATIC, REFRESHED) if plan.cold else (STATIC, REFRESHED, CEILING))}
     if not plan.cold:
-        start, learned[STATIC] = taught(plan.model, start, lesson_of(plan, plan.kinds[0]))
-        ceiling, learned[CEILING] = taught(plan.model, start, lesson_of(plan, plan.kinds[1]))
+        known, learned[STATIC] = taught([start], answers(plan, start, plan.kinds[0]))
+        ceiling, learned[CEILING] = taught([start, known], answers(plan, known, plan.kinds[1]))
         ceiling.save_pretrained(places[CEILING])
+        start = known
     for name in (STATIC, REFRESHED):
         start.save_pretrained(places[name])
     return places, learned
 
 
-def lesson_of(plan: Plan, kind: str) -> Lesson:
-    texts = prompts(halves(kind)[0], plan.lesson, plan.seed)
-    return Lesson(texts, plan.habits.temperature, plan.habits.max_tokens, plan.steps, RATE)
+def answers(plan: Plan, speculator: MLPSpeculator, kind: str) -> ReplayBuffer:
+    """What there is to learn from beforehand of a kind."""
+    lesson = Lesson(prompts(kind, True, plan.lesson, plan.seed), plan.habits.temperature, plan.habits.max_tokens)
+    return answered(plan.model, speculator, lesson)
 
 
 def wanted(plan: Plan, models: Sequence[str]) -> list[Wanted]:
@@ -124,17 +132,15 @@ def wanted(plan: Plan, models: Sequence[str]) -> list[Wanted]:
     out = list[Wanted]()
     for phase, (kind, count) in enumerate(zip(plan.kinds, plan.requests, strict=True)):
         asked = [name for name in models if name != CEILING or phase == len(plan.kinds) - 1]
-        out += [
-            Wanted(phase, prompt, plan.seed + len(out) + i, asked) for i, prompt in enumerate(prompts(halves(kind)[1], count, plan.seed))
-        ]
+        out += [Wanted(phase, prompt, plan.seed + len(out) + i, asked) for i, prompt in enumerate(prompts(kind, False, count, plan.seed))]
     return out
 
 
-def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes: list[dict[str, Any]]) -> dict[str, Any]:
+def document(plan: Plan, learned: dict[str, Any], exchanges: Exchanges, changes: list[dict[str, Any]], replay: Replay) -> dict[str, Any]:
     """The result as JSON."""
-    judged = promotions(exchanges, changes, 2 * plan.window)
+    judged = promotions(exchanges, changes, 2 * plan.window, replay)
     reached = warmed(exchanges, plan.window) if plan.cold else recovery(exchanges, plan.window)
-    settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": REFRESH, "canary": CANARY}
+    settings = asdict(plan) | {"model": plan.model.name, "policy": POLICY, "refresh": plan.refresh, "canary": CANARY}
     return {
         "command": ["python", *sys.argv],
         "machine": machine(),

@@ -39,6 +39,19 @@ class Places:
     laws: tuple[Law, ...]
     weights: Tensor
 
+    @property
+    def totals(self) -> Tensor:
+        """What all places together count for each head. [heads]"""
+        return self.weights.sum(1).clamp_min(1e-9)
+
+    def part(self, start: int, count: int) -> Places:
+        """Those from `start` on, at most `count` of them."""
+        rows = torch.arange(start, min(start + count, len(self)), device=self.hidden.device)
+        return Places(self.hidden[rows], self.read[:, rows], tuple(law.select(rows) for law in self.laws), self.weights[:, rows])
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
 
 def windows(traces: Sequence[Trace], length: int, random: Random) -> list[Window]:
     """A stretch of at most `length` places of each trace, anywhere in it; a trace of one token has none."""
@@ -81,12 +94,16 @@ def missed(accepted: Tensor) -> Tensor:
     return ~accepted | ~accepted.roll(1)
 
 
-def place_losses(speculator: MLPSpeculator, places: Places, objective: Objective) -> Tensor:
-    """Every head's mean score over the places that count for it, 0 for a head with none. The training loss is their sum. [heads]"""
+def place_losses(speculator: MLPSpeculator, places: Places, objective: Objective, totals: Tensor) -> Tensor:
+    """Every head's score over the places that count for it, 0 for a head with none. [heads]
+
+    totals: [heads], the `Places.totals` of all that a step trains on: the losses of its parts add up to the mean, and so do their
+    gradients. The training loss is the sum over heads.
+    """
     losses = []
     for i, state in enumerate(teacher_forced(speculator, places.hidden, places.read)):
         rows = places.weights[i].nonzero()[:, 0]
         weights = places.weights[i][rows]
         scores = objective(speculator.head[i](state[rows]).float(), places.laws[i].select(rows))
-        losses.append((scores * weights).sum() / weights.sum().clamp_min(1e-9))
+        losses.append((scores * weights).sum() / totals[i])
     return torch.stack(losses)

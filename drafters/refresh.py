@@ -1,9 +1,9 @@
 """The trainer's core: a copy of the serving speculator is fine-tuned on logged answers, and becomes a candidate if it is worth more.
 
-Rounds of small units of work (a step of the optimizer, or one held-out request replayed), so that whoever runs them can stop between any
-two. A round measures the serving speculator on held-out requests, trains a copy and measures it now and then, and ends with the best one
-of these as a candidate, or with a reason why there is none; then it waits for fresh traffic, longer each time there was nothing to gain.
-What a unit does is a function of the traces, the settings and the round alone: a run resumed from a checkpoint goes on bit for bit.
+Rounds of small units of work (a part of a training step, or a stretch of a held-out request replayed), so that whoever runs them can stop
+between any two. A round measures the serving speculator on held-out requests, trains a copy and measures it now and then, and ends with the
+best one of these as a candidate, or with a reason why there is none; then it waits for fresh traffic, longer each time there was nothing to
+gain. What a unit does is a function of the traces, the settings and the round alone: a run resumed from a checkpoint goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from drafters.objectives import OBJECTIVES, ObjectiveName
 from drafters.places import Places, Positions, gather, place_losses, windows
 from drafters.replay import ReplayBuffer
 from drafters.traces import Trace
-from drafters.walk import HeldOut, Walk, walk
+from drafters.walk import HeldOut, Replay, Walk
 
 log = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "measuring", "training", "candidate"]
 LONGEST_WAIT = 6  # fruitless rounds double the wait this often at most
+CHANGED = 0.1  # tokens per step by which serving must be off its former pace for the traffic to count as another
 SMOOTH = 0.1  # share of the latest loss in the smoothed one
+PART = 128  # places of a training step that are gone through at once: tens of milliseconds of a core for small models
 
 
 class Refused(ValueError):
@@ -138,16 +140,38 @@ class Standing:
 
 @dataclass(slots=True)
 class Measurement:
-    """One speculator being replayed on held-out requests, one after the other."""
+    """One speculator being replayed on requests, one after the other, in stretches."""
 
     speculator: MLPSpeculator
     traces: Sequence[Trace]
     walks: list[Walk] = field(default_factory=list)
+    replay: Replay | None = None
+
+    @property
+    def whole(self) -> bool:
+        return len(self.walks) == len(self.traces)
 
     def advance(self) -> HeldOut | None:
-        """Replay one request more; the result after the last."""
-        self.walks.append(walk(self.speculator, self.traces[len(self.walks)]))
-        return HeldOut.of(self.walks) if len(self.walks) == len(self.traces) else None
+        """Replay one stretch more; the result after the last."""
+        replay = self.replay or Replay(self.speculator, self.traces[len(self.walks)])
+        self.replay = replay if (found := replay.advance()) is None else None
+        self.walks += [found] if found else []
+        return HeldOut.of(self.walks) if self.whole else None
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of the optimizer under way: its places are gone through in parts whose gradients add up. losses: [heads], of the parts
+    so far. done: places gone through."""
+
+    places: Places
+    totals: Tensor  # [heads]
+    losses: Tensor
+    done: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.done >= len(self.places)
 
 
 @dataclass(slots=True)
@@ -158,6 +182,7 @@ class Round:
     optimizer: torch.optim.Optimizer
     held: tuple[Trace, ...]
     measurement: Measurement | None
+    under_way: Step | None = None  # lost in a crash: it is a function of what a checkpoint and the buffer hold
     step: int = 0
     first: tuple[float, ...] = ()  # losses of the first step, before it
     losses: tuple[float, ...] = ()  # smoothed
@@ -187,6 +212,7 @@ class Refresher:
         self.candidate: Candidate | None = None
         self.rounds = self.fruitless = self.refused = 0
         self.used = 0  # answer tokens seen when the last round began
+        self.former = 1.0  # the pace of serving then
         self.outcome = "no round yet"
 
     # -- what is asked of it ------------------------------------------------------------------------------------------------
@@ -250,19 +276,34 @@ class Refresher:
     def ready(self) -> bool:
         """Whether there is work; begins a round when it may."""
         if self.able() and self.round is None:
-            self.rounds, self.used = self.rounds + 1, self.buffer.counts(self.tag).tokens
+            self.rounds, self.used, self.former = self.rounds + 1, self.buffer.counts(self.tag).tokens, self.pace()
             self.round = self.begin()
         return self.able()
 
     def missing(self) -> int:
         """Answer tokens that must still come before the next round."""
-        wait = self.settings.least_tokens << min(self.fruitless, LONGEST_WAIT)
-        return 0 if self.round else max(0, wait - self.fresh)
+        usual = self.settings.least_tokens
+        if self.round or (self.fresh >= usual and self.fruitless and self.changed()):
+            return 0
+        return max(0, (usual << min(self.fruitless, LONGEST_WAIT)) - self.fresh)
 
     @property
     def fresh(self) -> int:
         """Answer tokens that came since the last round began."""
         return self.buffer.counts(self.tag).tokens - self.used
+
+    def changed(self) -> bool:
+        """Whether serving is off the pace that it had when the last round began: then that there was nothing to gain says little."""
+        return abs(self.pace() - self.former) > CHANGED
+
+    def pace(self) -> float:
+        """Tokens per step that serving made of the latest answers, of `least_tokens` tokens together."""
+        tokens = kept = 0
+        for trace in self.buffer.latest(self.tag):
+            tokens, kept = tokens + len(trace), kept + int(trace.accepted.sum())
+            if tokens >= self.settings.least_tokens:
+                break
+        return tokens / max(1, tokens - kept) if tokens else 1.0
 
     def enough(self) -> bool:
         """Whether there are held-out requests to measure on, and any to train on."""
@@ -283,7 +324,7 @@ class Refresher:
         return torch.optim.AdamW(speculator.parameters(), lr=s.rate, betas=(0.9, 0.95), weight_decay=s.weight_decay)
 
     def unit(self) -> None:
-        """One step, or one held-out request."""
+        """A part of a step, or a stretch of a held-out request."""
         r = self.round
         assert r is not None, "there is a round when there is work"
         try:
@@ -296,13 +337,24 @@ class Refresher:
             self.give_up(f"refused: {error}")
 
     def step(self, r: Round) -> None:
-        """One step of the optimizer, and the next measurement when it is due."""
+        """Go through a part of a step; after the last one move the weights, and begin the next measurement when it is due."""
+        under_way = r.under_way or self.begin_step(r)
+        losses = self.losses(r, under_way)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        under_way.losses += losses.detach()
+        under_way.done += PART
+        r.under_way = None if under_way.whole else under_way
+        if under_way.whole:
+            descend(r, under_way.losses, self.settings)
+            self.note(r, tuple(under_way.losses.tolist()))
+            if r.step % self.settings.interval == 0 or r.step >= self.settings.steps:
+                r.measurement = Measurement(as_saved(r.speculator), r.held)
+
+    def begin_step(self, r: Round) -> Step:
         places = self.places(r)
-        losses = self.losses(r, places)
-        descend(r, losses, self.settings)
-        self.note(r, tuple(losses.detach().tolist()))
-        if r.step % self.settings.interval == 0 or r.step >= self.settings.steps:
-            r.measurement = Measurement(as_saved(r.speculator), r.held)
+        totals = places.totals
+        r.optimizer.zero_grad(set_to_none=True)
+        return Step(places, totals, torch.zeros_like(totals))
 
     def places(self, r: Round) -> Places:
         """What a step trains on: a function of seed, round, step and the buffer."""
@@ -311,10 +363,11 @@ class Refresher:
         chosen = windows(self.buffer.sample(self.tag, s.requests, s.recent, number), s.window, Random(f"{s.seed} {self.tag} {number}"))
         return gather(chosen, config.n_predict, config.vocab_size, s.positions, next(r.speculator.parameters()).device)
 
-    def losses(self, r: Round, places: Places) -> Tensor:
-        """Every head's loss. [heads]"""
+    def losses(self, r: Round, under_way: Step) -> Tensor:
+        """Every head's loss, as far as the next part makes it up. [heads]"""
+        places = under_way.places.part(under_way.done, PART)
         with torch.autocast(places.hidden.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
-            return place_losses(r.speculator, places, OBJECTIVES[self.settings.objective])
+            return place_losses(r.speculator, places, OBJECTIVES[self.settings.objective], under_way.totals)
 
     def note(self, r: Round, losses: tuple[float, ...]) -> None:
         """Count a step and smooth its losses. Raises Refused when they rise."""
@@ -366,7 +419,7 @@ class Refresher:
         replace_durably(file, lambda opened: torch.save(state, opened))
 
     def resume(self, file: Path) -> bool:
-        """Go on from a checkpoint; False if there is none, it cannot be read, or it is of another parent version, domain or settings.
+        """Go on from a checkpoint; False if there is none, it cannot be read, or is of another parent version, domain, settings or format.
 
         Held-out requests that the buffer has no more are measured on no more, and what was measured is measured again.
         """
@@ -412,7 +465,7 @@ class Refresher:
         return r
 
 
-KEPT = ("rounds", "fruitless", "refused", "used", "outcome")
+KEPT = ("rounds", "fruitless", "refused", "used", "former", "outcome")
 
 
 def round_state(r: Round | None) -> dict[str, Any] | None:
@@ -427,11 +480,9 @@ def round_state(r: Round | None) -> dict[str, Any] | None:
 
 
 def descend(r: Round, losses: Tensor, settings: RefreshSettings) -> None:
-    """One step down the summed losses. Raises Refused, before any weight moves, where they or their gradients are not numbers."""
+    """One step down the gradients. Raises Refused, before any weight moves, where they or the losses that they are of are not numbers."""
     for group in r.optimizer.param_groups:
         group["lr"] = settings.rate_at(r.step)
-    r.optimizer.zero_grad(set_to_none=True)
-    losses.sum().backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(r.speculator.parameters(), settings.clip)
     if not bool(losses.isfinite().all()) or not bool(norm.isfinite()):
         raise Refused(f"step {r.step + 1}: losses {losses.tolist()} and a gradient of norm {float(norm):.3g} are not all finite")

@@ -11,13 +11,13 @@ import json
 import struct
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
 
-from drafters.durable import replace_durably
+from drafters.durable import replacing
 from drafters.traces import InvalidTrace, Trace
 
 SIZE = struct.Struct("<Q")  # before every record of a saved buffer
@@ -202,6 +202,10 @@ class ReplayBuffer:
         domain = self.domains.get(tag, Domain())
         return (*(trace for _, _, trace in domain.older.entries), *domain.recent.traces)
 
+    def latest(self, tag: str) -> Iterator[Trace]:
+        """A domain's recent traces to learn from, the latest first."""
+        return reversed(self.domains.get(tag, Domain()).recent.traces)
+
     def sample(self, tag: str, count: int, recent: float, step: int) -> list[Trace]:
         """`count` traces to learn from in a step, with replacement, longer ones more often. A function of seed, tag, step and contents.
 
@@ -224,17 +228,26 @@ class ReplayBuffer:
 
     def save(self, file: Path) -> None:
         """Write everything in place of what the file held. Raises OSError, leaving the file as it was."""
-        replace_durably(file, lambda opened: opened.writelines(framed(record) for record in self.records()))
+        for _ in self.saving(file):
+            pass
+
+    def saving(self, file: Path) -> Generator[None, None, None]:
+        """`save`, one trace at a time; what comes in meanwhile is not written. The file is as it was until the last one, or if that never
+        comes."""
+        with replacing(file) as opened:
+            for record in self.records():
+                opened.write(framed(record))
+                yield
 
     def records(self) -> Iterator[bytes]:
-        """A table of contents, then every trace."""
+        """A table of contents, then every trace, as they are now."""
+        held = {tag: parts(domain) for tag, domain in self.domains.items()}
         table = {
-            tag: asdict(d.counts) | {"threshold": d.older.threshold, "parts": [len(part) for part in parts(d)]}
-            for tag, d in self.domains.items()
+            tag: asdict(domain.counts) | {"threshold": domain.older.threshold, "parts": [len(part) for part in held[tag]]}
+            for tag, domain in self.domains.items()
         }
         yield json.dumps(table).encode()
-        for domain in self.domains.values():
-            yield from (trace.to_bytes() for part in parts(domain) for trace in part)
+        yield from (trace.to_bytes() for found in held.values() for part in found for trace in part)
 
     def load(self, file: Path) -> None:
         """Remember what `save` wrote, in place of what is remembered. Raises OSError, or ValueError for a file that is not whole."""

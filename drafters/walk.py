@@ -7,7 +7,7 @@ whatever the temperature, as far as the logged states are those it computed (the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
 from engine.sampling import Sampler, draw
 
-ROWS = 512  # places drafted from at once
+ROWS = 256  # places drafted from at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +57,55 @@ def expected_tokens(speculator: MLPSpeculator, trace: Trace) -> float:
 
 def walk(speculator: MLPSpeculator, trace: Trace) -> Walk:
     """The steps that the speculator's chains would have taken through the answer."""
-    survived = survivals(speculator, trace)
-    at = steps = 0
-    while at < len(survived):
-        at, steps = at + 1 + survived[at], steps + 1
-    return Walk(trace.request, len(survived), steps)
+    replay = Replay(speculator, trace)
+    while (found := replay.advance()) is None:
+        pass
+    return found
+
+
+class Replay:
+    """One request being walked through, a stretch of ROWS places at a time."""
+
+    def __init__(self, speculator: MLPSpeculator, trace: Trace) -> None:
+        self.trace, self.stretches = trace, survivals(speculator, trace)
+        self.survived = list[int]()
+
+    def advance(self) -> Walk | None:
+        """Draft from one stretch more; the walk after the last."""
+        self.survived += next(self.stretches, [])
+        if len(self.survived) < len(self.trace) - 1:
+            return None
+        at = steps = 0
+        while at < len(self.survived):
+            at, steps = at + 1 + self.survived[at], steps + 1
+        return Walk(self.trace.request, len(self.survived), steps)
+
+
+def survivals(speculator: MLPSpeculator, trace: Trace) -> Iterator[list[int]]:
+    """How many tokens in a row a chain drafted at each answer token but the last agrees with the answer, ROWS tokens at a time."""
+    device = next(speculator.parameters()).device
+    sampler = Sampler(trace.params, trace.tokens[: trace.prompt_length].tolist(), speculator.config.vocab_size, device)
+    for start in range(0, len(trace) - 1, ROWS):
+        yield stretch(speculator, trace, sampler, start, min(start + ROWS, len(trace) - 1))
 
 
 @torch.inference_mode()
-def survivals(speculator: MLPSpeculator, trace: Trace) -> list[int]:
-    """How many tokens in a row a chain drafted at each answer token but the last agrees with the answer. [n - 1]"""
-    weight = next(speculator.parameters())
-    answer = trace.answer.long().to(weight.device)
-    sampler = Sampler(trace.params, trace.tokens[: trace.prompt_length].tolist(), speculator.config.vocab_size, weight.device)
-    found = [0] * (len(trace) - 1)
-    for start in range(0, len(found), ROWS):
-        places = torch.arange(start, min(start + ROWS, len(found)), device=weight.device)
-        state = speculator.start(trace.hidden[places.cpu()].to(weight))
-        for head in range(min(speculator.config.n_predict, len(found) - start)):
-            state = speculator.advance(head, state, answer[places + head])
-            agreed = agreement(speculator, head, state, trace, sampler, places)
-            places, state = places[agreed], state[agreed]
-            for place in places.tolist():
-                found[place] += 1
-            inside = places + head + 1 < len(found)  # a chain ends with the answer
-            places, state = places[inside], state[inside]
-            if not len(places):
-                break
+def stretch(speculator: MLPSpeculator, trace: Trace, sampler: Sampler, start: int, end: int) -> list[int]:
+    """`survivals` of the answer tokens from `start` to before `end`. [end - start]"""
+    weight, last = next(speculator.parameters()), len(trace) - 1
+    answer, found = trace.answer.long().to(weight.device), [0] * (end - start)
+    places = torch.arange(start, end, device=weight.device)
+    state = speculator.start(trace.hidden[start:end].to(weight))
+    for head in range(min(speculator.config.n_predict, last - start)):
+        state = speculator.advance(head, state, answer[places + head])
+        agreed = agreement(speculator, head, state, trace, sampler, places)
+        places, state = places[agreed], state[agreed]
+        for place in places.tolist():
+            found[place - start] += 1
+        inside = places + head + 1 < last  # a chain ends with the answer
+        places, state = places[inside], state[inside]
+        if not len(places):
+            break
     return found
 
 

@@ -1,18 +1,22 @@
 """What a base computed while it answered, kept for training: no forward is run for it, and nothing waits for it.
 
-Rows are copied when the step that computed them is over, since executors reuse their buffers; what is read from them (the most likely
-tokens and their log-probabilities) is computed for many rows at once.
+Rows are read when the step that computed them is over, since executors reuse their buffers: by the kernels for CPUs where there are some.
+Elsewhere they are copied, and the most likely tokens and their log-probabilities are computed for many of them at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.native import compiled, operations
 from engine.request import Request
+
+Columns = tuple[Tensor, Tensor, Tensor]  # hidden, top_ids and top_logprobs of some rows, as in Features
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,18 +43,73 @@ class Open:
     request: Request
     tokens: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    parts: list[Columns] = field(default_factory=list)
     nbytes: int = 0
 
 
-@dataclass(slots=True)
-class Staged:
-    """Copied rows whose most likely tokens are not computed yet: of which requests, and how many of each, in order."""
+class Rows(Protocol):
+    """What was read of the rows of several steps."""
 
-    logits: list[Tensor] = field(default_factory=list)  # [.., V] each
-    hidden: list[Tensor] = field(default_factory=list)  # [.., emb_dim] each
-    owners: list[tuple[Open, int]] = field(default_factory=list)
-    rows: int = 0
+    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        """Read some rows of logits [N, V] and hidden states [N, emb_dim]."""
+
+    def take(self) -> Columns:
+        """What is kept of all rows since the last time, in order."""
+
+
+class Copies:
+    """Copied rows; what is kept of them is computed when they are taken. For any device."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.logits, self.hidden = list[Tensor](), list[Tensor]()
+
+    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        chosen = torch.tensor(rows, device=logits.device)
+        self.logits.append(logits.index_select(0, chosen))
+        self.hidden.append(hidden.index_select(0, chosen).bfloat16())
+
+    def take(self) -> Columns:
+        logits, hidden = torch.cat(self.logits).float(), torch.cat(self.hidden)  # [rows, V], [rows, emb_dim]
+        self.logits, self.hidden = [], []
+        best = logits.topk(self.top, -1)
+        logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0)
+        return hidden.cpu(), best.indices.int().cpu(), logprobs.cpu()
+
+
+class Written:
+    """Rows of a CPU, of which what is kept is written down at once. room: rows for which there is space at first."""
+
+    def __init__(self, top: int, width: int, room: int) -> None:
+        self.top, self.width, self.count = top, width, 0
+        self.columns = self.empty(room)
+
+    def empty(self, room: int) -> Columns:
+        tops = torch.empty(room, self.top, dtype=torch.int32), torch.empty(room, self.top)
+        return torch.empty(room, self.width, dtype=torch.bfloat16), *tops
+
+    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        if self.count + len(rows) > len(self.columns[0]):
+            before, self.columns = self.columns, self.empty(2 * (self.count + len(rows)))
+            for old, new in zip(before, self.columns, strict=True):
+                new[: len(old)] = old
+        operations.features(logits, hidden, rows, self.columns, self.count)
+        self.count += len(rows)
+
+    def take(self) -> Columns:
+        hidden, ids, logprobs = (column[: self.count].clone() for column in self.columns)
+        self.count = 0
+        return hidden, ids, logprobs
+
+
+def rows_of(logits: Tensor, hidden: Tensor, top: int, room: int) -> Rows:
+    """What reads rows of such logits and hidden states. top: most likely tokens kept, at most the vocabulary."""
+    top = min(top, logits.shape[1])
+    both = (logits, hidden)
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in both)
+    if plain and compiled.kernels() is not None:
+        return Written(top, hidden.shape[1], room)
+    return Copies(top)
 
 
 class Recorder:
@@ -69,7 +128,9 @@ class Recorder:
         self.given_up: set[str] = set()
         self.ended: list[Open] = []
         self.fresh: list[tuple[Open, Sequence[int]]] = []  # of this step: rows of its logits
-        self.staged = Staged()
+        self.rows: Rows | None = None
+        self.owners: list[tuple[Open, int]] = []  # of the rows that were read: so many each, in order
+        self.waiting = 0  # rows that were read
         self.nbytes = self.dropped = self.failures = 0
 
     # -- during a step ------------------------------------------------------------------------------------------------------
@@ -97,37 +158,34 @@ class Recorder:
     # -- after a step -------------------------------------------------------------------------------------------------------
 
     def take(self, logits: Tensor, hidden: Tensor) -> None:
-        """Copy what this step's commits kept of its logits [N, V] and hidden states [N, emb_dim], and deliver what ended."""
+        """Read what this step's commits kept of its logits [N, V] and hidden states [N, emb_dim], and deliver what ended."""
         if self.fresh:
             fresh, self.fresh = self.fresh, []
-            rows = torch.tensor([row for _, rows in fresh for row in rows], device=logits.device)
-            staged = self.staged
-            staged.logits.append(logits.index_select(0, rows))
-            staged.hidden.append(hidden.index_select(0, rows).bfloat16())
-            staged.owners += [(text, len(rows)) for text, rows in fresh]
-            staged.rows += len(rows)
-        if self.staged.rows >= self.batch or (self.ended and self.staged.rows):
-            self.compute()
+            self.rows = self.rows or rows_of(logits, hidden, self.top, 2 * self.batch)
+            chosen = [row for _, rows in fresh for row in rows]
+            self.rows.put(chosen, logits, hidden)
+            self.owners += [(text, len(rows)) for text, rows in fresh]
+            self.waiting += len(chosen)
+        if self.waiting >= self.batch or (self.ended and self.waiting):
+            self.share()
         ended, self.ended = self.ended, []
         for text in ended:
             self.nbytes -= text.nbytes
             if text.tokens:
                 self.deliver(features(text))
 
-    def compute(self) -> None:
-        """Find the most likely tokens of all staged rows and give every request its own."""
-        staged, self.staged = self.staged, Staged()
-        logits = torch.cat(staged.logits).float()  # [rows, V]
-        best = logits.topk(min(self.top, logits.shape[1]), -1)
-        logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).cpu()
-        columns = (torch.cat(staged.hidden).cpu(), best.indices.int().cpu(), logprobs)
-        counts = [count for _, count in staged.owners]
-        for (text, _), *parts in zip(staged.owners, *(torch.split(column, counts) for column in columns), strict=True):
-            self.add(text, (parts[0], parts[1], parts[2]))
+    def share(self) -> None:
+        """Give every request what is kept of its rows."""
+        assert self.rows is not None, "what waits was read"
+        owners, self.owners, self.waiting = self.owners, [], 0
+        counts = [count for _, count in owners]
+        columns = (torch.split(column, counts) for column in self.rows.take())
+        for (text, _), hidden, ids, logprobs in zip(owners, *columns, strict=True):
+            self.add(text, (hidden, ids, logprobs))
         while self.nbytes > self.budget and self.open:
             self.give_up(next(iter(self.open)))
 
-    def add(self, text: Open, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    def add(self, text: Open, parts: Columns) -> None:
         """The next stretch of a request; one that was let go of meanwhile holds nothing."""
         name = text.request.id
         if self.open.get(name) is text or any(text is other for other in self.ended):
@@ -147,7 +205,8 @@ class Recorder:
         self.failures += 1
         self.dropped += len(self.open) + len(self.ended)
         self.given_up |= self.open.keys()
-        self.open, self.ended, self.fresh, self.staged, self.nbytes = {}, [], [], Staged(), 0
+        self.open, self.ended, self.fresh, self.nbytes = {}, [], [], 0
+        self.rows, self.owners, self.waiting = None, [], 0
 
 
 def features(text: Open) -> Features:

@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 
 from benchmarks.drifting.fleet import CEILING, REFRESHED, STATIC
-from benchmarks.drifting.live import Answer, Exchange
+from benchmarks.drifting.live import Answer, Exchange, Wanted
 
 DRAWS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
-LEAST = 8  # requests on either side of a promotion, below which nothing is said of it
+LEAST = 8  # requests after a promotion, below which nothing is said of it
 RECOVERED, COLD = 0.8, 1.6  # targets: share of the gain, tokens per step
 
 Exchanges = Sequence[Exchange]
+Replay = Callable[[str, Sequence[Wanted]], Sequence[Answer]]  # what a version makes of requests
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """A version that went live. request: how many had been answered. before, after: tokens per step by which requests of the version before
-    and of this one lay above those of the static speculator on the same requests. low, high: 95 % bootstrap interval of their difference.
+    """A version that went live. request: how many had been answered. before, after: what the version before and this one make of the
+    `requests` that came next, in tokens per step. low, high: 95 % bootstrap interval of the difference, over those requests.
     """
 
     version: str
     request: int
-    before_requests: int
-    after_requests: int
+    requests: int
     before: float
     after: float
     low: float
@@ -51,11 +51,11 @@ def of(exchanges: Exchanges, model: str) -> list[Answer]:
 
 
 def course(exchanges: Exchanges, window: int) -> list[dict[str, Any]]:
-    """Tokens per step of every model in windows of requests, none across two phases; requests: answered by the window's end."""
-    phases = sorted({exchange.phase for exchange in exchanges})
+    """Tokens per step of every model in windows of requests, none across two phases; requests: at its beginning and end."""
+    phases = sorted({exchange.wanted.phase for exchange in exchanges})
     out = list[dict[str, Any]]()
     for phase in phases:
-        own = [exchange for exchange in exchanges if exchange.phase == phase]
+        own = [exchange for exchange in exchanges if exchange.wanted.phase == phase]
         parts = [own[start : start + window] for start in range(0, len(own), window)]
         out += [windowed(part) for part in parts if len(part) > window // 2]
     return out
@@ -64,7 +64,7 @@ def course(exchanges: Exchanges, window: int) -> list[dict[str, Any]]:
 def windowed(part: Exchanges) -> dict[str, Any]:
     models = {STATIC, REFRESHED, CEILING} & part[-1].answers.keys()
     rates = {model: round(per_step(of(part, model)), 3) for model in sorted(models) if of(part, model)}
-    return {"requests": part[-1].place + 1, "phase": part[0].phase, "tokens_per_step": rates}
+    return {"requests": [part[0].place, part[-1].place + 1], "phase": part[0].wanted.phase, "tokens_per_step": rates}
 
 
 def recovery(exchanges: Exchanges, window: int, phase: int = 1) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def recovery(exchanges: Exchanges, window: int, phase: int = 1) -> dict[str, Any
     Recovered is the gain over static as a share of the ceiling's gain over it on the same requests: over the last third of the phase, and
     first in `reached`: requests after the shift at which it was RECOVERED or more over the latest `window` requests; None if never.
     """
-    own = [exchange for exchange in exchanges if exchange.phase == phase]
+    own = [exchange for exchange in exchanges if exchange.wanted.phase == phase]
     late = own[-(len(own) // 3) :]
     reached = first(own, window, lambda part: recovered(part) >= RECOVERED)
     rates = {model: round(per_step(of(late, model)), 3) for model in (STATIC, REFRESHED, CEILING)}
@@ -101,39 +101,30 @@ def first(exchanges: Exchanges, window: int, holds: Callable[[Exchanges], bool])
     return next((end for end in ends if holds(exchanges[end - window : end])), None)
 
 
-def promotions(exchanges: Exchanges, history: Sequence[Mapping[str, Any]], window: int) -> list[Promotion]:
-    """Every promotion that has enough requests on both sides of it, within the phase in which it happened."""
+def promotions(exchanges: Exchanges, history: Sequence[Mapping[str, Any]], window: int, replay: Replay) -> list[Promotion]:
+    """Every promotion that enough requests of the same phase came after."""
     made = [change for change in history if change["action"] == "promote"]
-    return [found for change in made if (found := promoted(exchanges, change, window)) is not None]
+    return [found for change in made if (found := promoted(exchanges, change, window, replay)) is not None]
 
 
-def promoted(exchanges: Exchanges, change: Mapping[str, Any], window: int) -> Promotion | None:
-    """One promotion: the latest requests that the version before served to the end, and the first that this one did."""
+def promoted(exchanges: Exchanges, change: Mapping[str, Any], window: int, replay: Replay) -> Promotion | None:
+    """One promotion: the next requests, at most `window`, drafted for by the version before and by this one."""
     at = sum(exchange.at < change["at"] for exchange in exchanges)
-    phase = exchanges[min(at, len(exchanges) - 1)].phase
-    own = [e for e in exchanges if e.phase == phase and not any(a.failure for a in e.answers.values())]
-    before = [e for e in own if e.place < at and e.answers[REFRESHED].version == change["from"]][-window:]
-    after = [e for e in own if e.place >= at and e.answers[REFRESHED].version == change["to"]][:window]
-    if min(len(before), len(after)) < LEAST:
+    later = [exchange.wanted for exchange in exchanges[at : at + window]]
+    wanted = [one for one in later if one.phase == later[0].phase]
+    if len(wanted) < LEAST:
         return None
+    before, after = (replay(change[side], wanted) for side in ("from", "to"))
     low, high = interval(before, after)
-    sizes = (len(before), len(after))
-    return Promotion(change["to"], at, *sizes, round(advantage(before), 3), round(advantage(after), 3), round(low, 3), round(high, 3))
+    rates = (per_step(before), per_step(after), low, high)
+    return Promotion(change["to"], at, len(wanted), *(round(rate, 3) for rate in rates))
 
 
-def advantage(part: Exchanges) -> float:
-    """Tokens per step of the refreshed speculator above the static one's on the same requests."""
-    return per_step(of(part, REFRESHED)) - per_step(of(part, STATIC))
-
-
-def interval(before: Exchanges, after: Exchanges) -> tuple[float, float]:
-    """Of the difference of advantages, over requests drawn with replacement."""
-    chance = np.random.default_rng(0)
-
-    def drawn(part: Exchanges) -> Exchanges:
-        return [part[int(index)] for index in chance.integers(0, len(part), len(part))]
-
-    low, high = np.percentile([advantage(drawn(after)) - advantage(drawn(before)) for _ in range(DRAWS)], INTERVAL)
+def interval(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[float, float]:
+    """Of what the second gains over the first, over requests drawn with replacement."""
+    draws = np.random.default_rng(0).integers(0, len(before), (DRAWS, len(before)))
+    gains = [per_step([after[i] for i in drawn]) - per_step([before[i] for i in drawn]) for drawn in draws]
+    low, high = np.percentile(gains, INTERVAL)
     return float(low), float(high)
 
 

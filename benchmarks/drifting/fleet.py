@@ -6,24 +6,29 @@ from pathlib import Path
 from typing import Any
 
 STATIC, REFRESHED, CEILING = "static", "refreshed", "ceiling"
-POLICY = {"kind": "fixed", "depth": 3, "width": 1}
+DEPTH = 4  # as deep as any of the speculators goes
+POLICY = {"kind": "fixed", "depth": DEPTH, "width": 1}
 REFRESH = {
     "enabled": True,
     "capture": {"share": 1.0},
-    "buffer_bytes": "16MiB",
-    "held_out": 0.4,
-    "rate": 4e-3,
-    "steps": 120,
-    "interval": 40,
+    "buffer_bytes": "10MiB",
+    "held_out": 0.3,
+    "positions": "all",
+    "rate": 1e-2,
+    "requests": 8,
     "window": 32,
-    "least_tokens": 4000,
+    "steps": 200,
+    "interval": 50,
+    "least_gain": 0.03,
+    "least_tokens": 2000,
     "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},
 }
+COLD_REFRESH = REFRESH | {"buffer_bytes": "64MiB", "held_out": 0.2}  # nothing that was learned is to be forgotten
 CANARY = {"share": 0.5, "least": 12, "most": 40, "tolerance": 0.02, "effect": 0.5}
 
 
-def fleet(base: Path, speculators: dict[str, Path], running: int) -> dict[str, Any]:
+def fleet(base: Path, speculators: dict[str, Path], running: int, refresh: dict[str, Any]) -> dict[str, Any]:
     """The configuration of one model for each named speculator, all stores and versions beside the file it is written to."""
     engine = {"kv_bytes": "64MiB", "max_running": running, "max_waiting": 256, "chunk": 64}
     shared = {"base": str(base.resolve()), "drafter": "mlp", "dtype": "float32", "num_cpus": 0.1, "threads": 1, "packed_weights": None}
@@ -31,7 +36,7 @@ def fleet(base: Path, speculators: dict[str, Path], running: int) -> dict[str, A
         "models": [
             shared
             | {"name": name, "speculator": str(folder.resolve()), "engine": dict(engine), "policy": dict(POLICY)}
-            | ({"refresh": REFRESH} if name == REFRESHED else {})
+            | ({"refresh": refresh} if name == REFRESHED else {})
             for name, folder in speculators.items()
         ],
         "request_log": {"url": "sqlite:///requests.db"},

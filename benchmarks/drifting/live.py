@@ -28,16 +28,6 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """One request, and the answers by model. place: its place in the order of endings. at: Unix time of its end."""
-
-    place: int
-    phase: int
-    at: float
-    answers: Mapping[str, Answer]
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """One request. models: those that it is put to."""
 
@@ -45,6 +35,16 @@ class Wanted:
     prompt: str
     seed: int
     models: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request, and the answers by model. place: its place in the order of endings. at: Unix time of its end."""
+
+    wanted: Wanted
+    place: int
+    at: float
+    answers: Mapping[str, Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ async def driven(url: str, wanted: Sequence[Wanted], habits: Habits, tick: Calla
         async def user() -> None:
             for request in waiting:
                 answers = await asyncio.gather(*(asked(client, model, request, habits) for model in request.models))
-                found.append(Exchange(len(found), request.phase, time.time(), dict(zip(request.models, answers, strict=True))))
+                found.append(Exchange(request, len(found), time.time(), dict(zip(request.models, answers, strict=True))))
                 tick(found[-1])
                 await asyncio.sleep(habits.think)
 

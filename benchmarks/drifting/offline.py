@@ -17,20 +17,20 @@ from drafters.refresh import Refresher, RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.teacher import Teacher
 from drafters.tree_draft import MLPDrafter
+from drafters.walk import HeldOut, walk
 from engine.loading import load_base
 
 ROUNDS = 4  # at most
+TRAINING = RefreshSettings(positions="all", rate=1e-2, steps=400, interval=100, requests=8, window=32, least_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What is learned from: answers of the base to prompts. steps, rate: of a round of training."""
+    """What is learned from: answers of the base to prompts."""
 
     prompts: Sequence[str]
     temperature: float
     new_tokens: int
-    steps: int
-    rate: float
 
 
 def untrained(model: Path, seed: int) -> MLPSpeculator:
@@ -40,19 +40,26 @@ def untrained(model: Path, seed: int) -> MLPSpeculator:
         return MLPSpeculator(read_config(model / "speculator")).requires_grad_(False).eval()
 
 
-def taught(model: Path, start: MLPSpeculator, lesson: Lesson) -> tuple[MLPSpeculator, dict[str, Any]]:
-    """A speculator trained by the service's refresher, round after round until it stops gaining; and what it gained."""
-    buffer = answered(model, start, lesson)
-    settings = RefreshSettings(steps=lesson.steps, rate=lesson.rate, interval=40, window=32, least_tokens=1)
-    speculator, worth = start, list[float]()
+def taught(starts: Sequence[MLPSpeculator], answers: ReplayBuffer) -> tuple[MLPSpeculator, dict[str, Any]]:
+    """The best of speculators that the service's refresher trained on answers, one from each start; and how they came along."""
+    found = [trained(start, answers) for start in starts]
+    best = max(found, key=lambda one: one[1][-1])
+    courses = [[round(value, 3) for value in worth] for _, worth in found]
+    return best[0], {"requests": answers.counts("").seen, "held_out_tokens_per_step": courses}
+
+
+def trained(start: MLPSpeculator, answers: ReplayBuffer) -> tuple[MLPSpeculator, list[float]]:
+    """Round after round until there is nothing to gain; and tokens per step on held-out requests, before the first round and after each."""
+    speculator = start
+    worth = [HeldOut.of(walk(start, trace) for trace in answers.choosing("")).per_step]
     for number in range(ROUNDS):
-        refresher = Refresher(speculator, str(number), buffer, settings)
+        refresher = Refresher(speculator, str(number), answers, TRAINING)
         refresher.advance()
         if (candidate := refresher.take()) is None:
             break
         speculator = candidate.speculator
-        worth += [candidate.after.per_step] if worth else [candidate.before.per_step, candidate.after.per_step]
-    return speculator, {"prompts": len(lesson.prompts), "held_out_tokens_per_step": [round(value, 3) for value in worth]}
+        worth.append(candidate.after.per_step)
+    return speculator, worth
 
 
 def answered(model: Path, speculator: MLPSpeculator, lesson: Lesson) -> ReplayBuffer:

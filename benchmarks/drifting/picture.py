@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.drifting.fleet import CEILING, REFRESHED, STATIC
 
 LOOKS = {STATIC: ("#6b7280", "-"), REFRESHED: ("#2563eb", "-"), CEILING: ("#059669", "--")}
-WORDS = {STATIC: "static", REFRESHED: "refreshed", CEILING: "trained on the new traffic beforehand"}
+WORDS = {STATIC: "static", REFRESHED: "refreshed", CEILING: "trained on the new\ntraffic beforehand"}
 SHIFT, PROMOTED = "#dc2626", "#93c5fd"
 DPI = 140
 
@@ -31,8 +31,8 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         line(axis, found["course"], model)
     if target := found.get("target_tokens_per_step"):
         axis.axhline(target, color=SHIFT, linewidth=0.9, linestyle=":", label=f"target {target}")
-    axis.set(xlabel="requests", ylabel="tokens per step", ylim=(0.9, None))
-    axis.legend(frameon=False, fontsize=8)
+    axis.set(xlabel="requests", ylabel="tokens per step", xlim=(0, found["course"][-1]["requests"][1]), ylim=(1.0, None))
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, format="png")
 
 
@@ -40,11 +40,13 @@ def shifts(axis: Axes, course: Sequence[Mapping[str, Any]]) -> None:
     """A line where the traffic changes."""
     for before, after in pairwise(course):
         if before["phase"] != after["phase"]:
-            axis.axvline(before["requests"], color=SHIFT, linewidth=1.2, linestyle=":", label="other traffic")
+            axis.axvline(after["requests"][0], color=SHIFT, linewidth=1.2, linestyle=":", label="other traffic")
 
 
 def line(axis: Axes, course: Sequence[Mapping[str, Any]], model: str) -> None:
-    points = [(part["requests"], part["tokens_per_step"][model]) for part in course if model in part["tokens_per_step"]]
+    """A model's windows, each at its middle; one line for each phase."""
     color, style = LOOKS[model]
-    if points:
-        axis.plot(*zip(*points, strict=True), style, color=color, linewidth=1.6, marker=".", label=WORDS[model])
+    parts = [part for part in course if model in part["tokens_per_step"]]
+    for number, phase in enumerate(sorted({part["phase"] for part in parts})):
+        points = [(sum(part["requests"]) / 2, part["tokens_per_step"][model]) for part in parts if part["phase"] == phase]
+        axis.plot(*zip(*points, strict=True), style, color=color, linewidth=1.6, marker=".", label=None if number else WORDS[model])

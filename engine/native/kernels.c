@@ -1156,6 +1156,62 @@ static float certainty(const float *x, int64_t vocab, float warmth, const float 
     return total >= 1 ? 1 / total : total > 0 ? 1 : 0;
 }
 
+/* A number that at least k of the row's are no less than: the k-th of the greatest in each lane. */
+static float floor_of(const float *x, int64_t vocab, int k) {
+    if (k > LANES || vocab < LANES) return -INFINITY;
+    vf most = load(x);
+    for (int64_t first = LANES; first + LANES <= vocab; first += LANES) {
+        vf v = load(x + first);
+        vi more = v > most;
+        most = (vf)(((vi)v & more) | ((vi)most & ~more));
+    }
+    float sorted[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        int at = i;
+        for (; at && sorted[at - 1] < most[i]; --at) sorted[at] = sorted[at - 1];
+        sorted[at] = most[i];
+    }
+    return sorted[k - 1];
+}
+
+/* The k best tokens of some rows of logits [..][stride], best first and the first of equals, and their log-softmax. k is at most vocab.
+ * rows: [count]; ids, logprobs: [count][k] */
+void likeliest(const float *logits, int64_t stride, const int32_t *rows, int count, int64_t vocab, int k, int32_t *ids, float *logprobs) {
+    for (int row = 0; row < count; ++row, ids += k, logprobs += k) {
+        const float *x = logits + rows[row] * stride;
+        float bound = floor_of(x, vocab, k);
+        int found = 0;
+        for (int64_t first = 0; first < vocab; first += LANES) {
+            int64_t end = vocab - first < LANES ? vocab : first + LANES;
+            if (end == first + LANES) {
+                vi able = load(x + first) >= all(bound);
+                int any = 0;
+                for (int i = 0; i < LANES; ++i) any |= able[i];
+                if (!any) continue;
+            }
+            for (int64_t i = first; i < end; ++i) {
+                if (!(found < k ? x[i] >= bound : x[i] > bound)) continue;
+                int at = found < k ? found++ : k - 1;
+                for (; at && logprobs[at - 1] < x[i]; --at) logprobs[at] = logprobs[at - 1], ids[at] = ids[at - 1];
+                logprobs[at] = x[i], ids[at] = (int32_t)i;
+                if (found == k) bound = logprobs[k - 1];
+            }
+        }
+        float best = logprobs[0], sure = logf(certainty(x, vocab, 0, NULL, ids[0]));
+        for (int i = 0; i < k; ++i) logprobs[i] = logprobs[i] - best + sure;
+    }
+}
+
+/* Rows of float32 [..][stride] in bfloat16, rounded to the nearest and to even. rows: [count]; out: [count][width] */
+void halved(const float *x, int64_t stride, const int32_t *rows, int count, int64_t width, uint16_t *out) {
+    for (int row = 0; row < count; ++row)
+        for (int64_t i = 0; i < width; ++i) {
+            uint32_t bits;
+            memcpy(&bits, x + rows[row] * stride + i, 4);
+            out[row * width + i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+}
+
 static void chains_job(Pool *pool, int thread, const void *argument) {
     const Chains *c = argument;
     const Speculator *s = c->speculator;

@@ -1,4 +1,4 @@
-"""Single kernels for tensors on a CPU: a linear layer for few rows, and Gumbel noise."""
+"""Single kernels for tensors on a CPU: a linear layer for few rows, Gumbel noise, and what rows of logits say."""
 
 from __future__ import annotations
 
@@ -58,3 +58,17 @@ def draw(logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor |
     out = (ctypes.c_int64 * rows)()
     compiled.load().draw(logits.data_ptr(), logits.stride(0), rows, vocab, warmth, places, out)
     return list(out)
+
+
+def features(logits: Tensor, hidden: Tensor, rows: Sequence[int], columns: tuple[Tensor, Tensor, Tensor], at: int) -> None:
+    """Write what is kept for training of some rows of logits [N, V] and hidden states [N, emb_dim], both float32, to columns from `at` on.
+
+    columns: states [.., emb_dim] bfloat16, and the most likely tokens [.., k] int32, best first, with their log-softmax [.., k] float32.
+    """
+    states, ids, logprobs = columns
+    kernels, count, k = compiled.load(), len(rows), ids.shape[1]
+    places = (ctypes.c_int32 * count)(*rows)
+    best, likely = ids.data_ptr() + 4 * at * k, logprobs.data_ptr() + 4 * at * k
+    kernels.likeliest(logits.data_ptr(), logits.stride(0), places, count, logits.shape[1], k, best, likely)
+    width = hidden.shape[1]
+    kernels.halved(hidden.data_ptr(), hidden.stride(0), places, count, width, states.data_ptr() + 2 * at * width)

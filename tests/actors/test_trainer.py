@@ -264,6 +264,42 @@ def test_a_pause_that_cannot_be_written_holds_until_a_restart(tmp_path: Path) ->
     assert worker.status()["paused"]
 
 
+def test_a_checkpoint_that_cannot_be_written_is_told_of_until_one_is(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    """Training goes on meanwhile."""
+    endless = replace(SETTINGS, rate=1e-9, steps=10**9, patience=10**9)
+    (tmp_path / "work" / "traces").mkdir(parents=True)  # in the way
+    worker = start(keeper(tmp_path, replace(TRAINER, refresh=endless)), lambda found: None)
+    worker.offer([trace.to_bytes() for trace in many(80)])
+    wait_until(lambda: "traces" in worker.status()["problem"], 30)
+    step = worker.status()["step"]
+    wait_until(lambda: (status := worker.status())["step"] > step + 3 and "cannot write" in status["problem"], 30)
+    (tmp_path / "work" / "traces").rmdir()
+    wait_until(lambda: not worker.status()["problem"], 30)
+    assert remembered(keeper(tmp_path)) == remembered(worker.keeper)
+
+
+def test_a_checkpoint_is_written_in_slices_and_given_up_for_what_is_to_be_forgotten(tmp_path: Path) -> None:
+    """By a clock that is a second on at every look, so that a slice is one trace."""
+    ticks = count()
+    worker = Worker(fed(keeper(tmp_path)), lambda found: None, dict, lambda: float(next(ticks)))
+    partial, turns = tmp_path / "work" / "traces.partial", 0
+    while worker.saving is None:
+        worker.work(worker.keeper.next())
+    while not partial.exists() or turns < 5:
+        worker.work(worker.keeper.next())
+        turns += 1
+    done = worker.forget(Selection(before=20.0))
+    worker.read()
+    assert done.result(0) == 20 and not partial.exists()
+    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(20, 80)}
+    while worker.saving is None:
+        worker.work(worker.keeper.next())
+    while worker.saving is not None:
+        worker.work(worker.keeper.next())
+        turns += 1
+    assert turns > 60 and remembered(keeper(tmp_path)) == remembered(worker.keeper)
+
+
 def test_a_worker_with_a_device_of_its_own_does_not_care(tmp_path: Path, start: Callable[..., Worker]) -> None:
     sent: list[Submission] = []
     worker = start(keeper(tmp_path, replace(TRAINER, running=None)), sent.append)

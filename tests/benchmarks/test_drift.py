@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from typer.testing import CliRunner
 
 from benchmarks import drift
 from benchmarks.drifting import texts
-from benchmarks.drifting.findings import course, first, per_step, promotions, recovery, totals, warmed
-from benchmarks.drifting.fleet import CEILING, REFRESHED, STATIC, fleet
+from benchmarks.drifting.findings import Replay, course, first, per_step, promotions, recovery, totals, warmed
+from benchmarks.drifting.fleet import CEILING, REFRESH, REFRESHED, STATIC, fleet
 from benchmarks.drifting.live import Answer, Exchange, Habits, Wanted, answer, driven
 from benchmarks.drifting.offline import untrained
 from benchmarks.drifting.picture import draw
+from benchmarks.drifting.replayed import Replays
+from benchmarks.drifting.texts import Kind, prompts
 from configs.settings import load_settings
 from drafters.mlp import MLPSpeculator
 
@@ -34,7 +35,7 @@ def made(rate: float, version: str = OLD, text: str = "t") -> Answer:
 
 def exchange(place: int, phase: int, rates: dict[str, float], version: str = OLD) -> Exchange:
     answers = {name: made(rate, version if name == REFRESHED else OLD) for name, rate in rates.items()}
-    return Exchange(place, phase, float(place), answers)
+    return Exchange(Wanted(phase, f"p{place}", place, tuple(rates)), place, float(place), answers)
 
 
 def shifted(recovers_at: int = 60) -> list[Exchange]:
@@ -56,7 +57,7 @@ def test_tokens_per_step_leave_out_the_step_that_reads_the_prompt() -> None:
 
 def test_windows_never_mix_two_kinds_of_traffic() -> None:
     parts = course(shifted(), 40)
-    assert [(part["requests"], part["phase"]) for part in parts] == [(40, 0), (100, 1), (140, 1), (180, 1)]
+    assert [(part["requests"], part["phase"]) for part in parts] == [([0, 40], 0), ([60, 100], 1), ([100, 140], 1), ([140, 180], 1)]
     assert parts[0]["tokens_per_step"] == {STATIC: 2.0, REFRESHED: 2.0}
     assert parts[-1]["tokens_per_step"] == {STATIC: 1.5, REFRESHED: 2.4, CEILING: 2.5}
 
@@ -77,24 +78,39 @@ def test_a_cold_start_counts_the_requests_to_its_target() -> None:
     assert first(slow, 40, lambda part: True) is None
 
 
+def replayed(rates: dict[str, float]) -> Replay:
+    """Versions that make so many tokens per step, a little more of every other request."""
+    return lambda version, wanted: [made(rates[version] + 0.1 * (one.seed % 2)) for one in wanted]
+
+
 @pytest.mark.parametrize(("rate", "lowered"), [(2.4, False), (1.2, True)])
-def test_a_promotion_is_judged_against_the_static_speculator_on_the_same_requests(rate: float, lowered: bool) -> None:
-    """Prompts get easier at the promotion, which alone must not count for it."""
-    before = [exchange(i, 0, {STATIC: 1.0, REFRESHED: 1.5}) for i in range(40)]
-    after = [exchange(40 + i, 0, {STATIC: 1.2 if lowered else 1.5, REFRESHED: rate}, NEW) for i in range(40)]
-    (found,) = promotions(before + after, [change(39.5), change(10.0, "canary")], 30)
-    assert (found.request, found.before_requests, found.after_requests) == (40, 30, 30)
-    assert found.before == pytest.approx(0.5) and found.lowered is lowered and found.low <= found.high
-    assert (found.high < 0) is lowered
+def test_a_promotion_is_judged_on_the_requests_after_it_by_both_versions(rate: float, lowered: bool) -> None:
+    requests = [exchange(i, 0, {STATIC: 1.0, REFRESHED: 1.0}) for i in range(80)]
+    (found,) = promotions(requests, [change(39.5), change(10.0, "canary")], 30, replayed({OLD: 1.5, NEW: rate}))
+    assert (found.version, found.request, found.requests) == (NEW, 40, 30)
+    assert found.before == pytest.approx(1.55, abs=0.02) and found.after == pytest.approx(rate + 0.05, abs=0.02)
+    assert found.lowered is lowered and (found.high < 0) is lowered and found.low <= found.high
 
 
-def test_requests_of_a_canary_or_of_another_phase_say_nothing_of_a_promotion() -> None:
-    before = [exchange(i, i // 36, {STATIC: 1.0, REFRESHED: 1.5}) for i in range(40)]
-    after = [exchange(40 + i, 1, {STATIC: 1.0, REFRESHED: 2.0}, NEW) for i in range(40)]
-    assert promotions(before + after, [change(39.5)], 30) == []
-    canary = [replace(e, phase=1) for e in before[:10]] + [exchange(10 + i, 1, {STATIC: 1.0, REFRESHED: 3.0}, "other") for i in range(30)]
-    (found,) = promotions(canary + after, [change(39.5)], 30)
-    assert found.before_requests == 10 and found.before == pytest.approx(0.5)
+def test_requests_of_another_phase_say_nothing_of_a_promotion() -> None:
+    requests = [exchange(i, i // 40, {STATIC: 1.0, REFRESHED: 1.0}) for i in range(80)]
+    rates = replayed({OLD: 1.5, NEW: 2.0})
+    assert promotions(requests, [change(34.5), change(79.5), change(74.5)], 30, rates) == []  # too few, none and too few again
+    (found,) = promotions(requests, [change(27.5)], 30, rates)
+    assert found.requests == 12
+
+
+def test_a_version_is_replayed_as_the_service_would_have_served_it(tmp_path: Path) -> None:
+    """Whatever drafts, the texts are the same; and a version that learned something takes fewer steps than random weights."""
+    model, habits = ROOT / "models" / "demo-code", Habits(1, 0.7, 24)
+    untrained(model, 1).save_pretrained(tmp_path / "random")
+    folders = {OLD: model / "speculator", NEW: tmp_path / "random"}
+    told = [{"release": {"placement": {"version": name, "url": f"file://{folder}"}}} for name, folder in folders.items()]
+    replays = Replays(model, habits, [*told, {"release": None}, change(1.0)])
+    wanted = [Wanted(0, f"import {name}\n", seed, (STATIC,)) for seed, name in enumerate(("os", "re", "json", "ast"))]
+    trained, random = (replays.answers(version, wanted) for version in (OLD, NEW))
+    assert [one.tokens for one in trained] == [one.tokens for one in random] and trained == replays.answers(OLD, wanted)
+    assert per_step(trained) > per_step(random) >= 1.0 and all(one.accepted == one.tokens - one.steps for one in trained)
 
 
 def test_failures_and_other_texts_are_counted() -> None:
@@ -137,7 +153,7 @@ def test_an_answer_is_read_from_the_body_of_a_completion() -> None:
 def test_the_fleet_is_one_base_of_which_one_model_is_refreshed(tmp_path: Path) -> None:
     (tmp_path / "spec").mkdir()
     names = dict.fromkeys((STATIC, REFRESHED, CEILING), tmp_path / "spec")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fleet(ROOT / "models" / "demo-code", names, 10)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fleet(ROOT / "models" / "demo-code", names, 10, REFRESH)))
     settings = load_settings(tmp_path / "config.yaml", {})
     assert [model.refresh.enabled for model in settings.models] == [False, True, False]
     assert len({model.base for model in settings.models}) == 1 and {model.policy["kind"] for model in settings.models} == {"fixed"}
@@ -145,14 +161,25 @@ def test_the_fleet_is_one_base_of_which_one_model_is_refreshed(tmp_path: Path) -
 
 
 def test_what_is_learned_beforehand_is_of_other_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(texts.KINDS, "letters", lambda: [letter * 1000 for letter in "abcd"])
-    learned, live = texts.halves("letters")
+    letters = [letter * 1000 for letter in "abcd"]
+    monkeypatch.setitem(texts.KINDS, "letters", Kind(lambda: letters))
+    learned, live = (prompts("letters", beforehand, 20, 1) for beforehand in (True, False))
     assert {text[0] for text in learned} == {"a", "c"} and {text[0] for text in live} == {"b", "d"}
-    cut = texts.prompts(live, 20, 1)
-    assert len(cut) == 20 and {len(prompt) for prompt in cut} == {texts.LENGTH} and cut == texts.prompts(live, 20, 1)
-    assert all(any(text.strip() for text in islice(documents, 3)) for documents in texts.halves("code"))
-    with pytest.raises(ValueError, match="no kind 'verse'; there are code, prose"):
-        texts.halves("verse")
+    assert {len(prompt) for prompt in live} == {texts.LENGTH} and live == prompts("letters", False, 20, 1)
+    with pytest.raises(ValueError, match="no kind 'verse'; there are code, prose, reference, tables, chat"):
+        prompts("verse", True, 1, 1)
+
+
+def test_documents_that_are_prompts_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(texts.KINDS, "talks", Kind(lambda: [f"talk {index}" for index in range(10)], whole=True))
+    assert sorted(prompts("talks", False, 3, 1)) == ["talk 1", "talk 3", "talk 7"]
+    with pytest.raises(ValueError, match="6 prompts are wanted, and there are 5 documents"):
+        prompts("talks", True, 6, 1)
+
+
+@pytest.mark.parametrize("kind", ["code", "prose", "reference", "tables"])
+def test_there_is_text_of_every_kind(kind: str) -> None:
+    assert any(prompt.strip() for prompt in prompts(kind, False, 3, 1))
 
 
 def test_random_weights_have_the_shapes_that_the_base_needs(tmp_path: Path) -> None:
@@ -166,15 +193,15 @@ def test_random_weights_have_the_shapes_that_the_base_needs(tmp_path: Path) -> N
 
 
 def test_only_the_last_phase_is_put_to_the_ceiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (5, 7), Habits(2, 0.7, 16), 20, 10, 8, 1)
+    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (5, 7), Habits(2, 0.7, 16), 20, 8, 1)
     asked = drift.wanted(plan, (STATIC, REFRESHED, CEILING))
     assert [len(one.models) for one in asked] == [2] * 5 + [3] * 7
     assert [one.seed for one in asked] == [*range(1, 13)]
 
 
 def test_a_picture_of_a_run_and_what_is_written_of_it(tmp_path: Path) -> None:
-    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (60, 120), Habits(2, 0.7, 16), 20, 10, 20, 1)
-    found = drift.document(plan, {}, shifted(), [change(119.5)])
+    plan = drift.Plan(ROOT / "models" / "demo-code", False, ("code", "prose"), (60, 120), Habits(2, 0.7, 16), 20, 20, 1)
+    found = drift.document(plan, {}, shifted(), [change(119.5)], replayed({OLD: 1.5, NEW: 2.0}))
     assert found["promoted_at"] == [120] and found["outcome"]["promotions_judged"] == 1 and found["outcome"]["recovered"] > 0.8
     draw(found, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")

@@ -39,7 +39,8 @@ def test_heads_read_and_are_scored_on_the_tokens_after_the_state() -> None:
 def test_cross_entropy_on_places_is_the_papers_loss_on_the_answer() -> None:
     speculator = MLPSpeculator(config())
     trace = make_trace(count=30)
-    found = place_losses(speculator, gather([Window(trace, 0, 27)], 3, VOCAB, "all", CPU), OBJECTIVES["cross_entropy"])
+    places = gather([Window(trace, 0, 27)], 3, VOCAB, "all", CPU)
+    found = place_losses(speculator, places, OBJECTIVES["cross_entropy"], places.totals)
     text = torch.cat([trace.tokens[1:2], trace.answer]).long()[None]  # the token before the answer, and the answer
     torch.testing.assert_close(found, head_losses(speculator, trace.hidden[None, :27].float(), text))
 
@@ -62,16 +63,34 @@ def test_rejected_positions_are_those_missed_and_the_ones_after() -> None:
     places = gather([Window(trace, 0, 9)], 2, VOCAB, "rejected", CPU)
     assert places.weights[0].tolist() == missed(accepted)[1:].float().tolist()
     assert places.weights[1].tolist() == [*missed(accepted)[2:].float().tolist(), 0.0]
-    every = place_losses(MLPSpeculator(config(n_predict=2, top_k_tokens_per_head=(4, 3))), places, OBJECTIVES["forward_kl"])
+    every = place_losses(MLPSpeculator(config(n_predict=2, top_k_tokens_per_head=(4, 3))), places, OBJECTIVES["forward_kl"], places.totals)
     assert bool(every.isfinite().all())
 
 
 def test_heads_without_a_place_cost_nothing() -> None:
     trace = replace(make_trace(count=4), accepted=torch.ones(4, dtype=torch.bool))
     speculator = MLPSpeculator(config())
-    losses = place_losses(speculator, gather([Window(trace, 1, 2)], 3, VOCAB, "rejected", CPU), OBJECTIVES["tv"])
+    places = gather([Window(trace, 1, 2)], 3, VOCAB, "rejected", CPU)
+    losses = place_losses(speculator, places, OBJECTIVES["tv"], places.totals)
     losses.sum().backward()
     assert losses.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_step_may_be_gone_through_in_parts() -> None:
+    """Losses and gradients of the parts add up to those of the whole, also where a head has no place in one of them."""
+    chosen = [Window(make_trace(str(i), 12, heat), 0, 11) for i, heat in enumerate((0.0, 0.5, 1.0))]
+    places, speculator = gather(chosen, 3, VOCAB, "rejected", CPU), MLPSpeculator(config())
+    found = []
+    for size in (len(places), 5):
+        speculator.zero_grad()
+        parts = [places.part(start, size) for start in range(0, len(places), size)]
+        losses = [place_losses(speculator, part, OBJECTIVES["forward_kl"], places.totals) for part in parts]
+        for one in losses:
+            one.sum().backward()
+        found.append((torch.stack(losses).sum(0), [parameter.grad.clone() for parameter in speculator.parameters()]))
+    assert len(losses) == 7
+    torch.testing.assert_close(*(loss for loss, _ in found))
+    torch.testing.assert_close(*(grads for _, grads in found))
 
 
 def test_traces_with_fewer_logged_tokens_shorten_the_batch() -> None:

@@ -162,6 +162,23 @@ def test_nothing_to_gain_ends_a_round_and_doubles_the_wait() -> None:
     assert (standing.round, standing.waiting_for, refresher.fruitless) == (2, 1600, 2)
 
 
+def test_other_traffic_ends_a_long_wait() -> None:
+    """Rounds without gain wait ever longer, unless serving is off its pace: half of all tokens were kept drafts, and now none are."""
+    buffer = filled([served(trace, 0.5) for trace in many(60)])
+    refresher = Refresher(speculator(), "v1", buffer, replace(SETTINGS, rate=1e-9, patience=1, least_tokens=400))
+    assert refresher.advance().waiting_for == 800
+    for count, share, waiting_for in ((30, 0.5, 200), (15, 0.5, 1600), (15, 0.0, 1300), (10, 0.0, 3200), (30, 0.0, 2600)):
+        for trace in many(count, first=buffer.counts("").seen):
+            buffer.add(served(trace, share))
+        assert refresher.advance().waiting_for == waiting_for, (count, share)
+    assert refresher.fruitless == 3
+
+
+def served(trace: Trace, share: float) -> Trace:
+    """The trace as if that share of its tokens had been drafts that were kept."""
+    return replace(trace, accepted=torch.arange(len(trace)) % 20 >= 20 * (1 - share))
+
+
 def test_the_stop_rule_ends_before_all_steps() -> None:
     buffer = filled()
     refresher = Refresher(speculator(), "v1", buffer, replace(SETTINGS, rate=1e-9, steps=1000, patience=2))
@@ -208,9 +225,10 @@ def test_another_version_that_serves_drops_the_round() -> None:
     assert refresher.standing.waiting_for == 2 * SETTINGS.least_tokens and refresher.standing.outcome == "the gate saw no gain"
 
 
-@pytest.mark.parametrize("units", [3, 20, 26, 50])
-def test_a_run_cut_off_ends_in_the_same_weights(tmp_path: Path, units: int) -> None:
-    """Cut off while the serving speculator is measured, in training, while a copy is measured, and later."""
+@pytest.mark.parametrize(("units", "part"), [(3, 128), (20, 128), (26, 128), (50, 128), (20, 50)])
+def test_a_run_cut_off_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: int, part: int) -> None:
+    """Cut off while the serving speculator is measured, in training, while a copy is measured, later, and in the middle of a step."""
+    monkeypatch.setattr("drafters.refresh.PART", part)
     whole = Refresher(speculator(), "v1", filled(), SETTINGS)
     whole.advance()
     expected = whole.take()
@@ -218,6 +236,7 @@ def test_a_run_cut_off_ends_in_the_same_weights(tmp_path: Path, units: int) -> N
     cut.buffer.save(tmp_path / "traces")
     cut.advance(units=units)
     cut.checkpoint(tmp_path / "checkpoint.pt")
+    assert part == 128 or (cut.round is not None and cut.round.under_way is not None)
     cut.advance(units=2)  # lost
     torch.manual_seed(99)
     buffer = filled([])

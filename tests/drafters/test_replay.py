@@ -205,6 +205,25 @@ def test_what_is_forgotten_is_gone_from_every_part_and_the_rest_stays(tmp_path: 
     assert [trace.request for tag in ("", "law") for trace in (*back.training(tag), *back.held_out(tag))] == [t.request for t in left]
 
 
+def test_traces_are_written_one_at_a_time_as_they_were_when_that_began(tmp_path: Path) -> None:
+    one, file = buffer(held_out=0.3), tmp_path / "traces"
+    for trace in many(8):
+        one.add(trace)
+    saving = one.saving(file)
+    next(saving)
+    for trace in many(4, first=8):
+        one.add(trace)
+    one.forget(lambda trace: trace.request == "r-3")
+    assert not file.exists() and len(list(saving)) == 8
+    back = buffer()
+    back.load(file)
+    assert {trace.request for trace in (*back.training(""), *back.held_out(""))} == {f"r-{i}" for i in range(8)}
+    before, again = file.read_bytes(), one.saving(file)
+    next(again)
+    again.close()  # given up half-way
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_sample_of_which_all_was_forgotten_begins_anew() -> None:
     one, new = buffer(40), buffer(40)
     for trace in many(400):

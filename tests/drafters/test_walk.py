@@ -14,7 +14,7 @@ from drafters.measuring import run
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
 from drafters.tree_draft import MLPDrafter
-from drafters.walk import HeldOut, Walk, expected_tokens, survivals, walk
+from drafters.walk import HeldOut, Replay, Walk, expected_tokens, survivals, walk
 from engine.engine import Engine
 from engine.loading import Base, load_base
 from engine.request import Request
@@ -81,8 +81,12 @@ def test_a_walk_takes_the_steps_that_the_engine_took(pair: tuple[Base, MLPSpecul
         found = walk(speculator, trace)
         assert (found.tokens, found.steps) == (len(trace) - 1, steps)
         assert expected_tokens(speculator, trace) == found.tokens / steps > 1.2
-        kept = kept_by(survivals(speculator, trace))
+        kept = kept_by(survived(speculator, trace))
         assert kept[:-1] == trace.accepted.tolist()[:-1]  # the engine drafts nothing for the last token it may emit
+
+
+def survived(speculator: MLPSpeculator, trace: Trace) -> list[int]:
+    return [count for stretch in survivals(speculator, trace) for count in stretch]
 
 
 def kept_by(survived: list[int]) -> list[bool]:
@@ -109,9 +113,19 @@ def test_a_chain_ends_with_the_answer() -> None:
         scale.bias.data.fill_(1.0)
     speculator.head[0].weight.data[7], speculator.head[1].weight.data[7], speculator.head[2].weight.data[7] = 1.0, 1.0, 1.0
     trace = with_tokens(make_trace(count=6), [7] * 6)
-    assert survivals(speculator, trace) == [3, 3, 3, 2, 1]
+    assert survived(speculator, trace) == [3, 3, 3, 2, 1]
     assert walk(speculator, trace) == Walk(trace.request, 5, 2)
-    assert survivals(speculator, with_tokens(trace, [7, 7, 7, 1, 7, 7])) == [2, 1, 0, 2, 1]
+    assert survived(speculator, with_tokens(trace, [7, 7, 7, 1, 7, 7])) == [2, 1, 0, 2, 1]
+
+
+def test_long_answers_are_walked_through_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculator, trace = MLPSpeculator(config()), make_trace(count=30, temperature=1.0)
+    whole, counts = walk(speculator, trace), survived(speculator, trace)
+    monkeypatch.setattr("drafters.walk.ROWS", 7)
+    assert [len(stretch) for stretch in survivals(speculator, trace)] == [7, 7, 7, 7, 1]
+    replay = Replay(speculator, trace)
+    assert [replay.advance() for _ in range(4)] == [None] * 4 and replay.advance() == whole == walk(speculator, trace)
+    assert survived(speculator, trace) == counts and sum(counts) > 0
 
 
 def test_an_answer_of_one_token_takes_no_step() -> None:

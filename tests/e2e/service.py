@@ -59,4 +59,4 @@ def url(settings: Settings) -> str:
 
 def ready(settings: Settings, timeout: float = 120) -> None:
     """Wait until every model is up."""
-    wait_until(lambda: httpx.get(url(settings) + "/readyz").status_code == 200, timeout=timeout, every=0.2)
+    wait_until(lambda: httpx.get(url(settings) + "/readyz", timeout=30).status_code == 200, timeout=timeout, every=0.2)
