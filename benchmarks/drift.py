@@ -65,12 +65,12 @@ class Plan:
 
 
 def main(
-    model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = ROOT / "models" / "demo-code",
+    model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = ROOT / "models" / "demo-chat",
     cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
-    before: Annotated[str, typer.Option("--from", help=f"Kind of the first traffic: {', '.join(KINDS)}.")] = "code",
-    after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "prose",
-    first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 120, 700.")] = None,
-    second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 600,
+    before: Annotated[str, typer.Option("--from", help=f"Kind of the first traffic: {', '.join(KINDS)}.")] = "chat",
+    after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "tables",
+    first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 150, 2000.")] = None,
+    second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 900,
     users: Annotated[int, typer.Option("--users", min=1, help="Users at once.")] = 8,
     think: Annotated[float, typer.Option("--think", min=0, help="Seconds between an answer and its user's next request.")] = 2.0,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=2, help="Of all requests.")] = 0.7,
@@ -84,7 +84,7 @@ def main(
     """Train beforehand, serve, drive, and judge."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
     torch.set_num_threads(1)  # more wait for each other on cores that do something else besides
-    kinds, counts = ((before,), (first or 700,)) if cold else ((before, after), (first or 120, second))
+    kinds, counts = ((before,), (first or 2000,)) if cold else ((before, after), (first or 150, second))
     plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, window, seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
