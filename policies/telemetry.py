@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from policies.drafts import DEEPEST
 from policies.load import Limits, Load
 from policies.step import StepSample
-from policies.survival import DEEPEST, DepthCounts
+from policies.survival import DepthCounts
 
 MOST_STEPS = 4096  # samples read of one report
 MOST_CLASSES = 16  # classes of requests read of one report
@@ -59,7 +60,6 @@ class Telemetry:
             plan_version=self.plan_version if _count(self.plan_version) else 0,
             limits=self.limits if isinstance(self.limits, Limits) and _possible(self.limits) else None,
         )
-
 
     def _drafts(self) -> dict[str, DepthCounts]:
         """The counts that can be true, of a believable number of classes."""

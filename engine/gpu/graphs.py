@@ -20,7 +20,7 @@ from engine.gpu import triton
 from engine.gpu.attention import CannotAttend, DeviceStep, upload
 from engine.gpu.capture import MOST_GRAPHS, Pool, Replay, seconds_of
 from engine.gpu.decoder import Decoder, NotFusable, read
-from engine.gpu.layout import Bucket, Cut, Geometry, Unmaskable, lay_out
+from engine.gpu.layout import TOKENS, Bucket, Cut, Geometry, Unmaskable, lay_out
 from engine.gpu.linear import tune
 from engine.gpu.staging import Staging
 from engine.tree import Tree
@@ -122,6 +122,11 @@ class Graphed:
         self.adopt(store)
         logits, hidden = self.replay(store, geometry) if captured else self.compute(self.step(store, geometry))
         return logits[: geometry.kept, : self.vocab_size], hidden[: geometry.kept].clone()
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """The buckets that are captured."""
+        return TOKENS if self.capturing and self.mode != "oracle" else ()
 
     def adopt(self, store: KVStore) -> None:
         if store is not self.store:
