@@ -9,6 +9,8 @@ RUN useradd --create-home --uid 1000 ray
 WORKDIR /app
 RUN chown ray:ray /app
 ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+# How Serve's processes talk, as services/cluster.py has it for a cluster that it starts itself.
+ENV RAY_SERVE_USE_GRPC_BY_DEFAULT=1 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0
 
 # What is depended on, in a layer that a change of the code leaves as it is. PIP_ARGS: for instance an index of CPU-only wheels.
 ARG PIP_ARGS=""

@@ -30,8 +30,9 @@ types: $(VENV)/.development
 imports: $(VENV)/.development
 	$(BIN)/lint-imports
 
+# A worker for every core; the tests of a module share its fixtures.
 unit: $(VENV)/.development redis
-	$(BIN)/python -m pytest -m 'not cluster and not autoscaler' $(ARGS)
+	$(BIN)/python -m pytest -m 'not cluster and not autoscaler' -n auto --dist loadscope $(ARGS)
 
 # Tests that start a Ray cluster share the machine's ports and cores, so they run one after the other, by themselves.
 cluster: $(VENV)/.development redis

@@ -28,13 +28,15 @@ PAGE = 200  # entries of a Redis stream looked at together
 class Selection:
     """Records that fit all of the given fields; with none given, every record.
 
-    model, key: their names. request: the id that its answer had, for all choices. before: seconds since the epoch that `created` is below.
+    model, key, tag: their names. request: the id that its answer had, for all choices. before: seconds since the epoch that `created` is
+    below.
     """
 
     model: str | None = None
     key: str | None = None
     request: str | None = None
     before: float | None = None
+    tag: str | None = None
 
     @property
     def everything(self) -> bool:
@@ -42,7 +44,7 @@ class Selection:
 
     def fits(self, record: Value) -> bool:
         """Whether a record, as JSON, is one of them."""
-        named = self.model in (None, record["model"]) and self.key in (None, record["key"])
+        named = self.model in (None, record["model"]) and self.key in (None, record["key"]) and self.tag in (None, record.get("tag"))
         requested = self.request in (None, record["id"], asked(record["id"]))
         return named and requested and (self.before is None or record["created"] < self.before)
 
@@ -109,7 +111,7 @@ class LogKeeping(Protocol):
         ...
 
     def purges(self) -> list[Value]:
-        """Every purge, oldest first: at, who, why, model, key, request, before, records."""
+        """Every purge, oldest first: at, who, why, model, key, request, before, tag, records."""
         ...
 
     def close(self) -> None:
@@ -191,6 +193,7 @@ def condition(what: Selection) -> tuple[str, list[object]]:
         "json_extract(record, '$.key') = ?": what.key,
         "? IN (id, rtrim(rtrim(id, '0123456789'), '-'))": what.request,
         "created < ?": what.before,
+        "json_extract(record, '$.tag') = ?": what.tag,
     }
     given = {sql: value for sql, value in parts.items() if value is not None}
     return " AND ".join(given) or "TRUE", list(given.values())

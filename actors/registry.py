@@ -1,8 +1,10 @@
 """The speculator registry: every model's versions, what became of them and why, and what replicas are to serve.
 
-`RegistryKeeper` is all of it without Ray: a state store, a place for bundles, a clock. A model's state is the fold of its history in the
-store, and every change is one append to that, so whoever dies at any moment leaves either the state before or the state after. Whoever
-changes reads the history first and again afterwards, so two that change at once, even in two processes, cannot both believe that they did.
+A model has a common line of versions, and one for each domain of its requests, named by their tag; a domain without a live version is
+served by that of the common line. `RegistryKeeper` is all of it without Ray: a state store, a place for bundles, a clock. A line's state is
+the fold of its history in the store, and every change is one append to that, so whoever dies at any moment leaves either the state before
+or the state after. Whoever changes reads the history first and again afterwards, so two that change at once, even in two processes, cannot
+both believe that they did.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,34 +56,48 @@ class Replica:
 
 @dataclass(slots=True)
 class Entry:
-    """One model. arms: what each replica, by name, counted for the canary with this salt; totals: the same of all replicas. doubtful: the
-    history may hold more than `releases`. tried: when that was last looked into, or a decision last failed."""
+    """One line. run: the salt of the canary that is counted, and the version beside it. arms: what each replica, by name, counted for that;
+    totals: the same of all replicas. doubtful: the history may hold more than `releases`. tried: when that was last looked into, or a
+    decision last failed."""
 
-    name: str
-    releases: Releases
+    model: str
+    tag: str
+    releases: Releases = field(default_factory=Releases)
     replicas: dict[str, Replica] = field(default_factory=dict)
     arms: dict[str, dict[str, Arm]] = field(default_factory=dict)
     totals: dict[str, Arm] = field(default_factory=dict)
-    salt: str = ""
+    run: tuple[str, str] | None = None
     doubtful: bool = False
     tried: float = -math.inf
 
-    def canary(self, rule: CanaryRule) -> CanaryVerdict | None:
-        """How the canary stands, over all replicas that served it."""
-        canary, live = self.releases.canary, self.releases.live
-        if canary is None or live is None:
-            return None
-        return judge(self.totals.get(live, Arm()), self.totals.get(canary.placement.version, Arm()), rule)
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return f"{self.model!r} in the domain {self.tag!r}" if self.tag else f"{self.model!r}"
 
-    def count(self, report: ReplicaReport) -> None:
+    def canary(self, against: str | None, rule: CanaryRule) -> CanaryVerdict | None:
+        """How the canary stands against what serves, over all replicas that served both."""
+        canary = self.releases.canary
+        if canary is None or against is None:
+            return None
+        self.follow(against)
+        return judge(self.totals.get(against, Arm()), self.totals.get(canary.placement.version, Arm()), rule)
+
+    def follow(self, against: str | None) -> None:
+        """Count afresh if another canary runs, or beside another version."""
+        canary = self.releases.canary
+        run = (canary.salt, against) if canary and against else None
+        if self.run != run:
+            self.run, self.arms, self.totals = run, {}, {}
+
+    def count(self, report: ReplicaReport, against: str | None) -> None:
         """Take in what a replica counted for the canary that runs, in the place of what it had counted before."""
-        canary, live = self.releases.canary, self.releases.live
-        if self.salt != (canary.salt if canary else ""):
-            self.salt, self.arms, self.totals = canary.salt if canary else "", {}, {}
-        if canary is None or report.salt != self.salt:
+        self.follow(against)
+        canary = self.releases.canary
+        if canary is None or (report.salt, report.against) != self.run:
             return
         before = self.arms.get(report.replica, {})
-        told = {v: arm for v, arm in report.arms.items() if v in (live, canary.placement.version)}
+        told = {v: arm for v, arm in report.arms.items() if v in (against, canary.placement.version)}
         if all(told.get(v, Arm()).requests >= arm.requests for v, arm in before.items()):
             self.arms[report.replica] = told
             for version, arm in told.items():
@@ -91,9 +107,10 @@ class Entry:
 class RegistryKeeper:
     """Everything the registry actor does. Not thread-safe but for `inspect`: one caller at a time, as in an actor.
 
-    What changes something takes who and why for the history and, as `expected`, the revision that the caller saw. It raises UnknownModel,
-    UnknownVersion, RegistryConflict if the change does not fit the state that holds, StoreError if it could not be made durable; then
-    nothing changed, unless the store took the change and could not say so, which the history tells as soon as it can be read again.
+    A line is named by its model and its tag; "" is the common line. What changes something takes who and why for the history and, as
+    `expected`, the revision of the line that the caller saw. It raises UnknownModel, UnknownVersion, RegistryConflict if the change does
+    not fit the state that holds, StoreError if it could not be made durable; then nothing changed, unless the store took the change and
+    could not say so, which the history tells as soon as it can be read again.
     """
 
     def __init__(
@@ -105,26 +122,33 @@ class RegistryKeeper:
     ) -> None:
         self._store, self._artefacts, self._clock = store, artefacts, clock
         self._settings = settings or RegistrySettings()
-        self._models: dict[str, Entry] = {}
+        self._lines: dict[tuple[str, str], Entry] = {}
         self._away = -math.inf
         self._refused_reports = self._undone = 0
 
     # -- changes ------------------------------------------------------------------------------------------------------------
 
-    def register(self, model: str, base: Base, url: str = "", manifest: Manifest | None = None) -> Assignment:
-        """Make a model known, with the speculator it was configured with, if any. Doing it again changes nothing, or, if the configuration
-        is another, what the configuration had brought about; a version that was promoted stays. Another base ends what the last one had.
+    def register(
+        self, model: str, base: Base, url: str = "", manifest: Manifest | None = None, tags: Sequence[str] = ()
+    ) -> tuple[Assignment, ...]:
+        """Make a model known, with the speculator it was configured with, if any, and the tags of its domains; the assignments of all its
+        lines, the common one first. Doing it again changes nothing, or, if the configuration is another, what the configuration had brought
+        about; a version that was promoted stays. Another base ends what the last one had.
         """
         placement = Placement(manifest.version, url, manifest.checksum) if manifest else None
         values = manifest.model_dump(mode="json") if manifest else None
+        common = self._register(model, "", lambda now: now.register(base, placement, values))
+        return (common, *(self._register(model, tag, lambda now: now.register(base, None, None)) for tag in tags))
+
+    def _register(self, model: str, tag: str, plan: Callable[[Releases], Change | None]) -> Assignment:
         try:
-            entry = self._entry(model)
+            entry = self._entry(model, tag)
         except UnknownModel:
-            entry = Entry(model, Releases())
-        if entry.releases.register(base, placement, values) is not None:
-            self._commit(entry, lambda now: now.register(base, placement, values), CONFIGURATION, "as configured")
-        self._models[model] = entry
-        return entry.releases.assignment(model)
+            entry = Entry(model, tag)
+        if plan(entry.releases) is not None:
+            self._commit(entry, plan, CONFIGURATION, "as configured")
+        self._lines[model, tag] = entry
+        return entry.releases.assignment(model, tag)
 
     def inspect(self, model: str, url: str, manifest: Manifest) -> str:
         """Why the bundle at a URL must not be loaded for the model, "" if it may: fetches and checks every byte, so it takes its time.
@@ -144,61 +168,66 @@ class RegistryKeeper:
         return "" if found == manifest else "its manifest is not the one that was submitted"
 
     def submit(
-        self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "", problem: str | None = None
+        self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "", problem: str | None = None, tag: str = ""
     ) -> Value:
         """Take in a new version: a candidate if it passed the gate and may be loaded, else rejected. A known version stays what it is; the
         answer's `state` says which. problem: what `inspect` answered, asked now if it is None; ArtefactError as there."""
-        entry = self._entry(model)
+        entry = self._entry(model, tag)
         placement = Placement(manifest.version, url, manifest.checksum)
         if manifest.version not in entry.releases.versions:
             wrong = self.inspect(model, url, manifest) if problem is None else problem
             reason = ". ".join(part for part in (wrong, verdict.reason, why) if part)
             values = manifest.model_dump(mode="json")
-            self._commit(entry, lambda now: now.submit(placement, values, verdict, wrong), who, reason)
+            self._commit(entry, lambda now: now.submit(placement, values, verdict, wrong, self._serving(entry)), who, reason)
         return self._answer(entry, manifest.version)
 
     def start_canary(
-        self, model: str, version: str, who: str, why: str = "", share: float | None = None, expected: int | None = None
+        self, model: str, version: str, who: str, why: str = "", share: float | None = None, expected: int | None = None, tag: str = ""
     ) -> Value:
         """Let a version serve a share of requests (the rule's if None). It is promoted or rolled back by itself. ValueError for a share
         that cannot be."""
         part = self._settings.rule.share if share is None else share
         salt = f"{version}-{secrets.token_hex(4)}"
-        return self._change(model, lambda now: now.start_canary(version, part, salt), who, why, expected, version)
+        entry = self._entry(model, tag)
+        return self._change(entry, lambda now: now.start_canary(version, part, salt, self._serving(entry)), who, why, expected, version)
 
-    def promote(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
+    def promote(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
         """Make a version the live one everywhere."""
-        return self._change(model, lambda now: now.promote(version), who, why, expected, version)
+        return self._change(self._entry(model, tag), lambda now: now.promote(version), who, why, expected, version)
 
-    def rollback(self, model: str, who: str, why: str = "", version: str | None = None, expected: int | None = None) -> Value:
+    def rollback(
+        self, model: str, who: str, why: str = "", version: str | None = None, expected: int | None = None, tag: str = ""
+    ) -> Value:
         """End the canary if one runs, else go back to the version that was live before; `version` says which of the two is meant."""
-        return self._change(model, lambda now: now.roll_back(version), who, why, expected, version)
+        return self._change(self._entry(model, tag), lambda now: now.roll_back(version), who, why, expected, version)
 
-    def pin(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
+    def pin(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
         """Make a version live and have nothing change by itself until `unpin`."""
-        return self._change(model, lambda now: now.pin(version), who, why, expected, version)
+        return self._change(self._entry(model, tag), lambda now: now.pin(version), who, why, expected, version)
 
-    def unpin(self, model: str, who: str, why: str = "", expected: int | None = None) -> Value:
+    def unpin(self, model: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
         """Let canaries be tried again."""
-        return self._change(model, lambda now: now.unpin(), who, why, expected)
+        return self._change(self._entry(model, tag), lambda now: now.unpin(), who, why, expected)
 
-    def retire(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
+    def retire(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
         """Withdraw a candidate."""
-        return self._change(model, lambda now: now.retire(version), who, why, expected, version)
+        return self._change(self._entry(model, tag), lambda now: now.retire(version), who, why, expected, version)
 
     # -- what replicas call -------------------------------------------------------------------------------------------------
 
-    def assignment(self, model: str) -> Assignment:
+    def assignment(self, model: str, tag: str = "") -> Assignment:
         """What the model's replicas are to serve. UnknownModel, and StoreError if that cannot be known now."""
-        entry = self._entry(model)
-        self._settle(entry)
-        return entry.releases.assignment(model)
+        return self._settled(model, tag).releases.assignment(model, tag)
+
+    def reports(self, reports: Sequence[ReplicaReport]) -> list[Assignment]:
+        """Take in what a replica runs, a report for each line; the assignments of the lines in which it follows another one."""
+        return [found for found in map(self.report, reports) if found is not None]
 
     def report(self, report: ReplicaReport) -> Assignment | None:
         """Take in what a replica runs and counted, and decide or begin a canary if that can be done. The answer is the assignment if the
         replica follows another one. Nonsense is counted and nothing else. UnknownModel, StoreError as in `assignment`."""
-        assignment = self.assignment(report.model)
-        entry = self._models[report.model]
+        assignment = self.assignment(report.model, report.tag)
+        entry = self._lines[report.model, report.tag]
         try:
             clean = report.validated()
         except (ValueError, TypeError, AttributeError):
@@ -206,15 +235,21 @@ class RegistryKeeper:
             return assignment
         if self._take(entry, clean):
             self._decide(entry, clean)
-        now = entry.releases.assignment(entry.name)
+        now = entry.releases.assignment(entry.model, entry.tag)
         return now if now.revision != clean.revision else None
+
+    # -- what trainers ask --------------------------------------------------------------------------------------------------
+
+    def serving(self, model: str, tags: Iterable[str]) -> dict[str, Placement | None]:
+        """The version that serves outside the canary, in each of these lines; None for what the model was configured with."""
+        return {tag: self._placement(self._settled(model, tag)) for tag in tags}
 
     # -- what operators read ------------------------------------------------------------------------------------------------
 
-    def state(self, model: str) -> Value:
-        """The versions in order of becoming known, what is live, the canary and how it stands, and what every replica runs, as JSON."""
-        entry = self._entry(model)
-        self._settle(entry)
+    def state(self, model: str, tag: str = "") -> Value:
+        """The versions in order of becoming known, what is live and what serves, the canary and how it stands, and what every replica runs,
+        as JSON."""
+        entry = self._settled(model, tag)
         now = self._clock()
         return {
             **self._answer(entry),
@@ -225,33 +260,50 @@ class RegistryKeeper:
             "undone_decisions": self._undone,
         }
 
-    def history(self, model: str, count: int | None = None) -> list[Value]:
+    def history(self, model: str, count: int | None = None, tag: str = "") -> list[Value]:
         """Every change, oldest first: who, why, at (seconds since the epoch), action, version, from and to (the live version before and
         after), states (by version, those that changed), revision. UnknownModel, StoreError."""
-        return self._store.entries(stream(self._entry(model).name), count)
+        entry = self._entry(model, tag)
+        return self._store.entries(stream(entry.model, entry.tag), count)
 
     # -- inside -------------------------------------------------------------------------------------------------------------
 
-    def _entry(self, model: str) -> Entry:
-        """The model, from the store if this keeper has not met it. UnknownModel, StoreError."""
-        if model not in self._models:
+    def _entry(self, model: str, tag: str = "") -> Entry:
+        """A line, from the store if this keeper has not met it. UnknownModel, StoreError."""
+        if (model, tag) not in self._lines:
             if 0 <= self._clock() - self._away < self._settings.retry:
                 raise StoreError(f"the store was away {self._clock() - self._away:.1f} s ago")
-            made = Entry(model, Releases())
+            made = Entry(model, tag)
             try:
                 self._sync(made)
             except StoreError:
                 self._away = self._clock()
                 raise
             if not made.releases.revision:
-                raise UnknownModel(f"no model {model!r} is registered; known are {', '.join(sorted(self._models)) or 'none'}")
-            self._models[model] = made
-        return self._models[model]
+                known = ", ".join(entry.name for _, entry in sorted(self._lines.items()))
+                raise UnknownModel(f"no model {made.name} is registered; known are {known or 'none'}")
+            self._lines[model, tag] = made
+        return self._lines[model, tag]
+
+    def _settled(self, model: str, tag: str) -> Entry:
+        """A line as it is now, as far as the store can be read. UnknownModel, StoreError."""
+        entry = self._entry(model, tag)
+        self._settle(entry)
+        return entry
+
+    def _placement(self, entry: Entry) -> Placement | None:
+        """The version that serves a line outside its canary: its live one, or else that of the common line."""
+        live = entry.releases.placement
+        return live if live or not entry.tag else self._placement(self._entry(entry.model))
+
+    def _serving(self, entry: Entry) -> str | None:
+        placement = self._placement(entry)
+        return placement.version if placement else None
 
     def _sync(self, entry: Entry) -> None:
         """Bring the state to the end of the history. StoreError."""
         entry.doubtful = True
-        entry.releases = Releases(self._store.entries(stream(entry.name)))
+        entry.releases = Releases(self._store.entries(stream(entry.model, entry.tag)))
         entry.doubtful = False
 
     def _settle(self, entry: Entry) -> None:
@@ -264,9 +316,8 @@ class RegistryKeeper:
                 entry.tried = self._clock()
 
     def _change(
-        self, model: str, plan: Callable[[Releases], Change], who: str, why: str, expected: int | None, version: str | None = None
+        self, entry: Entry, plan: Callable[[Releases], Change], who: str, why: str, expected: int | None, version: str | None = None
     ) -> Value:
-        entry = self._entry(model)
         self._commit(entry, plan, who, why, expected)
         return self._answer(entry, version)
 
@@ -275,13 +326,13 @@ class RegistryKeeper:
         self._sync(entry)
         now = entry.releases
         if expected is not None and expected != now.revision:
-            raise RegistryConflict(f"the speculators of {entry.name!r} are not at revision {expected} any more: {now.summary()}")
+            raise RegistryConflict(f"the speculators of {entry.name} are not at revision {expected} any more: {now.summary()}")
         planned = plan(now)
         if planned is None:
             return
         change = replace(planned, revision=now.revision + 1, id=secrets.token_hex(8), at=self._clock(), who=who, why=why, before=now.live)
         entry.doubtful = True
-        self._store.append(stream(entry.name), change.to_json())
+        self._store.append(stream(entry.model, entry.tag), change.to_json())
         self._confirm(entry, change)
 
     def _confirm(self, entry: Entry, change: Change) -> None:
@@ -291,7 +342,7 @@ class RegistryKeeper:
         except StoreError:
             entry.releases.apply(change.to_json())
         if change.id not in entry.releases.ids:
-            raise RegistryConflict(f"somebody else changed the speculators of {entry.name!r} just now: {entry.releases.summary()}")
+            raise RegistryConflict(f"somebody else changed the speculators of {entry.name} just now: {entry.releases.summary()}")
 
     def _take(self, entry: Entry, report: ReplicaReport) -> bool:
         """Remember a report; False if there are too many replicas for that."""
@@ -301,7 +352,7 @@ class RegistryKeeper:
         if report.replica not in entry.replicas and len(entry.replicas) >= MOST:
             return False
         entry.replicas[report.replica] = Replica(report, now)
-        entry.count(report)
+        entry.count(report, self._serving(entry))
         return True
 
     def _decide(self, entry: Entry, report: ReplicaReport) -> None:
@@ -319,20 +370,20 @@ class RegistryKeeper:
 
     def _begin(self, entry: Entry) -> None:
         """Try the candidate that waits, if any does."""
-        version = entry.releases.waiting() if self._settings.automatic else None
+        version = entry.releases.waiting(self._serving(entry)) if self._settings.automatic else None
         if version is not None:
-            self.start_canary(entry.name, version, ITSELF, "it passed the gate", expected=entry.releases.revision)
+            self.start_canary(entry.model, version, ITSELF, "it passed the gate", None, entry.releases.revision, entry.tag)
 
     def _end(self, entry: Entry, version: str, report: ReplicaReport) -> None:
         """Promote the canary or roll it back, if either is due."""
-        verdict, now = entry.canary(self._settings.rule), entry.releases.revision
+        verdict, now = entry.canary(self._serving(entry), self._settings.rule), entry.releases.revision
         problem = self._unloadable(entry, version) if version in report.errors else ""
         if problem:
-            self.rollback(entry.name, ITSELF, problem, version, now)
+            self.rollback(entry.model, ITSELF, problem, version, now, entry.tag)
         elif verdict and verdict.outcome == "promote":
-            self.promote(entry.name, version, ITSELF, verdict.reason, now)
+            self.promote(entry.model, version, ITSELF, verdict.reason, now, entry.tag)
         elif verdict and verdict.outcome == "roll_back":
-            self.rollback(entry.name, ITSELF, verdict.reason, version, now)
+            self.rollback(entry.model, ITSELF, verdict.reason, version, now, entry.tag)
 
     def _unloadable(self, entry: Entry, version: str) -> str:
         """Why no replica can load the version, "" if one can, or may yet."""
@@ -343,22 +394,24 @@ class RegistryKeeper:
     def _answer(self, entry: Entry, version: str | None = None) -> Value:
         now = entry.releases
         canary = now.canary.placement.version if now.canary else None
-        answer = {"model": entry.name, "revision": now.revision, "live": now.live, "canary": canary, "pinned": now.pinned}
+        line = {"model": entry.model, "tag": entry.tag, "revision": now.revision}
+        answer = line | {"live": now.live, "serving": self._serving(entry), "canary": canary, "pinned": now.pinned}
         return answer | ({"version": version, "state": now.known(version).state} if version else {})
 
     def _canary(self, entry: Entry) -> Value | None:
         """The canary as JSON: the interval is null while there is none."""
-        canary, verdict = entry.releases.canary, entry.canary(self._settings.rule)
+        canary, verdict = entry.releases.canary, entry.canary(self._serving(entry), self._settings.rule)
         if canary is None or verdict is None:
             return None
         stands = {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(verdict).items()}
         return {"version": canary.placement.version, "share": canary.share, **stands}
 
     def _replica(self, entry: Entry, replica: Replica, now: float) -> Value:
-        """What a replica runs as JSON. agrees: it drafts with the live version, bit for bit as far as it says."""
-        live, last = entry.releases.live, replica.last
-        checksum = last.loaded.get(live or "", "")
-        agrees = last.serving == (live or "") and (not live or checksum in ("", entry.releases.versions[live].placement.checksum))
+        """What a replica runs as JSON. agrees: it drafts with the version that serves, bit for bit as far as it says."""
+        serving, last = self._placement(entry), replica.last
+        agrees = last.serving == (serving.version if serving else "")
+        if serving is not None:
+            agrees = agrees and last.loaded.get(serving.version, "") in ("", serving.checksum)
         return {
             "serving": last.serving or None,
             "loaded": dict(last.loaded),
@@ -369,9 +422,9 @@ class RegistryKeeper:
         }
 
 
-def stream(model: str) -> str:
-    """The stream of a model's history."""
-    return f"registry/{model}"
+def stream(model: str, tag: str) -> str:
+    """The stream of a line's history. Names of models and tags have no slash."""
+    return f"registry/{model}/{tag}" if tag else f"registry/{model}"
 
 
 def shown(release: Release) -> Value:
@@ -396,45 +449,52 @@ class RegistryActor:
     def __init__(self, state_url: str, artefacts_url: str, cache: str, settings: RegistrySettings | None = None) -> None:
         self._keeper = RegistryKeeper(open_state(state_url), Artefacts(artefacts_url, Path(cache)), time.time, settings)
 
-    async def register(self, model: str, base: Base, url: str = "", manifest: Manifest | None = None) -> Assignment:
-        return self._keeper.register(model, base, url, manifest)
+    async def register(
+        self, model: str, base: Base, url: str = "", manifest: Manifest | None = None, tags: Sequence[str] = ()
+    ) -> tuple[Assignment, ...]:
+        return self._keeper.register(model, base, url, manifest, tags)
 
-    async def submit(self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "") -> Value:
+    async def submit(self, model: str, url: str, manifest: Manifest, verdict: Verdict, who: str, why: str = "", tag: str = "") -> Value:
         """Replicas are answered while the bundle is fetched and checked."""
         problem = await asyncio.to_thread(self._keeper.inspect, model, url, manifest)
-        return self._keeper.submit(model, url, manifest, verdict, who, why, problem)
+        return self._keeper.submit(model, url, manifest, verdict, who, why, problem, tag)
 
     async def start_canary(
-        self, model: str, version: str, who: str, why: str = "", share: float | None = None, expected: int | None = None
+        self, model: str, version: str, who: str, why: str = "", share: float | None = None, expected: int | None = None, tag: str = ""
     ) -> Value:
-        return self._keeper.start_canary(model, version, who, why, share, expected)
+        return self._keeper.start_canary(model, version, who, why, share, expected, tag)
 
-    async def promote(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
-        return self._keeper.promote(model, version, who, why, expected)
+    async def promote(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
+        return self._keeper.promote(model, version, who, why, expected, tag)
 
-    async def rollback(self, model: str, who: str, why: str = "", version: str | None = None, expected: int | None = None) -> Value:
-        return self._keeper.rollback(model, who, why, version, expected)
+    async def rollback(
+        self, model: str, who: str, why: str = "", version: str | None = None, expected: int | None = None, tag: str = ""
+    ) -> Value:
+        return self._keeper.rollback(model, who, why, version, expected, tag)
 
-    async def pin(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
-        return self._keeper.pin(model, version, who, why, expected)
+    async def pin(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
+        return self._keeper.pin(model, version, who, why, expected, tag)
 
-    async def unpin(self, model: str, who: str, why: str = "", expected: int | None = None) -> Value:
-        return self._keeper.unpin(model, who, why, expected)
+    async def unpin(self, model: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
+        return self._keeper.unpin(model, who, why, expected, tag)
 
-    async def retire(self, model: str, version: str, who: str, why: str = "", expected: int | None = None) -> Value:
-        return self._keeper.retire(model, version, who, why, expected)
+    async def retire(self, model: str, version: str, who: str, why: str = "", expected: int | None = None, tag: str = "") -> Value:
+        return self._keeper.retire(model, version, who, why, expected, tag)
 
-    async def assignment(self, model: str) -> Assignment:
-        return self._keeper.assignment(model)
+    async def assignment(self, model: str, tag: str = "") -> Assignment:
+        return self._keeper.assignment(model, tag)
 
-    async def report(self, report: ReplicaReport) -> Assignment | None:
-        return self._keeper.report(report)
+    async def reports(self, reports: Sequence[ReplicaReport]) -> list[Assignment]:
+        return self._keeper.reports(reports)
 
-    async def state(self, model: str) -> Value:
-        return self._keeper.state(model)
+    async def serving(self, model: str, tags: Sequence[str]) -> dict[str, Placement | None]:
+        return self._keeper.serving(model, tags)
 
-    async def history(self, model: str, count: int | None = None) -> list[Value]:
-        return self._keeper.history(model, count)
+    async def state(self, model: str, tag: str = "") -> Value:
+        return self._keeper.state(model, tag)
+
+    async def history(self, model: str, count: int | None = None, tag: str = "") -> list[Value]:
+        return self._keeper.history(model, count, tag)
 
     async def close(self) -> None:
         """Nothing is unsaved: every change is in the store before it is made."""

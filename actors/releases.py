@@ -1,4 +1,5 @@
-"""The versions of one model's speculator: what states they can be in, how these may change, and what they are after a history of changes.
+"""The versions of one line (a model's speculator in one domain of its requests): what states they can be in, how these may change, and what
+they are after a history of changes.
 
     candidate -> canary -> live -> retired        a canary or a live version that failed is rolled_back; what the gate refused is rejected
 
@@ -55,12 +56,23 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What replicas are to serve; revision rises with every change. live None: what they were configured with."""
+    """What replicas are to serve in a domain, named by its tag; "" is the common line. revision rises with every change of the line.
+
+    live None: what the common line serves, and there what they were configured with. With no canary either a domain follows the common line
+    in all, its canary too.
+    """
 
     model: str
     revision: int
     live: Placement | None = None
     canary: Canary | None = None
+    tag: str = ""
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """All versions that it names."""
+        canary = self.canary.placement if self.canary else None
+        return tuple(placement for placement in (self.live, canary) if placement is not None)
 
     def serving(self, request: str) -> Placement | None:
         """The version that drafts for the request with this id."""
@@ -70,11 +82,11 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a replica runs, told a few times a second.
+    """What a replica runs in one domain, told a few times a second.
 
     revision: of the assignment that it follows, 0 for none. serving: the version that drafts outside the canary, "" for none. loaded:
-    checksums of the versions in memory. errors: why versions that it was to load could not be; it goes on without them. salt: of the canary
-    that `arms` counts, per version, since this replica began to serve it.
+    checksums of the versions in memory for it. errors: why versions that it was to load could not be; it goes on without them. salt: of the
+    canary that `arms` counts, per version, since this replica began to serve it beside `against`.
     """
 
     replica: str
@@ -84,11 +96,14 @@ class ReplicaReport:
     loaded: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
     salt: str = ""
+    against: str = ""
     arms: Mapping[str, Arm] = field(default_factory=dict)
+    tag: str = ""
 
     def validated(self) -> ReplicaReport:
         """Itself without counts that cannot be true. ValueError if it is not a report."""
-        named = all(isinstance(n, str) and len(n) <= NAME for n in (self.replica, self.model, self.serving, self.salt))
+        names = (self.replica, self.model, self.serving, self.salt, self.against, self.tag)
+        named = all(isinstance(n, str) and len(n) <= NAME for n in names)
         if not named or not self.replica or not isinstance(self.revision, int):
             raise ValueError("a report must name its replica, and the revision that it follows")
         if not all(isinstance(m, Mapping) and len(m) <= MOST for m in (self.loaded, self.errors, self.arms)):
@@ -100,7 +115,7 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; against: the version that was live then; initial: it
+    """A version as the registry knows it. manifest: its bundle's; verdict: the gate's; against: the version that served then; initial: it
     came from the configuration; why, at: of its last change of state."""
 
     placement: Placement
@@ -164,7 +179,10 @@ class Change:
 
 
 class Releases:
-    """All versions of a model's speculator as they are after its history. What plans a change raises RegistryConflict or UnknownVersion."""
+    """All versions of a line as they are after its history. What plans a change raises RegistryConflict or UnknownVersion.
+
+    against, where a plan asks for it: the version that serves, which is the live one, or in a line that has none that of the common line.
+    """
 
     def __init__(self, changes: Iterable[Value] = ()) -> None:
         self.versions: dict[str, Release] = {}
@@ -217,19 +235,24 @@ class Releases:
     def live(self) -> str | None:
         return self.lineage[-1]
 
+    @property
+    def placement(self) -> Placement | None:
+        """Of the live version."""
+        return self.versions[self.live].placement if self.live else None
+
     def known(self, version: str) -> Release:
         if version not in self.versions:
             raise UnknownVersion(f"no version {version!r}; known are {', '.join(self.versions) or 'none'}")
         return self.versions[version]
 
-    def assignment(self, model: str) -> Assignment:
-        return Assignment(model, self.revision, self.versions[self.live].placement if self.live else None, self.canary)
+    def assignment(self, model: str, tag: str = "") -> Assignment:
+        return Assignment(model, self.revision, self.placement, self.canary, tag)
 
-    def waiting(self) -> str | None:
-        """The latest candidate that passed the gate against what is live now, if one may be tried; a judgement against another is stale."""
-        if self.pinned or self.canary is not None or self.live is None:
+    def waiting(self, against: str | None) -> str | None:
+        """The latest candidate that passed the gate against what serves now, if one may be tried; a judgement against another is stale."""
+        if self.pinned or self.canary is not None or against is None:
             return None
-        fit = (v for v, r in reversed(self.versions.items()) if r.state == "candidate" and r.against == self.live)
+        fit = (v for v, r in reversed(self.versions.items()) if r.state == "candidate" and r.against == against)
         return next(fit, None)
 
     def summary(self) -> str:
@@ -266,16 +289,17 @@ class Releases:
         states = self.out("candidate", "canary", "live") | ({version: "live"} if version else {})
         return Change("register", version, version, False, states, release=release, base=base)
 
-    def submit(self, placement: Placement, manifest: Value, verdict: Verdict, problem: str) -> Change | None:
+    def submit(self, placement: Placement, manifest: Value, verdict: Verdict, problem: str, against: str | None) -> Change | None:
         """A new version: a candidate if it may be loaded and passed the gate, else rejected. None if the version is known."""
         if placement.version in self.versions:
             return None
         state: State = "candidate" if verdict.passed and not problem else "rejected"
-        release = Release(placement, manifest, state, asdict(verdict), self.live)
+        release = Release(placement, manifest, state, asdict(verdict), against)
         return replace(self.plan("submit", placement.version), states={placement.version: state}, release=release)
 
-    def start_canary(self, version: str, share: float, salt: str) -> Change:
-        """A candidate, or a version from before, serves a share of requests beside the live one. ValueError for a share that cannot be."""
+    def start_canary(self, version: str, share: float, salt: str, against: str | None) -> Change:
+        """A candidate, or a version from before, serves a share of requests beside what serves now. ValueError for a share that cannot
+        be."""
         check_share(share)
         release = self.usable(version)
         if release.state in ("live", "canary"):
@@ -284,7 +308,7 @@ class Releases:
             raise RegistryConflict(f"nothing is tried while a version is pinned: {self.summary()}")
         if self.canary is not None:
             raise RegistryConflict(f"one canary at a time: {self.summary()}")
-        if self.live is None:
+        if against is None:
             raise RegistryConflict(f"a canary is compared with a live version, and there is none: {self.summary()}")
         return Change("canary", version, self.live, self.pinned, {version: "canary"}, version, share, salt)
 

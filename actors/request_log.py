@@ -36,7 +36,8 @@ class RequestRecord:
     """One finished request.
 
     created: seconds since the epoch; key: name of the API key; prompt, output: token ids; sampling: its sampling parameters; steps:
-    decoding steps; drafted, accepted: draft tokens proposed and kept; seconds: from arrival to the last token.
+    decoding steps; drafted, accepted: draft tokens proposed and kept; seconds: from arrival to the last token; tag: its domain, "" where
+    none was given.
     """
 
     id: str
@@ -54,6 +55,7 @@ class RequestRecord:
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
+    tag: str = ""
 
     def to_json(self) -> str:
         """The record as one JSON object of its fields."""

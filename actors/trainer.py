@@ -1,7 +1,8 @@
-"""The trainer of one model: traces come in, the speculator is refreshed in the time that serving leaves, what passes the gate is submitted.
+"""The trainer of one model: traces come in, speculators are refreshed in the time that serving leaves, what passes the gate is submitted.
 
-`TrainerKeeper` does the work in short slices and knows no threads; `Worker` runs it on one, and rests while replicas report a load that is
-not to be disturbed; `TrainerActor` is the Ray actor around both. All that is lost in a crash is what was done since the last checkpoint.
+`TrainerKeeper` does the work of all domains in short slices and knows no threads; `Worker` runs it on one, and rests while replicas report
+a load that is not to be disturbed; `TrainerActor` is the Ray actor around both. All that is lost in a crash is what was done since the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,24 @@ import ray
 import torch
 
 from actors.artefacts import ArtefactError, Artefacts, check_artefacts
+from actors.domain_trainer import DomainTrainer, Place, Submission
 from actors.log_contents import Selection, asked
 from actors.registry import NAME as REGISTRY
-from actors.releases import Assignment, Base
+from actors.releases import Base, Placement
 from actors.store import Value
-from drafters.bundle import BundleError, Manifest, Origin, write_bundle
+from drafters.bundle import BundleError
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import Candidate, Refresher, RefreshSettings
+from drafters.refresh import RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.traces import InvalidTrace, Trace
-from drafters.walk import expected_tokens
-from policies import Verdict
-from policies.gate import GateRule, gate
+from policies.gate import GateRule
 
 log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
+CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
+Serving = tuple[MLPSpeculator, str]  # a speculator and its version
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,49 +66,33 @@ class TrainerSettings:
     niceness: int = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A candidate that passed the gate, as the registry takes it."""
-
-    url: str
-    manifest: Manifest
-    verdict: Verdict
-
-
-@dataclass(slots=True)
-class Trial:
-    """A candidate beside the serving speculator on held-out requests that had no part in choosing it."""
-
-    candidate: Candidate
-    traces: Sequence[Trace]
-    pairs: list[tuple[float, float]] = field(default_factory=list)
-
-
 class TrainerKeeper:
-    """One model's replay buffer, refresher and gate. Not thread-safe."""
+    """One model's replay buffer, and the training of its domains, one after the other. Not thread-safe."""
 
     def __init__(
         self,
         model: str,
         base: Base,
-        live: MLPSpeculator,
-        version: str,
+        serving: Mapping[str, Serving],
         artefacts: Artefacts,
         work: Path,
         settings: TrainerSettings | None = None,
-        tag: str = "",
         now: Callable[[], float] = time.time,
     ) -> None:
-        """live, version: what serves. work: a folder of this trainer's own on its machine, gone on from when there is something in it."""
-        live.check_base(base.emb_dim, base.vocab_size)
-        self.model, self.base, self.artefacts, self.work, self.tag, self.now = model, base, artefacts, work, tag, now
+        """serving: what serves the domains, by tag; that of the common one "", which must be there, serves those that are not named. work:
+        a folder of this trainer's own on its machine, gone on from when there is something in it."""
+        self.model, self.work = model, work
         self.settings = settings or TrainerSettings()
-        self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, self.settings.buffer)
-        self.refresher = Refresher(live.to(self.settings.device), version, self.buffer, self.settings.refresh, tag)
-        self.trial: Trial | None = None
-        self.verdict: Verdict | None = None
-        self.verdicts = {"passed": 0, "rejected": 0}  # of its own gate, since it was started
-        self.invalid = 0
+        s = self.settings
+        self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
+        place = Place(base, work / "bundles", artefacts, now)
+        for live, _ in serving.values():
+            live.check_base(base.emb_dim, base.vocab_size)
+            live.to(s.device)
+        self.domains = {
+            tag: DomainTrainer(tag, *serving.get(tag, serving[""]), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
+        }
+        self.turns = self.invalid = 0
         self.recover()
 
     def add(self, data: bytes) -> None:
@@ -123,110 +109,78 @@ class TrainerKeeper:
         Traces carry no key, and a log may have let go of records whose traces are still here: a selection by key means the traces that fit
         the rest of it, whoever asked. What was begun with one of them is dropped; what versions have learned is not undone.
         """
-        if count := self.buffer.forget(lambda trace: meant(what, trace)):
-            self.trial = None
-            self.refresher.drop(f"dropped: {count} traces were to be forgotten")
+        gone = self.buffer.forget(lambda trace: meant(what, trace))
+        for tag, count in gone.items():
+            if count:
+                self.domains[tag].drop(f"dropped: {count} traces were to be forgotten")
         self.save()
-        return count
+        return sum(gone.values())
 
     def idle(self) -> bool:
         """Whether there is nothing to do before more traces come."""
-        if self.trial is not None or self.refresher.phase != "waiting":
-            return False
-        return len(self.buffer.judging(self.tag)) < self.settings.rule.least or not self.refresher.able()
+        return all(domain.idle() for domain in self.domains.values())
 
     def run(self, seconds: float) -> Submission | None:
-        """Work for about so long. Answers with a candidate that passed the gate, written and published, again and again until `settle`.
-
-        Raises OSError or ArtefactError when it cannot be written or published; the next call tries again.
-        """
-        if self.idle():
+        """Work for about so long, see `DomainTrainer.run`."""
+        domain = self.next()
+        if domain is None:
             return None
-        if self.trial is None:
-            if self.refresher.candidate is None:
-                self.refresher.advance(seconds)
-            if (candidate := self.refresher.candidate) is not None:
-                self.trial = Trial(candidate, self.buffer.judging(self.tag))
-            return None
-        until = time.monotonic() + seconds
-        while len(self.trial.pairs) < len(self.trial.traces):
-            self.compare(self.trial)
-            if time.monotonic() >= until:
-                return None
-        return self.judge(self.trial)
+        if not domain.busy:
+            self.turns += 1
+            domain.turn = self.turns
+        return domain.run(seconds)
 
-    def settle(self) -> None:
-        """The candidate that was judged is where it belongs; until now every checkpoint held it."""
-        assert self.verdict is not None, "what is settled was judged"
-        self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
-        self.trial = None
-        self.refresher.take()
+    def next(self) -> DomainTrainer | None:
+        """Whose turn it is. A round that was begun is ended first, so that one copy at a time is in training; then comes the domain whose
+        last round is longest ago, and among those that had none the one with most fresh tokens."""
+        if begun := next((domain for domain in self.domains.values() if domain.busy), None):
+            return begun
+        able = (domain for domain in self.domains.values() if not domain.idle())
+        return min(able, key=lambda domain: (domain.turn, -domain.refresher.fresh), default=None)
 
-    def compare(self, trial: Trial) -> None:
-        trace = trial.traces[len(trial.pairs)]
-        trial.pairs.append((expected_tokens(self.refresher.live, trace), expected_tokens(trial.candidate.speculator, trace)))
+    def settle(self, tag: str) -> None:
+        """A domain's candidate is where it belongs."""
+        self.domains[tag].settle()
 
-    def judge(self, trial: Trial) -> Submission | None:
-        """Let the gate decide, and publish what passes."""
-        verdict = self.verdict = gate(trial.pairs, self.settings.rule)
-        if verdict.passed:
-            return self.publish(trial.candidate, verdict)
-        log.info("%s: %s", self.model, verdict.reason)
-        self.settle()
-        self.refresher.reject(verdict.reason)
-        return None
-
-    def publish(self, candidate: Candidate, verdict: Verdict) -> Submission:
-        """Write the bundle and put it where replicas find it."""
-        origin = Origin(
-            model=self.model,
-            base=self.base.name,
-            base_revision=self.base.revision,
-            parent=candidate.parent or None,
-            objective=candidate.objective,
-            data=candidate.data,
-            metrics=candidate.metrics,
-            gate=asdict(verdict),
-            created=self.now(),
-        )
-        bundle = write_bundle(self.work / "bundles", candidate.speculator, origin)
-        return Submission(self.artefacts.publish(bundle), bundle.manifest, verdict)
-
-    def serve(self, live: MLPSpeculator, version: str) -> None:
-        """Another version serves now; what was begun from the last one is dropped."""
-        self.trial = None
-        self.refresher.serve(live.to(self.settings.device), version)
+    def serve(self, tag: str, live: MLPSpeculator, version: str) -> None:
+        """Another version serves a domain now. One that is in memory for another domain is not kept twice."""
+        known = (domain.refresher.live for domain in self.domains.values() if domain.refresher.version == version)
+        self.domains[tag].serve(next(known, None) or live.to(self.settings.device), version)
 
     def save(self) -> None:
         """Write traces and progress. Raises OSError, leaving what was written before."""
         self.buffer.save(self.work / "traces")
-        self.refresher.checkpoint(self.work / "checkpoint.pt")
+        for tag, domain in self.domains.items():
+            domain.refresher.checkpoint(self.checkpoint(tag))
 
     def recover(self) -> None:
-        """Go on from what `save` wrote, as far as it is there and whole."""
+        """Go on from what `save` wrote, as far as it is there and whole. Progress of what is no domain any more is deleted."""
         try:
             if (self.work / "traces").is_file():
                 self.buffer.load(self.work / "traces")
         except (OSError, ValueError) as error:
             log.error("%s: the saved traces cannot be read (%s); the buffer begins empty", self.model, error)
             self.buffer.domains.clear()
-        self.refresher.resume(self.work / "checkpoint.pt")
+        for file in set(self.work.glob(CHECKPOINT.format("*"))) - {self.checkpoint(tag) for tag in self.domains}:
+            file.unlink()
+        for tag, domain in self.domains.items():
+            domain.refresher.resume(self.checkpoint(tag))
+
+    def checkpoint(self, tag: str) -> Path:
+        """The file of a domain's progress."""
+        return self.work / CHECKPOINT.format(f"-{tag}" if tag else "")
 
     def status(self) -> Value:
-        """Where it is, in plain values."""
-        standing, counts = asdict(self.refresher.standing), asdict(self.buffer.counts(self.tag))
-        held = {"held_out": len(self.buffer.held_out(self.tag)), "training": len(self.buffer.training(self.tag))}
-        traces = counts | held | {"bytes": self.buffer.nbytes, "invalid": self.invalid}
-        verdict = asdict(self.verdict) if self.verdict else None
-        phase = "judging" if self.trial else standing["phase"]
-        own = {"phase": phase, "traces": traces, "gate": verdict, "candidates": dict(self.verdicts)}
-        return {"model": self.model, "version": self.refresher.version} | standing | own
+        """Where the common domain is, and the others by tag, in plain values."""
+        others = {tag: domain.status() for tag, domain in self.domains.items() if tag}
+        return {"model": self.model, "invalid": self.invalid} | self.domains[""].status() | {"domains": others}
 
 
 def meant(what: Selection, trace: Trace) -> bool:
     """Whether a trace belongs to a selection of the request log."""
     requested = what.request in (None, trace.request, asked(trace.request))
-    return requested and what.model in (None, trace.model) and (what.before is None or trace.at < what.before)
+    named = what.model in (None, trace.model) and what.tag in (None, trace.tag)
+    return requested and named and (what.before is None or trace.at < what.before)
 
 
 class Worker:
@@ -236,11 +190,11 @@ class Worker:
         self,
         keeper: TrainerKeeper,
         submit: Callable[[Submission], None],
-        serving: Callable[[], tuple[MLPSpeculator, str] | None],
+        serving: Callable[[], Mapping[str, Serving]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """submit: hands a candidate to the registry. serving: the version that serves, if another than when it was asked last. Both are
-        called on the thread and may raise; submitting is tried again."""
+        """submit: hands a candidate to the registry. serving: the versions that serve, by tag, of those domains in which it is another than
+        when it was asked last. Both are called on the thread and may raise; submitting is tried again."""
         self.keeper, self.submit, self.serving, self.clock = keeper, submit, serving, clock
         self.settings = keeper.settings
         self.change = threading.Condition()
@@ -363,18 +317,18 @@ class Worker:
         """One slice, and what comes of it."""
         if (found := self.keeper.run(self.settings.slice)) is not None:
             self.submit(found)
-            self.keeper.settle()
+            self.keeper.settle(found.tag)
         if self.clock() - self.saved >= self.settings.checkpoint:
             self.saved = self.clock()
             self.keeper.save()
 
     def follow(self) -> None:
-        """Take over the version that serves, if it is another."""
+        """Take over the versions that serve, where they are others."""
         if self.clock() - self.polled < self.settings.poll:
             return
         self.polled = self.clock()
-        if (found := self.serving()) is not None:
-            self.keeper.serve(*found)
+        for tag, (live, version) in self.serving().items():
+            self.keeper.serve(tag, live, version)
 
     def attempt(self, act: Callable[[], None]) -> None:
         """Do it; what goes wrong is logged and shown, waited for a moment, and tried again at the next turn."""
@@ -401,23 +355,29 @@ def was_paused(file: Path) -> bool:
 
 
 class Registrar:
-    """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises."""
+    """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises.
 
-    def __init__(self, registry: Any, model: str, artefacts: Artefacts, base: Base, version: str) -> None:
-        self.registry, self.model, self.artefacts, self.base, self.version = registry, model, artefacts, base, version
+    versions: what it was told last that serves the domains, by tag.
+    """
+
+    def __init__(self, registry: Any, model: str, tags: Sequence[str], artefacts: Artefacts, base: Base) -> None:
+        self.registry, self.model, self.domains, self.artefacts, self.base = registry, model, ("", *tags), artefacts, base
+        self.versions: dict[str, str] = {}
 
     def submit(self, found: Submission) -> None:
-        ray.get(self.registry.submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer"))
+        ray.get(self.registry.submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", tag=found.tag))
 
-    def serving(self) -> tuple[MLPSpeculator, str] | None:
-        """The version that serves, when it is another than the last one."""
-        assignment: Assignment = ray.get(self.registry.assignment.remote(self.model))
-        live = assignment.live
-        if live is None or live.version == self.version:
-            return None
-        bundle = self.artefacts.fetch(live.url, live.checksum, self.base.vocab_size, self.base.emb_dim)
-        self.version = live.version
-        return MLPSpeculator.from_pretrained(bundle.folder), live.version
+    def serving(self) -> dict[str, Serving]:
+        """The versions that serve, by tag, of those domains in which it is another than the last one. What several share is read once."""
+        answer: Mapping[str, Placement | None] = ray.get(self.registry.serving.remote(self.model, self.domains))
+        news = {tag: placement for tag, placement in answer.items() if placement and placement.version != self.versions.get(tag)}
+        found = {placement: self.read(placement) for placement in set(news.values())}
+        self.versions |= {tag: placement.version for tag, placement in news.items()}
+        return {tag: (found[placement], placement.version) for tag, placement in news.items()}
+
+    def read(self, placement: Placement) -> MLPSpeculator:
+        bundle = self.artefacts.fetch(placement.url, placement.checksum, self.base.vocab_size, self.base.emb_dim)
+        return MLPSpeculator.from_pretrained(bundle.folder)
 
 
 class TrainerActor:
@@ -429,15 +389,16 @@ class TrainerActor:
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache")
-        registrar = Registrar(registry, model, artefacts, base, "")
+        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
         try:
             found = registrar.serving()
         except (ray.exceptions.RayError, ArtefactError, BundleError) as error:
-            log.warning("%s: which version serves is not known yet: %s", model, error)
-            found = None
-        live, version = found or (MLPSpeculator.from_pretrained(folder), version)
-        registrar.version = version
-        keeper = TrainerKeeper(model, base, live, version, artefacts, Path(work), settings)
+            log.warning("%s: which versions serve is not known yet: %s", model, error)
+            found = {}
+        if "" not in found:
+            found[""] = MLPSpeculator.from_pretrained(folder), version
+        registrar.versions = {tag: found.get(tag, found[""])[1] for tag in registrar.domains}
+        keeper = TrainerKeeper(model, base, found, artefacts, Path(work), settings)
         self._worker = Worker(keeper, registrar.submit, registrar.serving)
         self._worker.start()
 

@@ -5,8 +5,10 @@ It knows no other room: a model's `policy` stays a plain mapping here, and whoev
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
@@ -30,6 +32,7 @@ from configs.problems import ConfigError, explain
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "SPECFLEET_"
 SQLITE = "sqlite:///"
+TAG = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # what names a domain of requests
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 DrafterKind = Literal["none", "ngram", "mlp", "mlp+ngram"]
@@ -41,6 +44,7 @@ Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Confidence = Annotated[float, Field(ge=0.5, lt=1, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Tag = Annotated[str, Field(pattern=TAG)]
 Objective = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "tv", "acceptance", "lk_hybrid"]
 
 
@@ -159,6 +163,9 @@ class ModelRefreshSettings(Section):
 
     enabled: bool = Field(default=False, description="Whether it is.")
     capture: CaptureSettings = Field(default_factory=CaptureSettings, description="What replicas keep.")
+    tags: tuple[Tag, ...] = Field(
+        default=(), max_length=16, description="Tags of requests that are domains of their own; all other requests are one domain."
+    )
     buffer_bytes: Bytes = Field(default="256MiB", validate_default=True, description="Memory for what the trainer remembers.")
     held_out: Share = Field(default=0.2, description="Share of it that no training sees, to judge by.")
     objective: Objective = Field(default="forward_kl", description="What training minimises.")
@@ -174,6 +181,17 @@ class ModelRefreshSettings(Section):
     least_held: int = Field(default=8, ge=1, le=2**20, description="Held-out requests that a round needs to choose by.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What lets a candidate pass.")
     trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Where training runs.")
+
+    @field_validator("tags")
+    @classmethod
+    def distinct(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({tag for tag in tags if tags.count(tag) > 1}):
+            raise ValueError(f"tags must differ: {', '.join(twice)}")
+        return tags
+
+    def domain(self, tag: str) -> str:
+        """The domain of requests with a tag; "" is the common one."""
+        return tag if tag in self.tags else ""
 
 
 class ModelSettings(Section):
@@ -227,6 +245,7 @@ class KeySettings(Section):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, as 64 lower-case hex digits.")
     admin: bool = Field(default=False, description="Whether it opens /admin.")
     store: bool = Field(default=True, description="Whether its finished requests may go to the request log.")
+    tag: Tag | None = Field(default=None, description="Tag of its requests that give none themselves.")
     limits: Limits | None = Field(default=None, description="Limits of this key; none: those of the gateway.")
 
     @model_validator(mode="after")
@@ -401,7 +420,17 @@ def environment(environ: Mapping[str, str] | None) -> dict[str, Any]:
         section = re.match(rf"{PREFIX}([^_].*?)__", name, re.IGNORECASE)
         if section and section[1].lower() not in Settings.model_fields:
             raise ValueError(f"environment variable {name.upper()}: accepted after {PREFIX} are {', '.join(Settings.model_fields).upper()}")
-    return source()
+    return {name: decoded(value) for name, value in source().items()}
+
+
+def decoded(value: Any) -> Any:
+    """A tree in which lists are lists: below the entries of a list the source does not know that they are given as JSON."""
+    if isinstance(value, dict):
+        return {name: decoded(below) for name, below in value.items()}
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def overlay(base: Any, over: Any) -> Any:

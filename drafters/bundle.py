@@ -57,6 +57,7 @@ class Origin(Part):
     """What the maker of a bundle knows of it."""
 
     model: str = Field(min_length=1, max_length=256, description="The model that it drafts for, as the fleet names it.")
+    tag: str = Field(default="", max_length=256, description="The domain whose requests it was trained on; empty: the common one.")
     base: str = Field(min_length=1, description="The base model's id or folder.")
     base_revision: str = Field(default="", description="The base's revision, or a digest of its weights.")
     parent: Version | None = Field(default=None, description="The version whose weights training began from; none for a first one.")

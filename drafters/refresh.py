@@ -181,9 +181,9 @@ class Refresher:
         tag: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """live, version: the serving speculator; it is copied, and the copy trains on its device."""
+        """live, version: the serving speculator, from now on in float32; refreshers may share it. A copy of it trains, on its device."""
         self.buffer, self.settings, self.tag, self.clock = buffer, settings or RefreshSettings(), tag, clock
-        self.live, self.version = float_copy(live), version
+        self.live, self.version = frozen(live), version
         self.round: Round | None = None
         self.candidate: Candidate | None = None
         self.rounds = self.fruitless = self.refused = 0
@@ -232,7 +232,7 @@ class Refresher:
 
     def serve(self, live: MLPSpeculator, version: str) -> None:
         """Another version serves now: a round that began from an older one is dropped. Waiting begins anew."""
-        self.live, self.version = float_copy(live), version
+        self.live, self.version = frozen(live), version
         self.round, self.candidate, self.fruitless = None, None, 0
 
     def drop(self, reason: str) -> None:
@@ -258,7 +258,12 @@ class Refresher:
     def missing(self) -> int:
         """Answer tokens that must still come before the next round."""
         wait = self.settings.least_tokens << min(self.fruitless, LONGEST_WAIT)
-        return 0 if self.round else max(0, self.used + wait - self.buffer.counts(self.tag).tokens)
+        return 0 if self.round else max(0, wait - self.fresh)
+
+    @property
+    def fresh(self) -> int:
+        """Answer tokens that came since the last round began."""
+        return self.buffer.counts(self.tag).tokens - self.used
 
     def enough(self) -> bool:
         """Whether there are held-out requests to measure on, and any to train on."""
@@ -437,14 +442,14 @@ def descend(r: Round, losses: Tensor, settings: RefreshSettings) -> None:
     r.optimizer.step()
 
 
-def float_copy(speculator: MLPSpeculator) -> MLPSpeculator:
-    """A copy in float32 that nobody trains, on the same device."""
-    return copy.deepcopy(speculator).float().requires_grad_(False).eval()
+def frozen(speculator: MLPSpeculator) -> MLPSpeculator:
+    """The speculator itself, in float32 and such that nobody trains it."""
+    return speculator.float().requires_grad_(False).eval()
 
 
 def as_saved(speculator: MLPSpeculator) -> MLPSpeculator:
     """A copy whose weights are rounded as a checkpoint keeps them."""
-    return float_copy(copy.deepcopy(speculator).to(torch_dtype(speculator.config.torch_dtype)))
+    return frozen(copy.deepcopy(speculator).to(torch_dtype(speculator.config.torch_dtype)))
 
 
 def tensors(speculator: MLPSpeculator) -> dict[str, Tensor]:

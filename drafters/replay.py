@@ -126,6 +126,11 @@ class Domain:
     held: Recent = field(default_factory=Recent)
     counts: Counts = field(default_factory=Counts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.recent.nbytes + self.older.nbytes + self.held.nbytes
+
 
 class ReplayBuffer:
     """Traces of one model, checked as they come in."""
@@ -141,9 +146,7 @@ class ReplayBuffer:
         if trace.model != self.model:
             raise InvalidTrace(f"{trace.request}: model is {trace.model!r}, expected {self.model!r}")
         trace.check(self.vocab_size, self.emb_dim)
-        domain = self.domains.setdefault(self.domain_of(trace.tag), Domain())
-        domain.counts.seen += 1
-        domain.counts.tokens += len(trace)
+        domain = self.count(trace.tag, 1, len(trace))
         (domain.held if self.is_held_out(trace.request) else domain.recent).add(trace)
         for other in self.domains.values():
             self.trim(other)
@@ -151,6 +154,10 @@ class ReplayBuffer:
     def domain_of(self, tag: str) -> str:
         """The domain that traces with a tag are kept in."""
         return tag if tag in self.settings.tags else ""
+
+    def domain(self, tag: str) -> Domain:
+        """What is kept of them, made when it is first needed."""
+        return self.domains.setdefault(self.domain_of(tag), Domain())
 
     def trim(self, domain: Domain) -> None:
         """Bring a domain down to its share of the budget. What is no longer recent may stay in the sample of older ones."""
@@ -162,14 +169,14 @@ class ReplayBuffer:
             domain.counts.dropped += not domain.older.offer(self.key(trace), trace)
         domain.counts.dropped += sum(1 for _ in domain.older.shrink(share - held - recent))
 
-    def forget(self, unwanted: Callable[[Trace], bool]) -> int:
-        """Give up all traces that are unwanted, whatever they are kept for; how many. What `save` wrote before still has them."""
-        count = 0
-        for domain in self.domains.values():
-            gone = sum(part.forget(unwanted) for part in (domain.recent, domain.older, domain.held))
-            domain.counts.dropped += gone
-            count += gone
-        return count
+    def forget(self, unwanted: Callable[[Trace], bool]) -> dict[str, int]:
+        """Give up all traces that are unwanted, whatever they are kept for; how many of each domain. What `save` wrote before still has
+        them."""
+        gone: dict[str, int] = {}
+        for tag, domain in self.domains.items():
+            gone[tag] = sum(part.forget(unwanted) for part in (domain.recent, domain.older, domain.held))
+            domain.counts.dropped += gone[tag]
+        return gone
 
     def is_held_out(self, request: str) -> bool:
         """Whether a request is kept from training: whole requests, by their id alone."""
@@ -211,6 +218,10 @@ class ReplayBuffer:
     def counts(self, tag: str) -> Counts:
         return self.domains.get(tag, Domain()).counts
 
+    def size(self, tag: str) -> int:
+        """Bytes of a domain's tensors."""
+        return self.domains.get(tag, Domain()).nbytes
+
     def save(self, file: Path) -> None:
         """Write everything in place of what the file held. Raises OSError, leaving the file as it was."""
         replace_durably(file, lambda opened: opened.writelines(framed(record) for record in self.records()))
@@ -230,22 +241,31 @@ class ReplayBuffer:
         self.domains = {}
         with file.open("rb") as opened:
             for tag, row in json.loads(take(opened)).items():
-                self.domains[tag] = domain = Domain(counts=Counts(row["seen"], row["tokens"], row["dropped"]))
+                domain = self.count(tag, row["seen"], row["tokens"], row["dropped"])
                 recent, older, held = ([Trace.from_bytes(take(opened)) for _ in range(count)] for count in row["parts"])
-                self.fill(domain, recent, older, held)
-                domain.older.threshold = row["threshold"]
+                self.fill(tag, recent, older, held)
+                domain.older.threshold = max(domain.older.threshold, row["threshold"])
         for domain in self.domains.values():
             self.trim(domain)
 
-    def fill(self, domain: Domain, recent: Sequence[Trace], older: Sequence[Trace], held: Sequence[Trace]) -> None:
+    def fill(self, saved: str, recent: Sequence[Trace], older: Sequence[Trace], held: Sequence[Trace]) -> None:
+        """Take in the traces of a saved domain, each where it belongs now: which tags are domains may have changed since."""
         for trace in (*recent, *older, *held):
             trace.check(self.vocab_size, self.emb_dim)
+            self.count(saved, -1, -len(trace))
+            self.count(trace.tag, 1, len(trace))
         for trace in recent:
-            domain.recent.add(trace)
+            self.domain(trace.tag).recent.add(trace)
         for trace in held:
-            domain.held.add(trace)
+            self.domain(trace.tag).held.add(trace)
         for trace in older:
-            domain.older.offer(self.key(trace), trace)
+            self.count(trace.tag, dropped=not self.domain(trace.tag).older.offer(self.key(trace), trace))
+
+    def count(self, tag: str, seen: int = 0, tokens: int = 0, dropped: int = 0) -> Domain:
+        """Add to the counts of a tag's domain."""
+        counts = (domain := self.domain(tag)).counts
+        counts.seen, counts.tokens, counts.dropped = counts.seen + seen, counts.tokens + tokens, counts.dropped + dropped
+        return domain
 
     def key(self, trace: Trace) -> float:
         """By which a trace stays in the sample of older ones."""
@@ -254,7 +274,7 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors kept."""
-        return sum(part.nbytes for domain in self.domains.values() for part in (domain.recent, domain.older, domain.held))
+        return sum(domain.nbytes for domain in self.domains.values())
 
 
 def parts(domain: Domain) -> tuple[list[Trace], list[Trace], list[Trace]]:

@@ -1,52 +1,76 @@
-"""Versions of one drafter: the live one and at most one canary beside it, exchanged between two steps under requests in flight."""
+"""Versions of one drafter: a line for each domain, exchanged between two steps under requests in flight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from engine.drafter import Draft, Drafter, Kept
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A drafter beside the live one, and which requests it drafts for, by their ids."""
+    """A drafter beside the live one, which requests it drafts for, by their ids, and the name of its run."""
 
     drafter: Drafter
-    chosen: Callable[[str], bool]
+    chosen: Callable[[str], bool] = field(compare=False)
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What drafts for the requests of a domain: the live version, and at most one canary beside it."""
+
+    live: Drafter
+    canary: Canary | None = None
+
+    @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        return (self.live, self.canary.drafter) if self.canary else (self.live,)
+
+    def serving(self, request: str) -> Drafter:
+        """The version that drafts for a request."""
+        return self.canary.drafter if self.canary and self.canary.chosen(request) else self.live
 
 
 @dataclass(slots=True)
 class Count:
-    """What became of one request's drafts: how many were tested and how many of their tokens were kept."""
+    """What became of one request's drafts: by which version, in which line, how many were tested and how many of their tokens were kept."""
 
+    line: str
     version: str
     drafts: int = 0
     kept: int = 0
 
 
 class Versions:
-    """Drafts with the live version, and with the canary for the requests that are its own.
+    """Drafts for every request with the version that its domain's line has for it.
 
-    ended: called with (version, drafts, kept tokens) of every request that ended, if one pair of live version and canary drafted for it
-    from beginning to end. What either drafter remembers of a request is lost when the versions change, so they should remember nothing,
-    as MLP speculators do: a request in flight goes on with whatever is there.
+    lines: by tag. Requests with any other tag, or none, belong to the common line "", which is always there. A version that several lines
+    have is one drafter, and drafts for all its requests at once. ended: called with (tag of the line, version, drafts, kept tokens) of
+    every request that ended, if its line had a canary and did not change from its beginning to its end. What a drafter remembers of a
+    request is lost when versions change, so they should remember nothing, as MLP speculators do: a request in flight goes on with whatever
+    is there.
     """
 
-    def __init__(self, live: Drafter, ended: Callable[[str, int, int], None] = lambda version, drafts, kept: None) -> None:
-        self.live, self.ended = live, ended
-        self.canary: Canary | None = None
+    def __init__(self, live: Drafter, ended: Callable[[str, str, int, int], None] = lambda line, version, drafts, kept: None) -> None:
+        self.lines: dict[str, Line] = {"": Line(live)}
+        self.ended = ended
         self.counts: dict[str, Count] = {}
-        self.older: set[str] = set()  # requests that began before the present versions
+        self.older: set[str] = set()  # requests that began before their line became what it is
+
+    @property
+    def common(self) -> Line:
+        return self.lines[""]
 
     @property
     def name(self) -> str:
-        return self.live.name
+        return self.common.live.name
 
     @property
     def version(self) -> str:
-        """The live one."""
-        return self.live.version
+        """The live one of the common line."""
+        return self.common.live.version
 
     @property
     def max_depth(self) -> int:
@@ -57,41 +81,44 @@ class Versions:
         return max(drafter.max_width for drafter in self.drafters)
 
     @property
-    def beside(self) -> Drafter | None:
-        """The canary's drafter."""
-        return self.canary.drafter if self.canary else None
-
-    @property
     def drafters(self) -> list[Drafter]:
-        return [self.live, self.canary.drafter] if self.canary else [self.live]
+        """All that draft, each once."""
+        return list(dict.fromkeys(drafter for line in self.lines.values() for drafter in line.drafters))
 
-    def serving(self, request: str) -> Drafter:
+    def line(self, tag: str) -> str:
+        """The line that requests with a tag belong to."""
+        return tag if tag in self.lines else ""
+
+    def serving(self, request: str, tag: str) -> Drafter:
         """The version that drafts for a request."""
-        return self.canary.drafter if self.canary and self.canary.chosen(request) else self.live
+        return self.lines[self.line(tag)].serving(request)
 
-    def swap(self, live: Drafter, canary: Canary | None, running: Collection[str]) -> None:
-        """Draft with these from now on. running: ids of the requests in flight. To be called between two steps."""
-        self.live, self.canary = live, canary
-        self.counts.clear()
-        self.older = set(running)
+    def swap(self, lines: Mapping[str, Line], running: Mapping[str, str]) -> None:
+        """Draft with these from now on. running: tags of the requests in flight, by their ids. To be called between two steps."""
+        before, self.lines = {tag: self.lines[self.line(tag)] for tag in running.values()}, dict(lines)
+        changed = [request for request, tag in running.items() if self.lines[self.line(tag)] != before[tag]]
+        self.older.update(changed)
+        for request in changed:
+            self.counts.pop(request, None)
 
     # -- the drafter --------------------------------------------------------------------------------------------------------
 
     def draft(self, batch: Sequence[Draft]) -> None:
         """Let every request's version extend its tree."""
-        if self.canary is None:
-            return self.live.draft(batch)
-        chosen = [self.canary.chosen(draft.request) for draft in batch]
-        for drafter, mine in ((self.live, False), (self.canary.drafter, True)):
-            if own := [draft for draft, canary in zip(batch, chosen, strict=True) if canary is mine]:
-                drafter.draft(own)
+        shares: dict[Drafter, list[Draft]] = {}
+        for draft in batch:
+            shares.setdefault(self.serving(draft.request, draft.tag), []).append(draft)
+        for drafter, own in shares.items():
+            drafter.draft(own)
 
     def observe(self, batch: Sequence[Kept]) -> None:
         """Count, while there is a canary to compare with, and hand on."""
         for kept in batch:
-            drafter = self.serving(kept.request)
-            if self.canary is not None and kept.drafted and kept.request not in self.older:
-                count = self.counts.setdefault(kept.request, Count(drafter.version))
+            name = self.line(kept.tag)
+            line = self.lines[name]
+            drafter = line.serving(kept.request)
+            if line.canary is not None and kept.drafted and kept.request not in self.older:
+                count = self.counts.setdefault(kept.request, Count(name, drafter.version))
                 count.drafts += 1
                 count.kept += kept.accepted
             drafter.observe([kept])
@@ -100,6 +127,6 @@ class Versions:
         self.older.discard(request)
         count = self.counts.pop(request, None)
         if count is not None:
-            self.ended(count.version, count.drafts, count.kept)
+            self.ended(count.line, count.version, count.drafts, count.kept)
         for drafter in self.drafters:
             drafter.forget(request)

@@ -19,7 +19,7 @@ class Draft:
     tokens: the known text, prompt first; tokens[-1] is the last forced node. A drafted node i levels below it (i = 0, 1, ..) is the token
     at position len(tokens) + i, and is drawn in the noise of that position (`engine.sampling.perturb`).
     hidden: [emb_dim] the base's hidden state (input of its LM head) whose logits drew tokens[-1]; None while the prompt is unread.
-    prediction: text the client expects, in tokens; may be empty.
+    prediction: text the client expects, in tokens; may be empty. tag: the request's domain, "" for none.
     """
 
     request: str
@@ -29,6 +29,7 @@ class Draft:
     sampler: Sampler
     hidden: Tensor | None = None
     prediction: Sequence[int] = field(default=())
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Kept:
     """What one step kept of one request.
 
     tokens: emitted; drafted: nodes drafted; accepted: drafted tokens kept; hidden: states whose logits drew the tokens [k, emb_dim].
+    tag: the request's domain, "" for none.
     """
 
     request: str
@@ -43,6 +45,7 @@ class Kept:
     drafted: int
     accepted: int
     hidden: Tensor
+    tag: str = ""
 
 
 class Drafter(Protocol):

@@ -411,7 +411,8 @@ class Engine:
 
     def offer(self, plan: Plan, budget: Budget) -> Draft:
         text = plan.text
-        return Draft(text.request.id, text.tokens, plan.tree, budget, text.sampler, text.hidden, text.request.prediction)
+        request = text.request
+        return Draft(request.id, text.tokens, plan.tree, budget, text.sampler, text.hidden, request.prediction, request.tag)
 
     def verify_drafts(self, drafts: Sequence[Draft]) -> None:
         """A drafter that breaks its budget or leaves the vocabulary is a bug: refuse what it drew."""
@@ -481,7 +482,7 @@ class Engine:
         self.keep(text, [plan.slots[node] for node in path])
         text.hidden = hidden[at[-1]]
         if self.drafter is not None:
-            self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at)))
+            self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at), text.request.tag))
         if self.recorder is not None and text.request.record:
             self.recorder.keep(text.request, emitted, accepted, at)
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)

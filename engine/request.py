@@ -30,7 +30,7 @@ class Request:
 
     stop: called once for every new token in order; True ends the request with that token (stop strings live in the caller).
     prediction: tokens the client expects in the answer. limits: opaque to the engine, read by the caller's budgets. record: whether what
-    the base computed for it is kept for training.
+    the base computed for it is kept for training. tag: its domain, "" for none; opaque too, read by drafters.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Request:
     limits: object = None
     priority: Priority = Priority.NORMAL
     record: bool = False
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,7 +18,7 @@ from configs.settings import ModelSettings
 from drafters.bundle import fingerprint
 from drafters.registry import build_drafter, load_version, versions_of
 from drafters.traces import Trace
-from drafters.versions import Canary, Versions
+from drafters.versions import Line, Versions
 from engine.capture import Features, Recorder
 from engine.drafter import Drafter
 from engine.engine import Engine
@@ -30,14 +30,14 @@ from services.hub import local_copy
 from services.pilot import Pilot
 from services.profile import profile
 from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
-from services.runner import EngineDied, EngineRunner, Ticket
+from services.runner import EngineDied, EngineRunner, Stream
 from services.text import Answer, Tokenizer
 
 log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
-CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream beside it
+CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream that runs
 MOST_CHUNK_S = 0.025  # and no more than that
 
 
@@ -57,8 +57,8 @@ class ModelHost:
     """Serves one model. `load` blocks for as long as the weights take; until it is done every job is answered with 503.
 
     record: called with every finished request that may be logged. To be set before `start`: capture, called in the engine's thread with
-    what the base computed for a sample of them, None to keep nothing; counted, called there with (version, drafts, kept tokens) of
-    every request that ended while two versions were compared.
+    what the base computed for a sample of them, None to keep nothing; counted, called there with (line, version, drafts, kept tokens) of
+    every request that ended while two versions were compared, see `Versions`.
     """
 
     def __init__(self, settings: ModelSettings, pilot: Pilot, record: Callable[[RequestRecord], None] = lambda _: None) -> None:
@@ -68,7 +68,7 @@ class ModelHost:
         self.tokenizer: Tokenizer | None = None
         self.runner: EngineRunner | None = None
         self.capture: Callable[[Trace], None] | None = None
-        self.counted: Callable[[str, int, int], None] = lambda version, drafts, kept: None
+        self.counted: Callable[[str, str, int, int], None] = lambda line, version, drafts, kept: None
         self.speculator: Path | None = None  # the folder of the configured speculator
         self.configured_version = ""
 
@@ -156,7 +156,7 @@ class ModelHost:
         assert self.speculator is not None
         return self.load_version(self.speculator, self.configured_version)
 
-    async def swap(self, live: Drafter, canary: Canary | None, done: Callable[[], None] = lambda: None) -> None:
+    async def swap(self, lines: Mapping[str, Line], done: Callable[[], None] = lambda: None) -> None:
         """Draft with these from the next step on; requests in flight go on with them. done: called between the same two steps.
 
         Raises EngineDied.
@@ -165,16 +165,16 @@ class ModelHost:
         assert runner is not None and versions is not None
 
         def exchange() -> None:
-            versions.swap(live, canary, runner.engine.texts.keys())
+            versions.swap(lines, {name: text.request.tag for name, text in runner.engine.texts.items()})
             self.pilot.take(runner.engine.drafter)
             done()
 
         await runner.between(exchange)
 
-    def version_of(self, request: str) -> str:
+    def version_of(self, request: Request) -> str:
         """The version that drafts for a request."""
         versions = self.versions
-        return versions.serving(request).version if versions is not None else self.pilot.version
+        return versions.serving(request.id, request.tag).version if versions is not None else self.pilot.version
 
     # -- features for training ----------------------------------------------------------------------------------------------
 
@@ -195,8 +195,8 @@ class ModelHost:
         trace = Trace(
             request=request.id,
             model=self.settings.name,
-            tag="",
-            version=self.version_of(request.id),
+            tag=request.tag,
+            version=self.version_of(request),
             params=request.params,
             prompt_length=len(before),
             position=len(request.prompt),
@@ -213,22 +213,22 @@ class ModelHost:
 
     async def generate(self, job: Job) -> AsyncGenerator[Item, None]:
         """A job's items: `Accepted` and tuples of pieces, or a `Failure`. Closing the generator cancels what still runs."""
-        tickets: list[Ticket[Piece]] = []
+        stream: Stream[Piece] | None = None
         try:
             runner = self.ready()
             choices = await asyncio.to_thread(self.choices, job)
             by_id = {c.request.id: c for c in choices}
-            tickets = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
+            stream = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
             prompt_tokens = sum(len(c.request.prompt) for c in choices if c.index % job.n == 0)
             yield Accepted(tuple(c.request.params.seed for c in choices), prompt_tokens)
-            async for pieces in merge(runner, tickets):
+            async for pieces in chunks(stream, lambda: spacing(len(runner.streams))):
                 yield pieces
-            tickets = []
+            stream = None
         except Exception as error:
             yield failure(job, error)
         finally:
-            if tickets and self.runner is not None:
-                self.runner.cancel(tickets)
+            if stream is not None and self.runner is not None:
+                self.runner.cancel(stream)
 
     def ready(self) -> EngineRunner:
         status = self.status()
@@ -270,7 +270,7 @@ class ModelHost:
         answer = Answer(self.tokenizer, ids, job.stop)
         params, priority = self.params(job, ids, seed), Priority[job.priority.upper()]
         name = f"{job.id}-{index}"
-        request = Request(name, ids, params, answer.push, prediction, job.speculation, priority, self.recorded(job, name))
+        request = Request(name, ids, params, answer.push, prediction, job.speculation, priority, self.recorded(job, name), job.tag)
         return Choice(index, request, answer, prefix)
 
     def params(self, job: Job, prompt: Sequence[int], seed: int) -> SamplingParams:
@@ -331,7 +331,7 @@ class ModelHost:
         stats, count = outcome.stats, len(choice.tokens)
         assert stats is not None
         usage = Usage(len(choice.request.prompt), count, stats.cached, stats.accepted, stats.drafted - stats.accepted)
-        name, version = self.pilot.drafter_name, self.version_of(choice.request.id)
+        name, version = self.pilot.drafter_name, self.version_of(choice.request)
         report = SpeculationReport(name, version, stats.steps, stats.drafted, stats.accepted, count, stats.depth_sum, stats.depth_max)
         return usage, report
 
@@ -356,11 +356,12 @@ class ModelHost:
                 sampling=sampling,
                 finish_reason=outcome.finish,
                 drafter=self.pilot.drafter_name,
-                speculator_version=self.version_of(choice.request.id),
+                speculator_version=self.version_of(choice.request),
                 steps=stats.steps,
                 drafted=stats.drafted,
                 accepted=stats.accepted,
                 seconds=time.monotonic() - choice.started,
+                tag=job.tag,
             )
         )
 
@@ -373,45 +374,18 @@ class NotReady(RuntimeError):
         self.status = status
 
 
-async def merge(runner: EngineRunner, tickets: Sequence[Ticket[Piece]]) -> AsyncGenerator[tuple[Piece, ...], None]:
-    """The pieces of several requests as they come, those of one choice that are there at the same time as one.
-
-    Beside other streams a chunk waits for its turn after the one before it, so that the way to the clients carries no more than it can.
-    """
-    arrived, clock, last = asyncio.Queue[Piece | Exception | None](), asyncio.get_running_loop().time, 0.0
-
-    async def pump(ticket: Ticket[Piece]) -> None:
-        try:
-            async for piece in runner.items(ticket):
-                arrived.put_nowait(piece)
-        except Exception as error:
-            arrived.put_nowait(error)
-        arrived.put_nowait(None)
-
-    pumps = [asyncio.create_task(pump(t)) for t in tickets]
-    open_ = len(pumps)
-    try:
-        while open_:
-            items = [await arrived.get()]
-            early = last + spacing(len(runner.tickets)) - clock()
-            if early > 0 and isinstance(items[0], Piece) and items[0].finish is None:
-                await asyncio.sleep(early)
-            while not arrived.empty():
-                items.append(arrived.get_nowait())
-            open_ -= items.count(None)
-            if broken := next((i for i in items if isinstance(i, Exception)), None):
-                raise broken
-            if pieces := joined(i for i in items if isinstance(i, Piece)):
-                yield pieces
-                last = clock()
-    finally:
-        for task in pumps:
-            task.cancel()
+async def chunks(stream: Stream[Piece], apart: Callable[[], float]) -> AsyncGenerator[tuple[Piece, ...], None]:
+    """The pieces of a stream as they come, those of one choice that are there at the same time as one; apart: seconds between two chunks
+    now, so that the way to the clients carries no more than it can."""
+    clock, earliest = asyncio.get_running_loop().time, 0.0
+    while pieces := await stream.take(earliest):
+        yield joined(pieces)
+        earliest = clock() + apart()
 
 
 def spacing(streams: int) -> float:
-    """Seconds between two chunks of a stream beside so many streams; none for one alone."""
-    return min(CHUNK_S * streams, MOST_CHUNK_S) if streams > 1 else 0.0
+    """Seconds between two chunks of a stream where so many run."""
+    return min(CHUNK_S * streams, MOST_CHUNK_S)
 
 
 def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:

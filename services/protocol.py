@@ -24,7 +24,8 @@ class Job:
     """One API request for one model, validated in shape but not yet against the model (lengths, vocabulary).
 
     Exactly one of `messages` (a chat) and `prompts` (texts or token ids; a completion) is given. Choices are numbered
-    prompt-major: choice = prompt * n + i. seed None means that the replica draws one and returns it.
+    prompt-major: choice = prompt * n + i. seed None means that the replica draws one and returns it. tag: the domain that the client names,
+    "" for none.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Job:
     store: bool = True
     priority: Urgency = "normal"
     key: str = "anonymous"
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)

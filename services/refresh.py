@@ -8,8 +8,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -21,7 +22,7 @@ from configs.settings import ModelSettings
 from drafters.bundle import Bundle, BundleError, Origin, adopt_folder, fingerprint, read_bundle
 from drafters.checkpoint import CheckpointError
 from drafters.traces import Trace
-from drafters.versions import Canary
+from drafters.versions import Canary, Line
 from engine.drafter import Drafter
 from policies import Arm, in_canary
 from services.host import ModelHost
@@ -37,36 +38,39 @@ SILENCE_S = 60.0  # seconds in which the same trouble is logged once
 REMIND_S = 2.0  # seconds after which an unchanged load is told again
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A canary that is counted: its salt, and the version beside it."""
+
+    salt: str = ""
+    against: str = ""
+
+
 class Tally:
-    """Arms of the canary that runs: what each version's requests showed. Counted by the engine's thread."""
+    """Arms of the canaries that run, by line: what each version's requests showed. Counted by the engine's thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.salt, self.arms = "", dict[str, Arm]()
+        self.runs: dict[str, tuple[Run, dict[str, Arm]]] = {}
 
-    def begin(self, salt: str) -> None:
-        """Count for this canary from now on, from nothing if it is another; "" for none."""
+    def begin(self, runs: Mapping[str, Run]) -> None:
+        """Count for these from now on, from nothing where it is another than before."""
         with self.lock:
-            if salt != self.salt:
-                self.salt, self.arms = salt, {}
+            before, self.runs = self.runs, {line: (run, {}) for line, run in runs.items()}
+            self.runs |= {line: found for line, found in before.items() if runs.get(line) == found[0]}
 
-    def ended(self, version: str, drafts: int, kept: int) -> None:
+    def ended(self, line: str, version: str, drafts: int, kept: int) -> None:
         """A request that one version served from beginning to end."""
         with self.lock:
-            if self.salt:
-                self.arms[version] = self.arms.get(version, Arm()) + Arm.of(drafts, kept)
+            if line in self.runs:
+                arms = self.runs[line][1]
+                arms[version] = arms.get(version, Arm()) + Arm.of(drafts, kept)
 
-    def read(self) -> tuple[str, dict[str, Arm]]:
+    def read(self, line: str) -> tuple[Run, dict[str, Arm]]:
+        """What a line's canary showed; nothing without one."""
         with self.lock:
-            return self.salt, dict(self.arms)
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A version in memory; checksum: of its bundle, "" while that is not known."""
-
-    drafter: Drafter
-    checksum: str
+            run, arms = self.runs.get(line, (Run(), {}))
+            return run, dict(arms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Configured:
 
 @dataclass(slots=True)
 class Failures:
-    """Attempts at the present assignment: errors by version, attempts by version to reach it, and when to try again."""
+    """Attempts at the present assignments: errors by version, attempts by version to reach it, and when to try again."""
 
     errors: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
@@ -101,10 +105,11 @@ class Refresh:
         self.configured: Configured | None = None
         self.registered = False
         self.register_again = 0.0
-        self.assignment: Assignment | None = None
-        self.settled = True  # whether the assignment is followed, or cannot be
+        self.lines = ("", *settings.refresh.tags)
+        self.assignments: dict[str, Assignment] = {}  # by line
+        self.settled = True  # whether the assignments are followed, or cannot be
         self.failures = Failures()
-        self.loaded: dict[str, Version] = {}
+        self.checksums: dict[str, str] = {}  # of the versions in memory, "" where that is not known
         self.told = (-1, 0.0)  # the load that the trainer was told last, and when
         self.troubles: dict[str, float] = {}  # what went wrong, and when that was logged
         host.capture = self.traces.put if settings.log else None
@@ -142,24 +147,37 @@ class Refresh:
     # -- towards the registry -----------------------------------------------------------------------------------------------
 
     async def report(self) -> None:
-        """Say what runs here; take in another assignment. A registry that does not know the model is told of it at once."""
-        assert self.host.versions is not None
-        salt, arms = self.tally.read()
-        revision = self.assignment.revision if self.assignment else 0
-        serving = self.host.versions.version
-        checksums = {serving: ""} | {version: found.checksum for version, found in self.loaded.items()}
-        told = ReplicaReport(self.replica, self.settings.name, revision, serving, checksums, dict(self.failures.errors), salt, arms)
+        """Say what runs here; take in other assignments. A registry that does not know the model is told of it at once."""
         try:
-            answer: Assignment | None = await self.registry.call("report", told)
+            self.assign(await self.registry.call("reports", [self.about(line) for line in self.lines]))
         except UnknownModel:
             self.registered = False
-            return
-        if answer is not None and answer.revision != revision:
-            self.assign(answer)
 
-    def assign(self, assignment: Assignment) -> None:
-        """Follow another assignment from now on."""
-        self.assignment, self.settled, self.failures = assignment, False, Failures()
+    def about(self, line: str) -> ReplicaReport:
+        """What is said of one line."""
+        assert self.host.versions is not None
+        versions = self.host.versions
+        drafting, assignment = versions.lines[versions.line(line)], self.assignments.get(line)
+        run, arms = self.tally.read(line)
+        named = {placement.version for placement in assignment.placements} if assignment else set()
+        return ReplicaReport(
+            replica=self.replica,
+            model=self.settings.name,
+            revision=assignment.revision if assignment else 0,
+            serving=drafting.live.version,
+            loaded={drafter.version: self.checksums.get(drafter.version, "") for drafter in drafting.drafters},
+            errors={version: error for version, error in self.failures.errors.items() if version in named},
+            salt=run.salt,
+            against=run.against,
+            arms=arms,
+            tag=line,
+        )
+
+    def assign(self, assignments: Iterable[Assignment]) -> None:
+        """Follow these from now on, where they are others."""
+        news = {found.tag: found for found in assignments if found != self.assignments.get(found.tag)}
+        if news:
+            self.assignments, self.settled, self.failures = self.assignments | news, False, Failures()
 
     async def register(self) -> None:
         """Make the model and its configured speculator known; then the trainer can be found."""
@@ -171,12 +189,12 @@ class Refresh:
         found = self.configured
         url = await asyncio.to_thread(self.artefacts.publish, found.bundle)
         self.remember(found.bundle)
-        assignment: Assignment = await self.registry.call("register", self.settings.name, found.base, url, found.bundle.manifest)
+        known = self.settings.name, found.base, url, found.bundle.manifest, self.settings.refresh.tags
+        assignments: Sequence[Assignment] = await self.registry.call("register", *known)
         self.registered = True
         if self.settings.log and self.trainer is None:
             self.trainer = Peer(self.plan.trainer(found.base, str(found.bundle.folder), found.bundle.manifest.version))
-        if self.assignment is None or assignment.revision != self.assignment.revision:
-            self.assign(assignment)
+        self.assign(assignments)
 
     def adopt(self) -> Configured:
         """The configured speculator as a bundle of this machine. Blocks. Raises OSError, BundleError."""
@@ -198,38 +216,32 @@ class Refresh:
         return Base(name, loaded.vocab_size, loaded.hidden_size, revision)
 
     def remember(self, bundle: Bundle) -> None:
-        """The checksum of the configured version, if it is what serves."""
-        assert self.host.versions is not None
-        live, version = self.host.versions.live, bundle.manifest.version
-        if live.version == version and version not in self.loaded:
-            self.loaded[version] = Version(live, bundle.manifest.checksum)
+        """The checksum of the configured version."""
+        self.checksums[bundle.manifest.version] = bundle.manifest.checksum
 
     # -- versions -----------------------------------------------------------------------------------------------------------
 
     async def change(self) -> None:
-        """Load what the assignment names beside what serves, and exchange them between two steps. What cannot be loaded is left out."""
-        assignment = self.assignment
-        if assignment is None or self.settled or self.clock() < self.failures.again:
+        """Load what the assignments name beside what serves, and exchange it all between two steps. What cannot be loaded is left out."""
+        if not self.assignments or self.settled or self.clock() < self.failures.again:
             return
         self.settled = True
-        live = await self.obtain(assignment.live)
-        canary = assignment.canary
-        beside = await self.obtain(canary.placement) if canary and live else None
-        if self.assignment is assignment and live is not None:
-            await self.exchange(assignment, live, beside)
+        found = {version: await self.obtain(version, placement) for version, placement in self.wanted().items()}
+        await self.exchange({version: drafter for version, drafter in found.items() if drafter is not None})
 
-    async def obtain(self, placement: Placement | None) -> Version | None:
+    def wanted(self) -> dict[str, Placement | None]:
+        """Every version that is to draft, once, and where it is; the configured one is here, and wanted where the registry has none."""
+        named = {placement.version: placement for found in self.assignments.values() for placement in found.placements}
+        common = self.assignments.get("")
+        return {self.host.configured_version: None, **named} if common and not common.live else dict(named)
+
+    async def obtain(self, version: str, placement: Placement | None) -> Drafter | None:
         """A version, loaded if it is not yet; None, with the reason among the errors, if it cannot be."""
         assert self.host.versions is not None
-        if placement is None:
-            return await self.original()
-        version = placement.version
-        if version in self.loaded:
-            return self.loaded[version]
-        if version == self.host.versions.version:
-            return Version(self.host.versions.live, placement.checksum)
+        checksum = placement.checksum if placement else self.checksums.get(version, "")
+        drafter = next((found for found in self.host.versions.drafters if found.version == version), None)
         try:
-            made = Version(await asyncio.to_thread(self.load, placement), placement.checksum)
+            drafter = drafter or await asyncio.to_thread(self.load, placement)
         except ArtefactError as error:
             self.unreached(version, str(error))
             return None
@@ -238,14 +250,8 @@ class Refresh:
             log.error("%s: version %s cannot be loaded, the old one stays: %s", self.settings.name, version, error)
             return None
         self.failures.errors.pop(version, None)
-        return made
-
-    async def original(self) -> Version | None:
-        """The configured speculator, where the registry has none."""
-        assert self.host.versions is not None
-        if self.host.versions.version == self.host.configured_version:
-            return Version(self.host.versions.live, "")
-        return Version(await asyncio.to_thread(self.host.load_configured), "")
+        self.checksums[version] = checksum
+        return drafter
 
     def unreached(self, version: str, why: str) -> None:
         """Try again later; a place that stays away is an error of the version."""
@@ -256,23 +262,36 @@ class Refresh:
             failures.errors[version] = why
         log.warning("%s: version %s cannot be reached, the old one stays: %s", self.settings.name, version, why)
 
-    def load(self, placement: Placement) -> Drafter:
-        """Fetch a version, checked to the last byte and shape, and make it ready to draft. Blocks."""
+    def load(self, placement: Placement | None) -> Drafter:
+        """Fetch a version, checked to the last byte and shape, and make it ready to draft; None is the configured one. Blocks."""
         assert self.host.runner is not None
+        if placement is None:
+            return self.host.load_configured()
         base = self.host.runner.engine.base
         bundle = self.artefacts.fetch(placement.url, placement.checksum, base.vocab_size, base.hidden_size)
         return self.host.load_version(bundle.folder, placement.version)
 
-    async def exchange(self, assignment: Assignment, live: Version, canary: Version | None) -> None:
-        """Swap between two steps, if that changes anything; what serves no more is let go of."""
+    async def exchange(self, found: Mapping[str, Drafter]) -> None:
+        """Swap between two steps, if that changes anything; what drafts no more is let go of."""
         assert self.host.versions is not None
-        beside, salt = None, ""
-        if canary is not None and assignment.canary is not None:
-            salt, share = assignment.canary.salt, assignment.canary.share
-            beside = Canary(canary.drafter, lambda request: in_canary(request, salt, share))
-        if (live.drafter, canary and canary.drafter, salt) != (self.host.versions.live, self.host.versions.beside, self.tally.salt):
-            await self.host.swap(live.drafter, beside, lambda: self.tally.begin(salt))
-        self.loaded = {found.drafter.version: found for found in (live, canary) if found is not None}
+        versions = self.host.versions
+        common = self.line("", found, found.get(self.host.configured_version, versions.common.live)) or versions.common
+        others = {tag: self.line(tag, found, common.live) for tag in self.lines if tag}
+        lines = {"": common} | {tag: line for tag, line in others.items() if line is not None}
+        runs = {tag: Run(line.canary.run, line.live.version) for tag, line in lines.items() if line.canary}
+        if lines != versions.lines:
+            await self.host.swap(lines, lambda: self.tally.begin(runs))
+        self.checksums = {drafter.version: self.checksums.get(drafter.version, "") for drafter in versions.drafters}
+
+    def line(self, tag: str, found: Mapping[str, Drafter], common: Drafter) -> Line | None:
+        """What is to draft for a domain, None where it follows the common line; what does now where its live version could not be loaded.
+        common: what drafts where the domain has no live version."""
+        assert self.host.versions is not None
+        assignment = self.assignments.get(tag)
+        if assignment is None or (assignment.live and assignment.live.version not in found):
+            return self.host.versions.lines.get(tag)
+        live, canary = found[assignment.live.version] if assignment.live else common, beside(assignment, found)
+        return Line(live, canary) if assignment.live or canary or not tag else None
 
     # -- towards the trainer ------------------------------------------------------------------------------------------------
 
@@ -297,3 +316,11 @@ class Refresh:
         except BaseException:
             self.traces.lose(batch)
             raise
+
+
+def beside(assignment: Assignment, found: Mapping[str, Drafter]) -> Canary | None:
+    """The canary of an assignment, if there is one and it could be loaded."""
+    canary = assignment.canary
+    if canary is None or canary.placement.version not in found:
+        return None
+    return Canary(found[canary.placement.version], partial(in_canary, salt=canary.salt, share=canary.share), canary.salt)

@@ -73,7 +73,7 @@ def trainer_settings(refresh: ModelRefreshSettings) -> TrainerSettings:
     shared = [field.name for field in fields(RefreshSettings) if field.name in ModelRefreshSettings.model_fields]
     return TrainerSettings(
         refresh=RefreshSettings(**{name: getattr(r, name) for name in shared}),
-        buffer=BufferSettings(budget=int(r.buffer_bytes), held_out=r.held_out),
+        buffer=BufferSettings(budget=int(r.buffer_bytes), held_out=r.held_out, tags=r.tags),
         rule=GateRule(**r.gate.model_dump()),
         running=t.running,
         quiet=t.quiet_s,

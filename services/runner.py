@@ -1,4 +1,4 @@
-"""The thread that runs an engine, and the bridge from it to asyncio: one hop per step for all requests.
+"""The thread that runs an engine, and the bridge from it to asyncio: one hop at most per step, for those who wait.
 
 Knows neither text nor HTTP. The engine is touched by its own thread only.
 """
@@ -11,8 +11,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
@@ -26,13 +26,67 @@ class EngineDied(RuntimeError):
     """The engine thread ended; the replica must be replaced."""
 
 
-@dataclass(slots=True, eq=False)
-class Ticket(Generic[T]):
-    """A running request: `translate` turns its outcomes into items in the engine's thread, `items` carries them to the event loop."""
+class Stream(Generic[T]):
+    """What a group of requests brings: written in the engine's thread, read in the event loop, as much at a time as there is.
 
-    request: Request
-    translate: Callable[[Outcome], T]
-    items: asyncio.Queue[tuple[T | Exception, bool]] = field(default_factory=asyncio.Queue)
+    translate: what an outcome means, called in the engine's thread. A reader is woken only when it waits: one that comes by itself, later,
+    costs the engine nothing.
+    """
+
+    def __init__(self, requests: Sequence[Request], translate: Callable[[Outcome], T]) -> None:
+        self.requests, self.translate = tuple(requests), translate
+        self.lock = threading.Lock()
+        self.items: list[T] = []
+        self.error: Exception | None = None
+        self.open = len(self.requests)  # requests that have not ended
+        self.waiting = False
+        self.news, self.end = asyncio.Event(), asyncio.Event()
+
+    # -- from the engine's thread -------------------------------------------------------------------------------------------
+
+    def put(self, item: T, last: bool) -> bool:
+        """Add an item, the last of its request or not. Whether the reader must be woken."""
+        with self.lock:
+            self.items.append(item)
+            self.open -= last
+            wanted, self.waiting = self.waiting or not self.open, False
+            return wanted
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an exception after what came before it; the reader must be woken."""
+        with self.lock:
+            self.error, self.open = error, 0
+
+    # -- from the event loop ------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        self.news.set()
+        if not self.open:
+            self.end.set()
+
+    async def take(self, earliest: float = 0.0) -> list[T]:
+        """All that came since it was asked last: waits for something, and then until `earliest` for more, in seconds of the loop's clock,
+        unless the stream ends. Empty when it has ended. Raises EngineDied if the engine did, and what `translate` raised."""
+        while not self.peek():
+            await self.news.wait()
+        early = earliest - asyncio.get_running_loop().time()
+        if early > 0 and self.open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(early):
+                    await self.end.wait()
+        with self.lock:
+            found, self.items = self.items, []
+        if self.error is not None and not found:
+            raise self.error
+        return found
+
+    def peek(self) -> bool:
+        """Whether there is something to take, or nothing more to wait for; if not, its coming sets `news`."""
+        with self.lock:
+            self.waiting = not self.items and self.open > 0
+            if self.waiting:
+                self.news.clear()
+            return not self.waiting
 
 
 class EngineRunner:
@@ -45,7 +99,7 @@ class EngineRunner:
     def __init__(self, engine: Engine, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
         self.engine, self.on_step = engine, on_step
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.tickets: dict[str, Ticket[Any]] = {}
+        self.streams: dict[str, Stream[Any]] = {}  # by request that runs
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.death: BaseException | None = None
@@ -69,27 +123,27 @@ class EngineRunner:
 
     # -- from the event loop ------------------------------------------------------------------------------------------------
 
-    async def submit(self, requests: Sequence[Request], translate: Callable[[Outcome], T]) -> list[Ticket[T]]:
+    async def submit(self, requests: Sequence[Request], translate: Callable[[Outcome], T]) -> Stream[T]:
         """Queue requests, all or none. Raises what Engine.submit raises, or EngineDied."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        tickets = [Ticket(r, translate) for r in requests]
+        stream = Stream(requests, translate)
         with self.gate:
             if self.closed:
                 raise EngineDied(f"the engine has stopped: {self.death}")
-            self.commands.put(lambda: self.enter(tickets, accepted))
+            self.commands.put(lambda: self.enter(stream, accepted))
         try:
             await accepted
         except asyncio.CancelledError:
-            self.cancel(tickets)
+            self.cancel(stream)
             raise
-        return tickets
+        return stream
 
-    def cancel(self, tickets: Sequence[Ticket[T]]) -> None:
-        """End requests at the next step; those that ended already are left alone."""
+    def cancel(self, stream: Stream[T]) -> None:
+        """End a stream's requests at the next step; those that ended already are left alone."""
 
         def end() -> None:
-            for ticket in tickets:
-                self.engine.cancel(ticket.request.id)
+            for request in stream.requests:
+                self.engine.cancel(request.id)
 
         self.commands.put(end)
 
@@ -101,15 +155,6 @@ class EngineRunner:
                 raise EngineDied(f"the engine has stopped: {self.death}")
             self.commands.put(lambda: self.carry_out(call, answer))
         return await answer
-
-    async def items(self, ticket: Ticket[T]) -> AsyncIterator[T]:
-        """A request's items until it ended. Raises EngineDied if the engine did, and what `translate` raised."""
-        last = False
-        while not last:
-            item, last = await ticket.items.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
 
     # -- in the engine's thread ---------------------------------------------------------------------------------------------
 
@@ -135,18 +180,18 @@ class EngineRunner:
                 command()
         return True
 
-    def enter(self, tickets: Sequence[Ticket[Any]], accepted: asyncio.Future[None]) -> None:
+    def enter(self, stream: Stream[Any], accepted: asyncio.Future[None]) -> None:
         entered = []
         try:
-            for ticket in tickets:
-                self.engine.submit(ticket.request)
-                self.tickets[ticket.request.id] = ticket
-                entered.append(ticket)
+            for request in stream.requests:
+                self.engine.submit(request)
+                entered.append(request)
         except Exception as error:
-            for ticket in entered:
-                self.engine.cancel(ticket.request.id)
+            for request in entered:
+                self.engine.cancel(request.id)
             self.hop(resolve, accepted, error)
         else:
+            self.streams.update({request.id: stream for request in entered})
             self.hop(resolve, accepted, None)
 
     def carry_out(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
@@ -156,30 +201,32 @@ class EngineRunner:
             self.hop(resolve, answer, error)
 
     def deliver(self, report: StepReport) -> None:
-        """Hand all outcomes of a step over in one hop."""
-        parcels = []
+        """Hand all outcomes of a step over, in one hop for all whose readers wait."""
+        waiting: dict[Stream[Any], None] = {}
         for outcome in report.outcomes:
-            ticket = self.tickets.get(outcome.request.id)
-            if ticket is not None:
-                parcels.append((ticket, self.translated(ticket, outcome), outcome.finish is not None))
-                if outcome.finish is not None:
-                    del self.tickets[outcome.request.id]
-        if parcels:
-            self.hop(unpack, parcels)
+            last = outcome.finish is not None
+            stream = self.streams.pop(outcome.request.id, None) if last else self.streams.get(outcome.request.id)
+            if stream is not None and self.told(stream, outcome, last):
+                waiting[stream] = None
+        if waiting:
+            self.hop(wake, list(waiting))
         begun, self.begun = self.begun, time.perf_counter()
         try:
             self.on_step(replace(report, seconds=self.begun - begun))
         except Exception:
             log.exception("a step could not be recorded")
 
-    def translated(self, ticket: Ticket[T], outcome: Outcome) -> T | Exception:
-        """What an outcome means; what cannot be told ends its request."""
+    def told(self, stream: Stream[T], outcome: Outcome, last: bool) -> bool:
+        """Put what an outcome means into its stream; what cannot be told ends all its requests. Whether the reader must be woken."""
         try:
-            return ticket.translate(outcome)
+            return stream.put(stream.translate(outcome), last)
         except Exception as error:
             log.exception("an outcome of request %s cannot be told", outcome.request.id)
-            self.engine.cancel(outcome.request.id)
-            return error
+            for request in stream.requests:
+                self.streams.pop(request.id, None)
+                self.engine.cancel(request.id)
+            stream.fail(error)
+            return True
 
     def bury(self) -> None:
         """Let nobody in any more, and fail everyone who is."""
@@ -189,8 +236,10 @@ class EngineRunner:
             command = self.commands.get()
             if command is not None:
                 command()
-        error = EngineDied(f"the engine has stopped: {self.death}")
-        self.hop(unpack, [(ticket, error, True) for ticket in self.tickets.values()])
+        left = list(dict.fromkeys(self.streams.values()))
+        for stream in left:
+            stream.fail(EngineDied(f"the engine has stopped: {self.death}"))
+        self.hop(wake, left)
 
     def hop(self, call: Callable[..., None], *args: object) -> None:
         """Call in the event loop; a loop that has closed has nobody waiting."""
@@ -199,9 +248,9 @@ class EngineRunner:
             self.loop.call_soon_threadsafe(call, *args)
 
 
-def unpack(parcels: Sequence[tuple[Ticket[Any], object, bool]]) -> None:
-    for ticket, item, last in parcels:
-        ticket.items.put_nowait((item, last))
+def wake(streams: Sequence[Stream[Any]]) -> None:
+    for stream in streams:
+        stream.wake()
 
 
 def resolve(future: asyncio.Future[Any], error: Exception | None, result: object = None) -> None:

@@ -110,7 +110,8 @@ def compile_llama() -> None:
     folder = PEERS / "llamacpp"
     folder.mkdir(parents=True, exist_ok=True)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    command(*pip, "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder), LLAMA)
+    name = LLAMA.partition("==")[0]
+    command(*pip, "download", "--quiet", "--no-deps", "--no-binary", name, "--dest", str(folder), LLAMA)
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     options = [f"-D{option}" for option in ("CMAKE_BUILD_TYPE=Release", *LLAMA_OPTIONS)]

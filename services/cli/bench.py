@@ -62,6 +62,7 @@ def bench(
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of requests, lengths and arrivals.")] = 1,
     prompts: Annotated[Path, typer.Option("--prompts", help="JSON: prompts by model.", show_default=False)] = PROMPTS,
+    tag: options.Tag = None,
     peer: Peer = False,
     endpoint: At = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the JSON here.")] = None,
@@ -84,6 +85,7 @@ def bench(
         temperature=temperature,
         seed=seed,
         depth=depth,
+        tag=tag,
     )
     server = target(url, key, model, peer)
     if server.peer:

@@ -54,11 +54,12 @@ def chat(
     speculation: options.Speculation = None,
     depth: options.Depth = None,
     width: options.Width = None,
+    tag: options.Tag = None,
     url: options.Url = URL,
     key: options.Key = None,
 ) -> None:
     """Talk to a served model. /model NAME changes it, /reset forgets, /quit ends."""
-    wanted = Options(max_tokens, temperature, top_p, seed, (), speculation, depth, width)
+    wanted = Options(max_tokens, temperature, top_p, seed, (), speculation, depth, width, tag)
     with Client(url, key) as client:
         name = model or first_model(client)
         conversation = Conversation(client, name, model_kind(client, name), wanted)

@@ -26,6 +26,7 @@ def generate(
     speculation: options.Speculation = None,
     depth: options.Depth = None,
     width: options.Width = None,
+    tag: options.Tag = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, also with a chat model.")] = False,
     stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes.", show_default="--stream")] = None,
     as_json: options.AsJson = False,
@@ -33,7 +34,7 @@ def generate(
     key: options.Key = None,
 ) -> None:
     """Answer one prompt. A chat model gets it as the user's message, any other model continues it."""
-    wanted = Options(max_tokens, temperature, top_p, seed, tuple(stop or ()), speculation, depth, width)
+    wanted = Options(max_tokens, temperature, top_p, seed, tuple(stop or ()), speculation, depth, width, tag)
     with Client(url, key) as client:
         kind: Kind = "completion" if raw else model_kind(client, model)
         request = body(kind, model, given(prompt), wanted)

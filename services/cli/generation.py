@@ -27,12 +27,14 @@ class Options:
     speculation: Literal["auto", "off", "fixed"] | None = None
     depth: int | None = None
     width: int | None = None
+    tag: str | None = None
 
     def fields(self) -> Json:
         """The body's fields, without those left to the service."""
         plain = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         lists = {"stop": list(self.stop) or None, "speculation": self._speculation() or None}
-        return {name: value for name, value in {**plain, **lists}.items() if value is not None}
+        notes = {"metadata": {"tag": self.tag} if self.tag is not None else None}
+        return {name: value for name, value in {**plain, **lists, **notes}.items() if value is not None}
 
     def _speculation(self) -> Json:
         wanted = {"mode": self.speculation, "max_depth": self.depth, "width": self.width}

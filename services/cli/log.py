@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="See what the request log holds, an
 
 COLUMNS = ["model", "records", "MiB", "oldest", "newest"]
 HISTORY = ["when", "who", "records", "what", "why"]
-NAMES = ("model", "key", "request", "before")
+NAMES = ("model", "key", "request", "before", "tag")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 
@@ -43,6 +43,7 @@ def purge(
     model: Annotated[str | None, typer.Option("--model", help="Records of this model.", show_default=False)] = None,
     of_key: Annotated[str | None, typer.Option("--of-key", help="Records of the API key of this name.", show_default=False)] = None,
     request: Annotated[str | None, typer.Option("--request", help="Records of the answer with this id.", show_default=False)] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Records of requests with this tag.", show_default=False)] = None,
     before: Annotated[
         str | None, typer.Option("--before", help="Older than this: 30m, 12h, 7d, 2w, or a date or time (ISO 8601).", show_default=False)
     ] = None,
@@ -54,10 +55,10 @@ def purge(
     key: options.Key = None,
 ) -> None:
     """Delete records for good: those that fit all that is given."""
-    what = {"model": model, "key": of_key, "request": request, "before": before and moment_of(before).isoformat()}
+    what = {"model": model, "key": of_key, "request": request, "tag": tag, "before": before and moment_of(before).isoformat()}
     given = {name: value for name, value in what.items() if value is not None}
     if bool(given) == everything:
-        raise Problem("Say what is to go: --model, --of-key, --request, --before, or --all for all of it.")
+        raise Problem("Say what is to go: --model, --of-key, --request, --tag, --before, or --all for all of it.")
     if not yes:
         typer.confirm(f"Delete {named(given)} for good?", abort=True, err=True)
     with Client(url, key) as client:
@@ -88,7 +89,7 @@ def row(name: str, count: Mapping[str, Any]) -> list[Any]:
 
 
 def purged(entry: Mapping[str, Any]) -> str:
-    given = {name: entry[name] for name in NAMES if entry[name] is not None}
+    given = {name: entry[name] for name in NAMES if entry.get(name) is not None}
     return named(given | ({"before": moment(given["before"])} if "before" in given else {}))
 
 

@@ -34,8 +34,9 @@ USUAL = Fixed(96)
 class Shape:
     """What is run: every model at every load in every mode, `rounds` times after a warm-up.
 
-    A pass has `requests` of them, or those of `seconds`; with neither, each prompt once and one for each user. warm_up: requests of
-    the uncounted first pass; None: as many as the prompts or users. prompt_tokens None: prompts as they are. depth is that of mode fixed.
+    A pass has `requests` of them, or those of `seconds`; with neither, each prompt once and one for each user. warm_up: requests of the
+    uncounted first pass; None: as many as the prompts or users. prompt_tokens None: prompts as they are. depth is that of mode fixed. tag:
+    of the requests, of which a peer is not told.
     """
 
     loads: tuple[Load, ...] = (Load(users=1), Load(users=8))
@@ -50,13 +51,14 @@ class Shape:
     temperature: float = 0.0
     seed: int = 1
     depth: int = 3
+    tag: str | None = None
 
     def options(self, mode: Mode, index: int, tokens: int) -> Options:
         """Request `index` of a pass, of at most so many tokens."""
         plain = Options(max_tokens=tokens, temperature=self.temperature, seed=self.seed + index)
         if mode == "server":
             return plain
-        return replace(plain, speculation=mode, depth=self.depth if mode == "fixed" else None)
+        return replace(plain, speculation=mode, depth=self.depth if mode == "fixed" else None, tag=self.tag)
 
     def record(self) -> dict[str, Any]:
         lengths = {"prompt_tokens": str(self.prompt_tokens or "file"), "max_tokens": str(self.max_tokens)}

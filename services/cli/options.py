@@ -16,6 +16,8 @@ Revision = Annotated[
     int | None,
     typer.Option("--expected-version", min=0, help="Change this revision only, fail at another.", show_default=False),
 ]
+Domain = Annotated[str | None, typer.Option("--tag", help="The domain of requests with this tag.", show_default="the common one")]
+Tag = Annotated[str | None, typer.Option("--tag", help="Tag of the request: its domain.", show_default=False)]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus mass, above 0 and at most 1.")]

@@ -92,6 +92,8 @@ def value(field: Schema) -> str:
         return " or ".join(options)
     if choices := [field["const"]] if "const" in field else field.get("enum"):
         return ", ".join(f"`{choice}`" for choice in choices)
+    if "items" in field:
+        return f"list of {value(field['items'])}s"
     bounds = [f"{sign} {number(field[bound])}" for bound, sign in BOUNDS.items() if bound in field]
     name = str(field["type"]).replace("object", "mapping")
     return ", ".join([name, *bounds])

@@ -22,12 +22,13 @@ class Terms(BaseModel):
     model: Name = Field(None, description="Of this model, which need not be served any more.")
     key: Name = Field(None, description="Asked with the key of this name.")
     request: Name = Field(None, description="Of this request, by the id of its answer.")
+    tag: Name = Field(None, description="Asked with this tag, which need not be a domain.")
     before: AwareDatetime | None = Field(None, description="Finished before: ISO 8601 with a time zone, or seconds since the epoch.")
     everything: bool = Field(False, alias="all", description="All records; needed when nothing else is given.")
     why: str = Field("", max_length=1024, description="A note for the history.")
 
     def selection(self) -> Selection:
-        return Selection(self.model, self.key, self.request, self.before.timestamp() if self.before else None)
+        return Selection(self.model, self.key, self.request, self.before.timestamp() if self.before else None, self.tag)
 
 
 def log(edge: Edge) -> APIRouter:
@@ -51,7 +52,7 @@ def log(edge: Edge) -> APIRouter:
         what = terms.selection()
         if what.everything != terms.everything:
             raise refused(
-                400, "Name what is to go by model, key, request or before, or give all=true and none of these.", code="invalid_value"
+                400, "Name what is to go by model, key, request, tag or before, or give all=true and none of these.", code="invalid_value"
             )
         done = await edge.refresh.log.purge(Purge(what, caller.name, terms.why))
         return {"purged": done.records, **asdict(what), "traces": dict(done.traces), "untold": list(done.untold)}

@@ -10,10 +10,18 @@ from services.gateway.keys import Caller
 from services.gateway.refresh import Action, Release
 
 
-class Terms(BaseModel):
-    """How a change is to be made, as query parameters."""
+class Which(BaseModel):
+    """Whose versions are meant, as query parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tag: str | None = Field(
+        None, min_length=1, max_length=64, description="The domain of requests that they draft for; none: the common one."
+    )
+
+
+class Terms(Which):
+    """How a change is to be made, as query parameters."""
 
     expected_version: int | None = Field(None, ge=0, description="Make the change only at this revision of the model's versions.")
     why: str = Field("", max_length=1024, description="A note for the history.")
@@ -36,18 +44,22 @@ def speculators(edge: Edge) -> APIRouter:
 
     async def change(model: str, action: Action, caller: Caller, terms: Terms, version: str | None = None, **more: Any) -> dict[str, Any]:
         edge.served(model)
-        release = Release(model, action, caller.name, terms.why, version, expected=terms.expected_version, **more)
+        tag = edge.domain(model, terms.tag) if terms.tag else ""
+        release = Release(model, action, caller.name, terms.why, version, expected=terms.expected_version, tag=tag, **more)
         return dict(await edge.refresh.speculators.change(release))
 
     @router.get("/{model}")
-    async def state(model: str, caller: Operator) -> dict[str, Any]:
-        """All versions and their states, the canary and how it stands, what every replica runs."""
-        return dict(await edge.refresh.speculators.state(edge.served(model).model))
+    async def state(model: str, caller: Operator, which: Annotated[Which, Query()]) -> dict[str, Any]:
+        """All versions and their states, the canary and how it stands, what every replica runs; without a tag also of all domains."""
+        edge.served(model)
+        return dict(await edge.refresh.speculators.state(model, edge.domain(model, which.tag) if which.tag else None))
 
     @router.get("/{model}/history")
-    async def history(model: str, caller: Operator) -> dict[str, Any]:
+    async def history(model: str, caller: Operator, which: Annotated[Which, Query()]) -> dict[str, Any]:
         """Every change: who, when, from, to, why."""
-        return {"model": model, "history": list(await edge.refresh.speculators.history(edge.served(model).model))}
+        edge.served(model)
+        tag = edge.domain(model, which.tag) if which.tag else ""
+        return {"model": model, "tag": tag, "history": list(await edge.refresh.speculators.history(model, tag))}
 
     @router.post("/{model}/{version}/promote")
     async def promote(model: str, version: str, caller: Operator, terms: Annotated[Terms, Query()]) -> dict[str, Any]:

@@ -12,6 +12,14 @@ from services.gateway.limits import read_body
 from services.gateway.refresh import Pause
 
 
+class Which(BaseModel):
+    """Whose training is meant, as query parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tag: str | None = Field(None, min_length=1, max_length=64, description="The domain of requests; none: the common one and all others.")
+
+
 class Wish(BaseModel):
     """The body of a change."""
 
@@ -34,9 +42,10 @@ def training(edge: Edge) -> APIRouter:
     router = APIRouter(prefix="/admin/training", tags=["admin"])
 
     @router.get("/{model}")
-    async def state(model: str, caller: Operator) -> dict[str, Any]:
-        """Where the trainer is: phase, losses, buffer, the last verdict of the gate."""
-        return dict(await edge.refresh.training.state(edge.served(model).model))
+    async def state(model: str, caller: Operator, which: Annotated[Which, Query()]) -> dict[str, Any]:
+        """Where the trainer is: phase, losses, buffer, the last verdict of the gate; without a tag also in all domains."""
+        edge.served(model)
+        return dict(await edge.refresh.training.state(model, edge.domain(model, which.tag) if which.tag else None))
 
     @router.get("/{model}/history")
     async def history(model: str, caller: Operator) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def training(edge: Edge) -> APIRouter:
 
     @router.patch("/{model}")
     async def patch(model: str, request: Request, caller: Operator, terms: Annotated[Terms, Query()]) -> dict[str, Any]:
-        """Pause or resume."""
+        """Pause or resume, in all domains: one trainer works for them in turn."""
         edge.served(model)
         wish = wished(await read_body(request, edge.settings.gateway.max_body_bytes))
         return dict(await edge.refresh.training.pause(Pause(model, wish.paused, caller.name, terms.why)))

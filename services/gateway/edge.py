@@ -53,7 +53,7 @@ class Edge:
         request.state.model = body.model
         identity = kind.prefix + request.state.id
         job = kind.job(body, identity, caller.name, self.settings.model(body.model).sampling, self.settings.gateway)
-        job = replace(job, store=job.store and caller.store)
+        job = replace(job, store=job.store and caller.store, tag=job.tag or caller.tag)
         self.up(status)
         answer = answering(kind, job, status, body.include_usage or not body.stream)
         return Reply(answer, self.observed(job, caller, deadline), stream=bool(body.stream))
@@ -77,6 +77,14 @@ class Edge:
             raise refused(404, f"The model {model!r} does not exist; this service has {known}.", param="model", code="model_not_found")
         return status
 
+    def domain(self, model: str, tag: str) -> str:
+        """A domain of a model, by its tag. Raises ApiError 404."""
+        tags = self.settings.model(model).refresh.tags
+        if tag not in tags:
+            message = f"The model {model} has no domain {tag!r}; its domains (refresh.tags) are {', '.join(tags) or 'none'}."
+            raise refused(404, message, param="tag", code="domain_not_found")
+        return tag
+
     def up(self, status: ModelStatus) -> None:
         """Raises ApiError 503, with Retry-After, unless the model is ready."""
         if status.state == "loading":
@@ -89,7 +97,8 @@ class Edge:
     async def observed(self, job: Job, caller: Caller, deadline: float) -> Items:
         """A job's items until the deadline, measured, and charged to the caller."""
         bill = Bill(job.n)
-        with Watch(self.metrics, job.model, job.n, self.clock) as watch:
+        domain = self.settings.model(job.model).refresh.domain(job.tag)
+        with Watch(self.metrics, job.model, job.n, self.clock, domain) as watch:
             async with aclosing(until(self.fleet.generate(job), deadline)) as items:
                 async for item in items:
                     watch.item(item)

@@ -31,10 +31,11 @@ class Shared(TypedDict, total=False):
     speculation: Speculation
     store: bool
     priority: Urgency
+    tag: str
 
 
 def shared(body: Generation, defaults: SamplingDefaults, limits: GatewaySettings) -> Shared:
-    """What a body says about sampling, stopping, speculation and storing, with the model's defaults for what it leaves out.
+    """What a body says about sampling, stopping, speculation, storing and its domain, with the model's defaults for what it leaves out.
 
     Raises ApiError 400 for a prediction that is too long.
     """
@@ -59,6 +60,7 @@ def shared(body: Generation, defaults: SamplingDefaults, limits: GatewaySettings
         speculation=speculation(body),
         store=body.store is not False,
         priority=body.priority or "normal",
+        tag=(body.metadata and body.metadata.tag) or "",
     )
 
 

@@ -19,12 +19,14 @@ ANONYMOUS = "anonymous"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The holder of a key: name, what it may use, whether /admin is open to it, and whether its requests may be logged."""
+    """The holder of a key: name, what it may use, whether /admin is open to it, whether its requests may be logged, and the tag of those
+    that give none."""
 
     name: str
     admin: bool
     limits: Limits
     store: bool = True
+    tag: str = ""
 
 
 class Keyring:
@@ -33,7 +35,7 @@ class Keyring:
     def __init__(self, keys: Sequence[KeySettings], limits: Limits) -> None:
         self.open = not keys
         self._everyone = Caller(ANONYMOUS, True, limits)
-        self._callers = [(digest(key), Caller(key.name, key.admin, key.limits or limits, key.store)) for key in keys]
+        self._callers = [(digest(key), holder(key, limits)) for key in keys]
 
     def caller(self, request: Request) -> Caller:
         """Who sent a request. Raises ApiError 401."""
@@ -61,6 +63,10 @@ class Keyring:
                 if not loopback(hostname(value)):
                     raise foreign(name.capitalize(), value)
         return self._everyone
+
+
+def holder(key: KeySettings, limits: Limits) -> Caller:
+    return Caller(key.name, key.admin, key.limits or limits, key.store, key.tag or "")
 
 
 def digest(key: KeySettings) -> str:

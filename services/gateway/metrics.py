@@ -83,11 +83,11 @@ class LogCounts(Collector):
 
 
 class Watch:
-    """One request's metrics from its arrival on. n: choices of each prompt. clock: monotonic seconds."""
+    """One request's metrics from its arrival on. n: choices of each prompt. clock: monotonic seconds. domain: its tag if that is one."""
 
-    def __init__(self, metrics: Metrics, model: str, n: int, clock: Callable[[], float]) -> None:
+    def __init__(self, metrics: Metrics, model: str, n: int, clock: Callable[[], float], domain: str = "") -> None:
         self._metrics = metrics
-        self._model = model
+        self._model, self._domain = model, domain
         self._n = n
         self._clock = clock
         self._arrival = clock()
@@ -130,7 +130,7 @@ class Watch:
             metrics.steps.labels(model).inc(piece.speculation.steps)
             metrics.drafted.labels(model).inc(piece.speculation.drafted)
             metrics.accepted.labels(model).inc(piece.speculation.accepted)
-            metrics.versions.add(model, piece.speculation)
+            metrics.versions.add(model, self._domain, piece.speculation)
 
 
 def quantities(load: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

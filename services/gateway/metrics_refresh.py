@@ -1,6 +1,7 @@
 """Prometheus metrics of the refresh loop: which versions serve, how training goes, and what each version is worth.
 
-Labels hold the latest versions only, so that a year of refreshes makes no more series than a day of them.
+Labels hold the latest versions only, so that a year of refreshes makes no more series than a day of them; `tag` is one of the model's
+domains, and empty for the common one.
 """
 
 from __future__ import annotations
@@ -14,33 +15,36 @@ from prometheus_client.registry import Collector
 
 from services.protocol import SpeculationReport
 
-LATEST = 8  # versions of a model that metrics tell of
+LATEST = 8  # versions of a line that metrics tell of
+LINE = ("model", "tag")  # labels that name a line
 STATES = ("candidate", "canary", "live", "retired", "rejected", "rolled_back")
 PHASES = ("off", "away", "paused", "waiting", "measuring", "training", "candidate", "judging")
 State = Mapping[str, Any]
+Lines = Mapping[tuple[str, str], State]
 
 
 class VersionCounts(Collector):
-    """Steps and tokens of finished choices by the version that drafted, for those that drafted last."""
+    """Steps and tokens of finished choices by the version that drafted, for those that drafted last in each domain."""
 
     def __init__(self) -> None:
-        self._models: dict[str, OrderedDict[str, SpeculationSums]] = {}
+        self._lines: dict[tuple[str, str], OrderedDict[str, SpeculationSums]] = {}
 
-    def add(self, model: str, report: SpeculationReport) -> None:
+    def add(self, model: str, tag: str, report: SpeculationReport) -> None:
         """Take in a finished choice."""
-        versions = self._models.setdefault(model, OrderedDict())
+        versions = self._lines.setdefault((model, tag), OrderedDict())
         versions.setdefault(report.version, SpeculationSums()).add(report)
         versions.move_to_end(report.version)
         if len(versions) > LATEST:
             versions.popitem(last=False)
 
     def collect(self) -> Iterator[Metric]:
-        steps = CounterMetricFamily("specfleet_version_steps", "Engine steps that could emit, by speculator.", labels=("model", "version"))
-        tokens = CounterMetricFamily("specfleet_version_tokens", "Tokens of these steps.", labels=("model", "version"))
-        for model, versions in self._models.items():
+        labels = (*LINE, "version")
+        steps = CounterMetricFamily("specfleet_version_steps", "Engine steps that could emit, by speculator.", labels=labels)
+        tokens = CounterMetricFamily("specfleet_version_tokens", "Tokens of these steps.", labels=labels)
+        for line, versions in self._lines.items():
             for version, sums in versions.items():
-                steps.add_metric((model, version), sums.steps)
-                tokens.add_metric((model, version), sums.tokens)
+                steps.add_metric((*line, version), sums.steps)
+                tokens.add_metric((*line, version), sums.tokens)
         yield from (steps, tokens)
 
 
@@ -65,25 +69,34 @@ class RefreshStates(Collector):
         speculators = {model: pair[0] for model, pair in self.states.items() if pair[0]["state"] == "on"}
         training = {model: pair[1] for model, pair in self.states.items()}
         trained = {model: state for model, state in training.items() if state["state"] in ("on", "paused")}
-        yield from serving(speculators)
-        yield from releases(speculators)
-        yield from gates(speculators)
+        versions, rounds = lines(speculators), lines(trained)
+        yield from serving(versions)
+        yield from releases(versions)
+        yield from gates(versions)
         yield from phases(training)
         yield from buffers(trained)
-        yield from progress(trained)
-        yield from verdicts(trained)
+        yield from progress(rounds)
+        yield from verdicts(rounds)
 
 
-def serving(models: Mapping[str, State]) -> Iterator[Metric]:
-    """What every replica has loaded, and whether it drafts with what it should."""
-    info = gauge("specfleet_speculator_info", "1 for each version that a replica has loaded.", "model", "replica", "version", "state")
-    agrees = gauge("specfleet_speculator_agrees", "1 where a replica drafts with the live version.", "model", "replica")
-    for model, state in models.items():
+def lines(models: Mapping[str, State]) -> Lines:
+    """The states of the models' common lines, and of those of their domains that answered."""
+    common = {(model, ""): state for model, state in models.items()}
+    others = {(model, tag): line for model, state in models.items() for tag, line in state["domains"].items()}
+    return common | {line: state for line, state in others.items() if state.get("state") != "away"}
+
+
+def serving(lines: Lines) -> Iterator[Metric]:
+    """What every replica has loaded, and whether it drafts with what it should. What a domain has of the common line is told of there."""
+    info = gauge("specfleet_speculator_info", "1 for each version that a replica has loaded.", *LINE, "replica", "version", "state")
+    agrees = gauge("specfleet_speculator_agrees", "1 where a replica drafts with the version that is to serve.", *LINE, "replica")
+    for line, state in lines.items():
         known = {entry["version"]: entry["state"] for entry in state["versions"]}
         for replica, told in state["replicas"].items():
-            agrees.add_metric((model, replica), told["agrees"])
+            agrees.add_metric((*line, replica), told["agrees"])
             for version, is_now in loaded(told, known):
-                info.add_metric((model, replica, version, is_now), 1)
+                if version in known or not state["tag"]:
+                    info.add_metric((*line, replica, version, is_now), 1)
     yield from (info, agrees)
 
 
@@ -94,103 +107,106 @@ def loaded(replica: State, known: Mapping[str, str]) -> Iterator[tuple[str, str]
     yield from ((version, "failed") for version in [*replica["errors"]][-LATEST:])
 
 
-def releases(models: Mapping[str, State]) -> Iterator[Metric]:
+def releases(lines: Lines) -> Iterator[Metric]:
     """How many versions are in each state, and what is decided now."""
-    versions = gauge("specfleet_speculator_versions", "Versions in a state.", "model", "state")
-    revision = gauge("specfleet_speculator_revision", "Rises with every change of a model's versions.", "model")
-    pinned = gauge("specfleet_speculator_pinned", "1 while a version is pinned.", "model")
-    share = gauge("specfleet_speculator_canary_share", "Share of requests that a canary serves, 0 without one.", "model")
-    gain = gauge("specfleet_speculator_canary_difference", "Kept tokens per draft of the canary less those of the live version.", "model")
-    for model, state in models.items():
+    versions = gauge("specfleet_speculator_versions", "Versions in a state.", *LINE, "state")
+    revision = gauge("specfleet_speculator_revision", "Rises with every change of a line's versions.", *LINE)
+    pinned = gauge("specfleet_speculator_pinned", "1 while a version is pinned.", *LINE)
+    share = gauge("specfleet_speculator_canary_share", "Share of requests that a canary serves, 0 without one.", *LINE)
+    gain = gauge("specfleet_speculator_canary_difference", "Kept tokens per draft of the canary less those of the live version.", *LINE)
+    for line, state in lines.items():
         count = Counter(entry["state"] for entry in state["versions"])
         for name in STATES:
-            versions.add_metric((model, name), count[name])
-        revision.add_metric((model,), state["revision"])
-        pinned.add_metric((model,), state["pinned"])
-        share.add_metric((model,), state["canary"]["share"] if state["canary"] else 0)
+            versions.add_metric((*line, name), count[name])
+        revision.add_metric(line, state["revision"])
+        pinned.add_metric(line, state["pinned"])
+        share.add_metric(line, state["canary"]["share"] if state["canary"] else 0)
         if state["canary"]:
-            gain.add_metric((model,), state["canary"]["difference"])
+            gain.add_metric(line, state["canary"]["difference"])
     yield from (versions, revision, pinned, share, gain)
 
 
-def gates(models: Mapping[str, State]) -> Iterator[Metric]:
+def gates(lines: Lines) -> Iterator[Metric]:
     """What the gate found of submitted candidates."""
-    candidates = gauge("specfleet_speculator_candidates", "Submitted candidates by the gate's verdict.", "model", "verdict")
+    candidates = gauge("specfleet_speculator_candidates", "Submitted candidates by the gate's verdict.", *LINE, "verdict")
     difference = gauge(
-        "specfleet_speculator_gate_difference", "Expected tokens per step less those of the version then live.", "model", "version"
+        "specfleet_speculator_gate_difference", "Expected tokens per step less those of the version that served then.", *LINE, "version"
     )
-    for model, state in models.items():
+    for line, state in lines.items():
         judged = [entry for entry in state["versions"] if entry["gate"]]
         passed = sum(bool(entry["gate"]["passed"]) for entry in judged)
-        candidates.add_metric((model, "passed"), passed)
-        candidates.add_metric((model, "rejected"), len(judged) - passed)
+        candidates.add_metric((*line, "passed"), passed)
+        candidates.add_metric((*line, "rejected"), len(judged) - passed)
         for entry in judged[-LATEST:]:
-            difference.add_metric((model, entry["version"]), entry["gate"]["difference"])
+            difference.add_metric((*line, entry["version"]), entry["gate"]["difference"])
     yield from (candidates, difference)
 
 
 def phases(models: Mapping[str, State]) -> Iterator[Metric]:
-    """What every trainer does now."""
-    phase = gauge("specfleet_training_phase", "1 for what a model's trainer does.", "model", "phase")
+    """What every trainer does now, in each domain."""
+    phase = gauge("specfleet_training_phase", "1 for what a model's trainer does.", *LINE, "phase")
     for model, state in models.items():
-        now = state["phase"] if state["state"] == "on" else state["state"]
-        for name in PHASES:
-            phase.add_metric((model, name), name == now)
+        for tag, own in {"": state, **state.get("domains", {})}.items():
+            now = own["phase"] if state["state"] == "on" else state["state"]
+            for name in PHASES:
+                phase.add_metric((model, tag, name), name == now)
     yield phase
 
 
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
-    """How full the replay buffers are, and what came into them."""
-    size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", "model")
-    limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold.", "model")
-    requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", "model", "part")
-    traces = CounterMetricFamily("specfleet_training_traces", "Traces by what became of them.", labels=("model", "outcome"))
-    for model, state in models.items():
+    """How full the replay buffers are, and what came into them. Of what could not be read no domain is known."""
+    size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
+    limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
+    requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", *LINE, "part")
+    traces = CounterMetricFamily("specfleet_training_traces", "Traces by what became of them.", labels=(*LINE, "outcome"))
+    for line, state in lines(models).items():
         held = state["traces"]
-        size.add_metric((model,), held["bytes"])
-        limit.add_metric((model,), state["buffer_bytes"])
+        size.add_metric(line, held["bytes"])
         for part in ("training", "held_out"):
-            requests.add_metric((model, part), held[part])
-        for outcome in ("seen", "dropped", "invalid"):
-            traces.add_metric((model, outcome), held[outcome])
-        traces.add_metric((model, "unread"), state["dropped_before_reading"])
+            requests.add_metric((*line, part), held[part])
+        for outcome in ("seen", "dropped"):
+            traces.add_metric((*line, outcome), held[outcome])
+    for model, state in models.items():
+        limit.add_metric((model,), state["buffer_bytes"])
+        traces.add_metric((model, "", "invalid"), state["invalid"])
+        traces.add_metric((model, "", "unread"), state["dropped_before_reading"])
     yield from (size, limit, requests, traces)
 
 
-def progress(models: Mapping[str, State]) -> Iterator[Metric]:
+def progress(lines: Lines) -> Iterator[Metric]:
     """Rounds, losses, and what held-out requests say."""
-    rounds = CounterMetricFamily("specfleet_training_rounds", "Attempts at a better speculator.", labels=("model",))
-    refused = CounterMetricFamily("specfleet_training_rounds_refused", "Of them those that diverged.", labels=("model",))
-    step = gauge("specfleet_training_step", "Steps of the round.", "model")
-    loss = gauge("specfleet_training_loss", "Smoothed loss of a head.", "model", "head")
-    worth = gauge(
-        "specfleet_training_tokens_per_step", "Of held-out requests, with the serving speculator and the best copy.", "model", "of"
-    )
-    for model, state in models.items():
-        rounds.add_metric((model,), state["round"])
-        refused.add_metric((model,), state["refused"])
-        step.add_metric((model,), state["step"])
+    rounds = CounterMetricFamily("specfleet_training_rounds", "Attempts at a better speculator.", labels=LINE)
+    refused = CounterMetricFamily("specfleet_training_rounds_refused", "Of them those that diverged.", labels=LINE)
+    step = gauge("specfleet_training_step", "Steps of the round.", *LINE)
+    loss = gauge("specfleet_training_loss", "Smoothed loss of a head.", *LINE, "head")
+    worth = gauge("specfleet_training_tokens_per_step", "Of held-out requests, with the serving speculator and the best copy.", *LINE, "of")
+    for line, state in lines.items():
+        rounds.add_metric(line, state["round"])
+        refused.add_metric(line, state["refused"])
+        step.add_metric(line, state["step"])
         for head, value in enumerate(state["losses"]):
-            loss.add_metric((model, str(head)), value)
+            loss.add_metric((*line, str(head)), value)
         for name, found in (("live", state["before"]), ("best", state["best"])):
             if found:
-                worth.add_metric((model, name), found["per_step"])
+                worth.add_metric((*line, name), found["per_step"])
     yield from (rounds, refused, step, loss, worth)
 
 
-def verdicts(models: Mapping[str, State]) -> Iterator[Metric]:
+def verdicts(lines: Lines) -> Iterator[Metric]:
     """What the trainers' own gates found: of every candidate since they were started, and of the last one."""
     candidates = CounterMetricFamily(
-        "specfleet_training_candidates", "Candidates by the verdict of the trainer's gate, submitted or not.", labels=("model", "verdict")
+        "specfleet_training_candidates",
+        "Candidates by the verdict of the trainer's gate, submitted or not.",
+        labels=(*LINE, "verdict"),
     )
-    passed = gauge("specfleet_training_gate_passed", "1 if the last candidate passed the gate.", "model")
-    difference = gauge("specfleet_training_gate_difference", "Expected tokens per step of it less those of the live version.", "model")
-    for model, state in models.items():
+    passed = gauge("specfleet_training_gate_passed", "1 if the last candidate passed the gate.", *LINE)
+    difference = gauge("specfleet_training_gate_difference", "Expected tokens per step of it less those of the serving version.", *LINE)
+    for line, state in lines.items():
         for verdict, count in state["candidates"].items():
-            candidates.add_metric((model, verdict), count)
+            candidates.add_metric((*line, verdict), count)
         if state["gate"]:
-            passed.add_metric((model,), state["gate"]["passed"])
-            difference.add_metric((model,), state["gate"]["difference"])
+            passed.add_metric(line, state["gate"]["passed"])
+            difference.add_metric(line, state["gate"]["difference"])
     yield from (candidates, passed, difference)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from actors.store import StateStore, StoreError, Value, open_state
 from configs.settings import Settings
 from services.gateway.errors import ApiError, refused
 from services.gateway.ray_desk import ANSWER_S, told
-from services.gateway.refresh import Pause, Purged, Refresh, Release, State
+from services.gateway.refresh import Pause, Purged, Refresh, Release, State, known
 from services.peers import Finder
 
 LOG = logging.getLogger(__name__)
@@ -57,17 +57,26 @@ class Contact:
 
 
 class RaySpeculators:
-    """The registry. find: looks its actor up, ValueError if there is none. refreshed: models that it is to know, sooner or later."""
+    """The registry. find: looks its actor up, ValueError if there is none. refreshed: models that it is to know, sooner or later, with the
+    tags of their domains."""
 
-    def __init__(self, find: Callable[[], Any], refreshed: Collection[str]) -> None:
+    def __init__(self, find: Callable[[], Any], refreshed: Mapping[str, Sequence[str]]) -> None:
         self._registry, self._refreshed = Contact("speculator registry", "registry", find), refreshed
 
-    async def state(self, model: str) -> State:
-        found = await self._ask(model, "state", model)
-        return unknown(model) if found is None else {"state": "on", **found}
+    async def state(self, model: str, tag: str | None = None) -> State:
+        line = await self._line(model, tag or "")
+        if tag is not None:
+            return line
+        tags = self._refreshed.get(model, ())
+        others = await asyncio.gather(*(known(self._line(model, name)) for name in tags))
+        return {**line, "domains": dict(zip(tags, others, strict=True))}
 
-    async def history(self, model: str) -> Sequence[State]:
-        return list(await self._ask(model, "history", model) or ())
+    async def _line(self, model: str, tag: str) -> State:
+        found = await self._ask(model, "state", model, tag)
+        return unknown(model, tag) if found is None else {"state": "on", **found}
+
+    async def history(self, model: str, tag: str = "") -> Sequence[State]:
+        return list(await self._ask(model, "history", model, None, tag) or ())
 
     async def change(self, release: Release) -> State:
         method, arguments = call(release)
@@ -85,9 +94,10 @@ class RaySpeculators:
             return None
 
 
-def unknown(model: str) -> State:
+def unknown(model: str, tag: str) -> State:
     """The state of a model that is not refreshed."""
-    return {"state": "off", "model": model, "revision": 0, "live": None, "pinned": False, "canary": None, "versions": [], "replicas": {}}
+    line = {"state": "off", "model": model, "tag": tag, "revision": 0, "live": None, "serving": None, "pinned": False, "canary": None}
+    return {**line, "versions": [], "replicas": {}}
 
 
 def call(release: Release) -> tuple[str, tuple[object, ...]]:
@@ -95,12 +105,12 @@ def call(release: Release) -> tuple[str, tuple[object, ...]]:
     r = release
     match r.action:
         case "unpin":
-            return "unpin", (r.model, r.who, r.why, r.expected)
+            return "unpin", (r.model, r.who, r.why, r.expected, r.tag)
         case "rollback":
-            return "rollback", (r.model, r.who, r.why, r.version, r.expected)
+            return "rollback", (r.model, r.who, r.why, r.version, r.expected, r.tag)
         case "canary":
-            return "start_canary", (r.model, r.version, r.who, r.why, r.share, r.expected)
-    return r.action, (r.model, r.version, r.who, r.why, r.expected)
+            return "start_canary", (r.model, r.version, r.who, r.why, r.share, r.expected, r.tag)
+    return r.action, (r.model, r.version, r.who, r.why, r.expected, r.tag)
 
 
 class RayTraining:
@@ -119,8 +129,11 @@ class RayTraining:
         self._trainers = contacts(finds)
         self._budgets, self._open, self._clock = budgets, opener, clock
 
-    async def state(self, model: str) -> State:
-        return self._stated(model, await self._ask(model, "status")) if model in self._trainers else {"state": "off", "model": model}
+    async def state(self, model: str, tag: str | None = None) -> State:
+        if model not in self._trainers:
+            return {"state": "off", "model": model, "tag": tag or ""}
+        whole = self._stated(model, await self._ask(model, "status"))
+        return whole if tag is None else self._domain(whole, tag)
 
     async def history(self, model: str) -> Sequence[State]:
         return list(await self._stored(model, lambda store: store.entries(stream(model))))
@@ -137,6 +150,12 @@ class RayTraining:
 
     def _stated(self, model: str, status: Mapping[str, Any]) -> State:
         return {"state": "paused" if status["paused"] else "on", **status, "buffer_bytes": self._budgets[model]}
+
+    def _domain(self, whole: State, tag: str) -> State:
+        """The state of one domain's training. A trainer that does not have it yet is one from before it was configured."""
+        if tag not in whole["domains"]:
+            raise self._trainers[whole["model"]].away()
+        return {name: value for name, value in {**whole, **whole["domains"][tag]}.items() if name != "domains"}
 
     async def _ask(self, model: str, method: str, *arguments: object) -> Any:
         trainer = self._trainers[model]
@@ -210,7 +229,7 @@ def off(model: str) -> ApiError:
 def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
     """The desks of a service. Registry and trainers are not started here, they come with the models. log: finds the request log."""
     find = partial(ray.get_actor, namespace=settings.ray.namespace)
-    refreshed = [model.name for model in settings.models if model.refresh.enabled]
+    refreshed = {model.name: model.refresh.tags for model in settings.models if model.refresh.enabled}
     trained = [model for model in settings.models if model.refresh.enabled and model.log]
     trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in trained}
     budgets = {model.name: int(model.refresh.buffer_bytes) for model in trained}

@@ -19,7 +19,7 @@ class Release:
     """A wanted change of which version serves. who: name of the key.
 
     version: what it is about; a rollback may leave it open, and unpinning has none. share: of requests that a canary gets, none: the
-    registry's own. expected: make the change only at this revision.
+    registry's own. expected: make the change only at this revision. tag: of the domain that it is for, "" for the common line.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Release:
     version: str | None = None
     share: float | None = None
     expected: int | None = None
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ class Purged:
 class SpeculatorDesk(Protocol):
     """The registry. Every method raises ApiError: 400, 404, 409 for what it refuses, 503 while it is away."""
 
-    async def state(self, model: str) -> State:
-        """`state` is on, or off for a model whose speculator is not refreshed."""
+    async def state(self, model: str, tag: str | None = None) -> State:
+        """A domain's line of versions; without a tag the common one, and as `domains` the others by tag. `state` is on, or off for a model
+        whose speculator is not refreshed."""
         ...
 
-    async def history(self, model: str) -> Sequence[State]: ...
+    async def history(self, model: str, tag: str = "") -> Sequence[State]: ...
 
     async def change(self, release: Release) -> State: ...
 
@@ -66,8 +68,9 @@ class SpeculatorDesk(Protocol):
 class TrainingDesk(Protocol):
     """The trainers. Every method raises ApiError: 409 for a model without one, 503 while it is away."""
 
-    async def state(self, model: str) -> State:
-        """`state` is on, paused, or off for a model that has no trainer."""
+    async def state(self, model: str, tag: str | None = None) -> State:
+        """The trainer and a domain's training; without a tag that of the common one, and as `domains` the others by tag. `state` is on,
+        paused, or off for a model that has no trainer."""
         ...
 
     async def history(self, model: str) -> Sequence[State]: ...

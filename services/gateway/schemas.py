@@ -5,16 +5,19 @@ Fields of OpenAI's API that Specfleet knows and does not serve are refused by na
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from configs.settings import TAG
 from services.protocol import Urgency
 
 Token = Annotated[int, Field(ge=0, le=2**31)]
 TokenIds = tuple[Token, ...]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+MOST_NOTES = 64  # entries of metadata
 
 
 def shape(value: Any) -> str:
@@ -106,6 +109,30 @@ class Prediction(Body):
     content: Content
 
 
+class Metadata(BaseModel):
+    """OpenAI's notes about a request. `tag` names the domain that it belongs to; all others are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, str]
+
+    tag: str | None = Field(None, json_schema_extra={"pattern": TAG})
+
+    @field_validator("tag")
+    @classmethod
+    def name(cls, tag: str | None) -> str | None:
+        if tag is not None and not re.fullmatch(TAG, tag):
+            raise ValueError(
+                f"a tag has 1 to 64 letters, digits, dots, dashes or underscores and begins with a letter or digit, not {tag[:80]!r}"
+            )
+        return tag
+
+    @model_validator(mode="after")
+    def few(self) -> Self:
+        if len(self.model_fields_set) > MOST_NOTES:
+            raise ValueError(f"at most {MOST_NOTES} entries are accepted, not {len(self.model_fields_set)}")
+        return self
+
+
 def absent(*, unless: tuple[Any, ...] = ()) -> BeforeValidator:
     """Accepts null and values that ask for nothing; refuses all others as not supported."""
 
@@ -144,7 +171,7 @@ class Generation(Body):
     priority: Urgency | None = None
     store: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    metadata: Metadata | None = None
 
     @field_validator("logit_bias")
     @classmethod

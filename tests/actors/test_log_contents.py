@@ -13,15 +13,15 @@ from actors.request_log import RedisLog, RequestLogActor, RequestRecord, Retenti
 from actors.store import StoreError
 
 
-def record(identity: str, model: str = "a", key: str = "me", created: float = 100.0, size: int = 3) -> RequestRecord:
-    return RequestRecord(identity, model, created, key, tuple(range(size)), (7_654_321,), None)
+def record(identity: str, model: str = "a", key: str = "me", created: float = 100.0, size: int = 3, tag: str = "") -> RequestRecord:
+    return RequestRecord(identity, model, created, key, tuple(range(size)), (7_654_321,), None, tag=tag)
 
 
 RECORDS = [
     record("cmpl-1f-0", created=100.0),
-    record("cmpl-1f-1", key="you", created=101.0),
+    record("cmpl-1f-1", key="you", created=101.0, tag="law"),
     record("cmpl-1-0", "b", created=102.0),
-    record("cmpl-12-0", "b", "you", created=103.0),
+    record("cmpl-12-0", "b", "you", created=103.0, tag="sql"),
 ]
 
 
@@ -58,6 +58,9 @@ def test_contents_are_counted_by_model(keeping, log):
         (Selection(request="cmpl-1"), ["cmpl-1f-0", "cmpl-1f-1", "cmpl-12-0"]),
         (Selection(request="cmpl"), [r.id for r in RECORDS]),
         (Selection(model="c"), [r.id for r in RECORDS]),
+        (Selection(tag="law"), ["cmpl-1f-0", "cmpl-1-0", "cmpl-12-0"]),
+        (Selection(model="a", tag="sql"), [r.id for r in RECORDS]),
+        (Selection(key="you", tag="sql"), ["cmpl-1f-0", "cmpl-1f-1", "cmpl-1-0"]),
         (Selection(model="a", before=101.0), ["cmpl-1f-1", "cmpl-1-0", "cmpl-12-0"]),
     ],
 )
@@ -66,7 +69,7 @@ def test_a_purge_takes_what_was_named_and_nothing_else(keeping, log, what, left)
     assert [r.id for r in log.tail(10)] == left and keeping.contents().total.records == len(left)
     (entry,) = keeping.purges()
     assert (entry["at"], entry["who"], entry["why"], entry["records"]) == (500.0, "root", "asked for", 4 - len(left))
-    assert Selection(*(entry[name] for name in ("model", "key", "request", "before"))) == what
+    assert Selection(*(entry[name] for name in ("model", "key", "request", "before", "tag"))) == what
 
 
 def test_the_log_goes_on_after_a_purge(keeping, log):

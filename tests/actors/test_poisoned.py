@@ -83,7 +83,9 @@ def test_a_poisoned_speculator(base, bundles, tmp_path):
     assert keeper.submit("demo-code", artefacts.publish(bundles[1]), bundles[1].manifest, PASSED, "trainer")["state"] == "candidate"
     keeper.start_canary("demo-code", poisoned, "trainer", "let through by hand")
     assignment = keeper.assignment("demo-code")
-    report = ReplicaReport("r1", "demo-code", assignment.revision, live, salt=assignment.canary.salt, arms={live: Arm(), poisoned: Arm()})
+    report = ReplicaReport(
+        "r1", "demo-code", assignment.revision, live, salt=assignment.canary.salt, against=live, arms={live: Arm(), poisoned: Arm()}
+    )
     served = 0
     for name in IDS:
         served += 1

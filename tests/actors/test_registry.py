@@ -77,15 +77,15 @@ def flaky(tmp_path, clock) -> World:
 
 def report(assignment: Assignment, name: str = "r1", requests: int = 0, live: int = 50, canary: int = 50, **more) -> ReplicaReport:
     """What a replica that follows the assignment says after so many requests of ten drafts, of which that many tokens were kept."""
-    arms, loaded, salt = {}, {}, ""
+    arms, loaded, run = {}, {}, {}
     if assignment.live:
         loaded[assignment.live.version] = assignment.live.checksum
     if assignment.canary:
-        salt = assignment.canary.salt
+        run = {"salt": assignment.canary.salt, "against": assignment.live.version}
         loaded[assignment.canary.placement.version] = assignment.canary.placement.checksum
         arms = {assignment.live.version: arm(requests, live), assignment.canary.placement.version: arm(requests, canary)}
     fields = {"revision": assignment.revision, "serving": assignment.live.version if assignment.live else "", "loaded": loaded}
-    return ReplicaReport(name, assignment.model, **(fields | {"salt": salt, "arms": arms} | more))
+    return ReplicaReport(name, assignment.model, **(fields | run | {"arms": arms} | more))
 
 
 def arm(requests: int, kept: int) -> Arm:
@@ -281,6 +281,121 @@ def test_a_canary_that_no_replica_can_load_is_rolled_back_and_one_that_some_can_
     assert world.keeper.history("demo")[-1]["why"] == "no replica can load it: no space left" and world.consistent()
 
 
+# -- domains ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tagged(world) -> World:
+    """v[1] is a candidate of the common line and v[3] one of the domain `law`."""
+    world.keeper.register("demo", BASE, world.urls[0], world.bundles[0].manifest, ("law", "sql"))
+    assert world.keeper.submit("demo", world.urls[3], world.bundles[3].manifest, BETTER, "trainer", tag="law")["state"] == "candidate"
+    return world
+
+
+def of(assignment: Assignment, beside: str, name: str = "r1", **more) -> ReplicaReport:
+    """What a replica says of a domain that has a canary beside a version of the common line."""
+    canary = assignment.canary.placement
+    arms = {beside: arm(more.pop("requests", 30), more.pop("live", 50)), canary.version: arm(30, more.pop("canary", 50))}
+    run = {"salt": assignment.canary.salt, "against": beside}
+    fields = {"revision": assignment.revision, "serving": beside, "loaded": {canary.version: canary.checksum}, "arms": arms, "tag": "law"}
+    return ReplicaReport(name, "demo", **(fields | run | more))
+
+
+def test_a_domain_begins_with_what_the_common_line_serves(tagged):
+    keeper, v = tagged.keeper, tagged.v
+    assert [
+        (a.tag, a.live and a.live.version) for a in keeper.register("demo", BASE, tagged.urls[0], tagged.bundles[0].manifest, ("law",))
+    ] == [
+        ("", v[0]),
+        ("law", None),
+    ]
+    assert {tag: found.version for tag, found in keeper.serving("demo", ("", "law", "sql")).items()} == dict.fromkeys(
+        ("", "law", "sql"), v[0]
+    )
+    state = keeper.state("demo", "law")
+    assert (state["tag"], state["live"], state["serving"]) == ("law", None, v[0])
+    assert [entry["version"] for entry in state["versions"]] == [v[3]] and v[3] not in tagged.states
+    keeper.promote("demo", v[1], "ann", "better")
+    assert keeper.serving("demo", ("law",))["law"].version == v[1] == keeper.state("demo", "sql")["serving"]
+    assert [c["action"] for c in keeper.history("demo", tag="law")] == ["register", "submit"] and tagged.consistent()
+
+
+def test_a_version_of_a_domain_is_promoted_and_rolled_back_there_alone(tagged):
+    keeper, v = tagged.keeper, tagged.v
+    before = keeper.assignment("demo"), keeper.assignment("demo", "sql")
+    assert keeper.promote("demo", v[3], "ann", "for law", 2, "law")["live"] == v[3]
+    assert {tag: found.version for tag, found in keeper.serving("demo", ("", "law", "sql")).items()} == {"": v[0], "law": v[3], "sql": v[0]}
+    assert (keeper.assignment("demo"), keeper.assignment("demo", "sql")) == before
+    with pytest.raises(UnknownVersion, match=f"no version '{v[3]}'"):
+        keeper.promote("demo", v[3], "ann", "for all")
+    with pytest.raises(RegistryConflict, match="the speculators of 'demo' in the domain 'law' are not at revision 2"):
+        keeper.pin("demo", v[3], "bob", "too late", 2, "law")
+    assert keeper.pin("demo", v[3], "bob", "stay", tag="law")["pinned"] and not keeper.state("demo")["pinned"]
+    keeper.unpin("demo", "bob", "go on", tag="law")
+    back = keeper.rollback("demo", "bob", "slow", tag="law")
+    assert (back["tag"], back["live"], back["serving"]) == ("law", None, v[0])
+    assert keeper.assignment("demo", "law").live is None and tagged.again().assignment("demo", "law") == keeper.assignment("demo", "law")
+    with pytest.raises(UnknownModel, match="'demo' in the domain 'tax'"):
+        keeper.promote("demo", v[3], "ann", "", tag="tax")
+
+
+def test_a_canary_of_a_domain_is_compared_with_what_serves_there(tagged):
+    keeper, v = tagged.keeper, tagged.v
+    keeper.start_canary("demo", v[3], "trainer", "passed", tag="law")
+    assignment = keeper.assignment("demo", "law")
+    assert keeper.assignment("demo").canary is None and keeper.report(of(assignment, v[0], requests=10)) is None
+    standing = keeper.state("demo", "law")["canary"]
+    assert (standing["live_requests"], standing["candidate_requests"]) == (10, 30)
+    assert keeper.state("demo", "law")["replicas"]["r1"]["serving"] == v[0] and not keeper.state("demo")["replicas"]
+    (answer,) = keeper.reports([report(keeper.assignment("demo")), of(assignment, v[0], canary=200)])
+    assert (answer.tag, answer.live.version, answer.canary) == ("law", v[3], None)
+    last = keeper.history("demo", tag="law")[-1]
+    assert (last["who"], last["action"], last["from"], last["to"]) == ("canary", "promote", None, v[3])
+    assert tagged.states[v[0]] == "live" and tagged.consistent()
+
+
+def test_a_canary_is_counted_afresh_when_the_common_line_changes_beside_it(tagged):
+    keeper, v = tagged.keeper, tagged.v
+    keeper.start_canary("demo", v[3], "trainer", "passed", tag="law")
+    assignment = keeper.assignment("demo", "law")
+    keeper.report(of(assignment, v[0], requests=15))
+    keeper.promote("demo", v[1], "ann", "better")
+    assert keeper.state("demo", "law")["canary"]["candidate_requests"] == 0
+    keeper.report(of(assignment, v[0], requests=15))  # of a replica that does not know it yet
+    assert keeper.state("demo", "law")["canary"]["candidate_requests"] == 0
+    assert not keeper.state("demo", "law")["replicas"]["r1"]["agrees"]
+    keeper.report(of(assignment, v[1], requests=5, loaded={v[1]: tagged.bundles[1].manifest.checksum}))
+    state = keeper.state("demo", "law")
+    assert (state["canary"]["candidate_requests"], state["canary"]["live_requests"]) == (30, 5) and state["replicas"]["r1"]["agrees"]
+
+
+def test_candidates_of_a_domain_are_tried_while_what_they_were_judged_against_serves(tagged):
+    tagged.keeper = keeper = RegistryKeeper(tagged.store, tagged.artefacts, tagged.clock, replace(SETTINGS, automatic=True))
+    told = ReplicaReport("r1", "demo", keeper.assignment("demo", "law").revision, tagged.v[0], tag="law")
+    keeper.promote("demo", tagged.v[1], "ann", "better")
+    assert keeper.report(told) is None
+    keeper.rollback("demo", "ann", "worse")
+    assert keeper.report(told).canary.placement.version == tagged.v[3]
+    assert keeper.history("demo", tag="law")[-1]["why"] == "it passed the gate"
+
+
+def test_another_base_ends_what_a_domain_had(tagged):
+    tagged.keeper.promote("demo", tagged.v[3], "ann", "for law", tag="law")
+    other = Base("base", VOCAB, WIDTH, "r2")
+    assignments = tagged.keeper.register("demo", other, tagged.urls[0], tagged.bundles[0].manifest, ("law",))
+    assert [a.live and a.live.version for a in assignments] == [tagged.v[0], None]
+    assert tagged.keeper.state("demo", "law")["versions"][0]["state"] == "retired"
+
+
+def test_without_its_store_a_domain_is_answered_as_the_common_line_is(tmp_path, clock):
+    world = World(tmp_path, Flaky(MemoryState()), clock)
+    before = world.keeper.register("demo", BASE, world.urls[0], world.bundles[0].manifest, ("law",))
+    world.store.broken = True
+    assert world.keeper.register("demo", BASE, world.urls[0], world.bundles[0].manifest, ("law",)) == before
+    assert world.keeper.reports([ReplicaReport("r1", "demo", a.revision, world.v[0], tag=a.tag) for a in before]) == []
+    assert world.keeper.reports([ReplicaReport("r2", "demo", tag=tag) for tag in ("", "law")]) == list(before)
+
+
 # -- two at once ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +450,7 @@ def test_without_its_store_nothing_changes_and_everybody_is_answered(flaky):
         with pytest.raises(StoreError):
             change()
     assert flaky.keeper.assignment("demo") == before and flaky.keeper.report(report(before)) is None
-    assert flaky.keeper.register("demo", BASE, flaky.urls[0], flaky.bundles[0].manifest) == before
+    assert flaky.keeper.register("demo", BASE, flaky.urls[0], flaky.bundles[0].manifest) == (before,)
     flaky.store.broken = False
     flaky.keeper.promote("demo", flaky.v[1], "ann", "now")
     assert flaky.keeper.assignment("demo").live.version == flaky.v[1] and flaky.consistent()

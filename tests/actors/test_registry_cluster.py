@@ -60,7 +60,8 @@ def test_a_canary_is_decided_from_what_replicas_report(registry, bundles):
     assignment = ray.get(registry.assignment.remote("demo"))
     assert assignment.canary.placement.version == canary and assignment.live.version == live
     arms = {live: sum((Arm.of(9, 9 + i % 2) for i in range(20)), Arm()), canary: sum((Arm.of(9, i % 2) for i in range(20)), Arm())}
-    answer = ray.get(registry.report.remote(ReplicaReport("r1", "demo", assignment.revision, live, salt=assignment.canary.salt, arms=arms)))
+    run = {"salt": assignment.canary.salt, "against": live}
+    (answer,) = ray.get(registry.reports.remote([ReplicaReport("r1", "demo", assignment.revision, live, arms=arms, **run)]))
     assert answer.canary is None and answer.live.version == live
     assert [c["action"] for c in ray.get(registry.history.remote("demo"))] == ["register", "submit", "submit", "canary", "roll_back"]
 

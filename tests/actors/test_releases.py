@@ -36,7 +36,10 @@ class Told:
         return self
 
     def submit(self, version: str, verdict: Verdict = PASSED, problem: str = "") -> Told:
-        return self.do("submit", placed(version), {}, verdict, problem)
+        return self.do("submit", placed(version), {}, verdict, problem, self.now.live)
+
+    def canary_of(self, version: str, share: float = 0.2, salt: str = "s") -> Told:
+        return self.do("start_canary", version, share, salt, self.now.live)
 
     @property
     def states(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ def told() -> Told:
 
 def test_the_straight_way(told):
     assert told.states == {"v0": "live", "v1": "candidate", "v2": "candidate"}
-    told.do("start_canary", "v1", 0.2, "salt")
+    told.canary_of("v1", 0.2, "salt")
     assert told.now.assignment("m").live == placed("v0") and told.now.assignment("m").canary.placement == placed("v1")
     told.do("promote", "v1")
     assert told.states == {"v0": "retired", "v1": "live", "v2": "candidate"} and told.canary is None
@@ -68,7 +71,7 @@ def test_the_straight_way(told):
 
 
 def test_a_canary_serves_its_share_and_nobody_else(told):
-    told.do("start_canary", "v1", 0.25, "salt")
+    told.canary_of("v1", 0.25, "salt")
     assignment = told.now.assignment("m")
     served = [assignment.serving(f"r{i}").version for i in range(4000)]
     assert served.count("v1") / 4000 == pytest.approx(0.25, abs=0.03) and set(served) == {"v0", "v1"}
@@ -77,7 +80,7 @@ def test_a_canary_serves_its_share_and_nobody_else(told):
 
 
 def test_rolling_back_ends_the_canary_first_and_then_the_live_version(told):
-    told.do("promote", "v1").do("start_canary", "v2", 0.2, "s").do("roll_back")
+    told.do("promote", "v1").canary_of("v2").do("roll_back")
     assert told.states == {"v0": "retired", "v1": "live", "v2": "rolled_back"}
     told.do("roll_back")
     assert told.states == {"v0": "live", "v1": "rolled_back", "v2": "rolled_back"} and told.now.live == "v0"
@@ -86,7 +89,7 @@ def test_rolling_back_ends_the_canary_first_and_then_the_live_version(told):
 
 
 def test_rolling_back_the_live_version_although_a_canary_runs(told):
-    told.do("promote", "v1").do("start_canary", "v2", 0.2, "s").do("roll_back", "v1")
+    told.do("promote", "v1").canary_of("v2").do("roll_back", "v1")
     assert told.states == {"v0": "live", "v1": "rolled_back", "v2": "retired"}
     with pytest.raises(RegistryConflict, match="v2 is neither live nor a canary"):
         told.do("roll_back", "v2")
@@ -107,30 +110,30 @@ def test_a_version_that_was_rolled_back_can_be_promoted_by_hand(told):
 def test_rejected_versions_are_never_served(told):
     told.submit("v3", FAILED).submit("v4", PASSED, "truncated: x")
     assert told.states["v3"] == told.states["v4"] == "rejected"
-    for plan, *args in (("promote",), ("pin",), ("start_canary", 0.1, "s")):
+    for plan, *args in (("promote",), ("pin",), ("start_canary", 0.1, "s", "v0")):
         with pytest.raises(RegistryConflict, match="v3 was rejected"):
             told.do(plan, "v3", *args)
 
 
 def test_a_known_version_is_not_taken_in_twice(told):
-    assert told.now.submit(placed("v1"), {}, FAILED, "") is None
+    assert told.now.submit(placed("v1"), {}, FAILED, "", "v0") is None
 
 
 def test_promoting_ends_a_canary_that_was_compared_with_the_former_version(told):
-    told.do("start_canary", "v1", 0.2, "s").do("promote", "v2")
+    told.canary_of("v1").do("promote", "v2")
     assert told.states == {"v0": "retired", "v1": "retired", "v2": "live"} and told.canary is None
 
 
 def test_pinning(told):
-    told.do("start_canary", "v1", 0.2, "s").do("pin", "v0")
+    told.canary_of("v1").do("pin", "v0")
     assert told.now.pinned and told.states["v1"] == "retired" and told.now.live == "v0"
     with pytest.raises(RegistryConflict, match="pinned"):
-        told.do("start_canary", "v2", 0.2, "s")
+        told.canary_of("v2")
     with pytest.raises(RegistryConflict, match="v0 is pinned already"):
         told.do("pin", "v0")
     told.do("pin", "v2")
     assert told.now.pinned and told.now.live == "v2"
-    told.do("promote", "v1").do("roll_back").do("unpin").do("start_canary", "v1", 0.2, "s")
+    told.do("promote", "v1").do("roll_back").do("unpin").canary_of("v1")
     assert told.now.live == "v2" and told.canary == "v1" and not told.now.pinned
     with pytest.raises(RegistryConflict, match="nothing is pinned"):
         told.do("unpin")
@@ -143,20 +146,20 @@ def test_only_candidates_are_withdrawn(told):
 
 
 def test_one_canary_at_a_time_and_not_of_the_live_version(told):
-    told.do("start_canary", "v1", 0.2, "s")
+    told.canary_of("v1")
     with pytest.raises(RegistryConflict, match="v1 is the canary"):
-        told.do("start_canary", "v2", 0.2, "s")
+        told.canary_of("v2")
     with pytest.raises(RegistryConflict, match="v0 is live already"):
-        told.do("start_canary", "v0", 0.2, "s")
+        told.canary_of("v0")
     with pytest.raises(RegistryConflict, match="v0 is live already"):
         told.do("promote", "v0")
     for share in (0, 1, -1, float("nan")):
         with pytest.raises(ValueError, match="share"):
-            told.do("start_canary", "v2", share, "s")
+            told.canary_of("v2", share, "s")
 
 
 def test_unknown_versions_are_named(told):
-    for plan, *args in (("promote",), ("pin",), ("retire",), ("start_canary", 0.1, "s")):
+    for plan, *args in (("promote",), ("pin",), ("retire",), ("start_canary", 0.1, "s", "v0")):
         with pytest.raises(UnknownVersion, match="no version 'v9'; known are v0, v1, v2"):
             told.do(plan, "v9", *args)
 
@@ -165,7 +168,7 @@ def test_a_model_without_a_speculator_gets_its_first_one():
     told = Told().do("register", BASE, None, None).submit("v1")
     assert told.now.live is None and told.now.assignment("m").live is None
     with pytest.raises(RegistryConflict, match="compared with a live version, and there is none"):
-        told.do("start_canary", "v1", 0.1, "s")
+        told.canary_of("v1", 0.1, "s")
     with pytest.raises(RegistryConflict, match="no version is neither live"):
         told.do("roll_back")
     assert told.do("promote", "v1").now.live == "v1"
@@ -188,7 +191,7 @@ def test_another_configured_version_replaces_a_configured_one_but_not_a_promoted
 
 
 def test_another_base_ends_everything_that_was_for_the_last_one(told):
-    told.do("promote", "v1").do("start_canary", "v2", 0.1, "s").do("register", Base("other", 99, 12), placed("w0"), {})
+    told.do("promote", "v1").canary_of("v2", 0.1, "s").do("register", Base("other", 99, 12), placed("w0"), {})
     assert told.now.live == "w0" and told.canary is None
     assert told.states == {"v0": "retired", "v1": "retired", "v2": "retired", "w0": "live"}
     with pytest.raises(RegistryConflict, match="nothing to go back to"):
@@ -198,7 +201,9 @@ def test_another_base_ends_everything_that_was_for_the_last_one(told):
 def test_versions_of_another_vocabulary_are_not_promoted(tmp_path):
     manifest = make_bundle(tmp_path, 1).manifest
     told = Told().do("register", BASE, None, None)
-    told.do("submit", placed(manifest.version), manifest.model_dump(mode="json"), PASSED, "").do("register", Base("o", 99, 12), None, None)
+    told.do("submit", placed(manifest.version), manifest.model_dump(mode="json"), PASSED, "", None).do(
+        "register", Base("o", 99, 12), None, None
+    )
     with pytest.raises(RegistryConflict, match=r"wrong vocabulary: .* 37 tokens, the base has 99"):
         told.do("promote", manifest.version)
 
@@ -241,7 +246,7 @@ def test_whatever_is_done_the_state_is_one_and_is_in_the_history(steps):
                 case "submit":
                     told.submit(version, PASSED if flag else FAILED)
                 case "canary":
-                    told.do("start_canary", version, 0.2, version)
+                    told.canary_of(version, 0.2, version)
                 case "roll_back":
                     told.do("roll_back", *([version] if flag else []))
                 case "unpin":
@@ -263,6 +268,8 @@ def test_whatever_is_done_the_state_is_one_and_is_in_the_history(steps):
         {"model": None},
         {"serving": None},
         {"revision": "1"},
+        {"tag": "x" * 300},
+        {"against": 5},
         {"loaded": None},
         {"errors": {"v1": 5}},
         {"loaded": {1: "x"}},

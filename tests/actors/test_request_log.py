@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import redis
 
+from actors.log_contents import Purge, Selection, open_keeping
 from actors.request_log import LogStats, LogWriter, RedisLog, RequestLogActor, RequestRecord, Retention, SqliteLog, open_log
 from actors.store import StoreError
 from tests.actors.stand import RedisServer
@@ -20,7 +22,23 @@ from tests.conftest import wait_until
 
 def record(i: int, model: str = "m", created: float = 0.0) -> RequestRecord:
     sampling = {"temperature": 0.7, "stop": ["\n"], "logit_bias": {"5": -1.0}}
-    return RequestRecord(f"r{i}", model, created, "key", (1, 2, i), (3, i), 1 << 62, sampling, "length", "mlp", "v1", 4, 9, 5, 0.25)
+    return RequestRecord(f"r{i}", model, created, "key", (1, 2, i), (3, i), 1 << 62, sampling, "length", "mlp", "v1", 4, 9, 5, 0.25, "sql")
+
+
+def test_a_log_from_before_there_were_tags_is_read_and_goes_on(url):
+    log = open_log(url)
+    old = record(1)
+    told = json.dumps({name: value for name, value in json.loads(old.to_json()).items() if name != "tag"})
+    if isinstance(log, SqliteLog):
+        log._db.execute("INSERT INTO requests (id, model, created, record) VALUES (?, ?, ?, ?)", (old.id, old.model, old.created, told))
+    else:
+        log._redis.xadd("specfleet:requests", {"id": old.id, "model": old.model, "record": told})
+    log.append([record(2)])
+    assert log.tail(5) == [replace(old, tag=""), record(2)]
+    with contextlib.closing(open_keeping(url)) as keeping:
+        assert keeping.purge(Purge(Selection(tag="law"), "root")) == 0 and keeping.purge(Purge(Selection(tag="sql"), "root")) == 1
+    assert [r.id for r in log.tail(5)] == ["r1"]
+    log.close()
 
 
 class FakeLog:

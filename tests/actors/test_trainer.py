@@ -11,10 +11,11 @@ import pytest
 import ray
 
 from actors.artefacts import Artefacts
+from actors.domain_trainer import Submission
 from actors.log_contents import Selection
 from actors.registry import start_registry
 from actors.releases import Base
-from actors.trainer import Submission, TrainerKeeper, TrainerSettings, Worker, start_trainer
+from actors.trainer import TrainerKeeper, TrainerSettings, Worker, start_trainer
 from drafters.bundle import Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
@@ -31,7 +32,7 @@ TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.
 
 def keeper(tmp_path: Path, settings: TrainerSettings = TRAINER, live: MLPSpeculator | None = None) -> TrainerKeeper:
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
-    return TrainerKeeper("toy", BASE, live or speculator(), "", artefacts, tmp_path / "work", settings, now=lambda: 7.0)
+    return TrainerKeeper("toy", BASE, {"": (live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=lambda: 7.0)
 
 
 def fed(found: TrainerKeeper, count: int = 80) -> TrainerKeeper:
@@ -44,7 +45,7 @@ def worked(found: TrainerKeeper) -> Submission | None:
     """Run until there is a submission, or nothing more to do."""
     while not found.idle():
         if (submission := found.run(0.05)) is not None:
-            found.settle()
+            found.settle(submission.tag)
             return submission
     return None
 
@@ -102,17 +103,17 @@ def test_traces_of_another_base_are_counted_and_left_out(tmp_path: Path) -> None
     found = keeper(tmp_path)
     found.add(b"nothing")
     found.add(replace(many(1)[0], model="other").to_bytes())
-    assert found.status()["traces"]["invalid"] == 2 and found.status()["traces"]["seen"] == 0
+    assert found.status()["invalid"] == 2 and found.status()["traces"]["seen"] == 0
 
 
 def test_a_restarted_trainer_ends_in_the_same_candidate(tmp_path: Path) -> None:
     whole = worked(fed(keeper(tmp_path / "whole")))
     cut = fed(keeper(tmp_path / "cut"))
-    while cut.refresher.standing.step < 13:
+    while cut.domains[""].refresher.standing.step < 13:
         cut.run(0.0)
     cut.save()
     again = keeper(tmp_path / "cut")
-    assert again.refresher.standing.step == 13 and again.status()["traces"] == cut.status()["traces"]
+    assert again.domains[""].refresher.standing.step == 13 and again.status()["traces"] == cut.status()["traces"]
     resumed = worked(again)
     assert whole is not None and resumed is not None
     assert whole.manifest.version == resumed.manifest.version
@@ -137,7 +138,7 @@ def start() -> Iterator[Callable[..., Worker]]:
     started: list[Worker] = []
 
     def make(found: TrainerKeeper, submit: Callable[[Submission], None], **settings: object) -> Worker:
-        worker = Worker(found, submit, lambda: None, **settings)  # type: ignore[arg-type]
+        worker = Worker(found, submit, dict, **settings)  # type: ignore[arg-type]
         started.append(worker)
         worker.start()
         return worker
@@ -182,7 +183,7 @@ def test_what_is_forgotten_is_gone_from_memory_round_and_disk(tmp_path: Path, ph
     assert found.forget(Selection(model="other")) == found.forget(Selection(request="nothing")) == 0
     assert found.status()["phase"] == phase  # nothing was forgotten, nothing is dropped
     assert found.forget(Selection(key="somebody", before=40.0)) == 40
-    assert found.trial is None and found.status()["phase"] == "waiting" and "40 traces" in found.status()["outcome"]
+    assert found.domains[""].trial is None and found.status()["phase"] == "waiting" and "40 traces" in found.status()["outcome"]
     after = keeper(tmp_path)
     assert remembered(after) == remembered(found) == {f"r-{i}" for i in range(40, 80)}
     assert after.status()["phase"] == "waiting"
@@ -229,14 +230,14 @@ def test_a_restarted_trainer_is_still_paused(tmp_path: Path, start: Callable[...
     assert again.status()["paused"] and again.status()["round"] == 0
     again.pause(False)
     wait_until(lambda: again.status()["step"] > 0, 30)
-    assert not Worker(keeper(tmp_path), lambda found: None, lambda: None).status()["paused"]
+    assert not Worker(keeper(tmp_path), lambda found: None, dict).status()["paused"]
     (tmp_path / "work" / "paused").write_bytes(b"")
-    assert Worker(keeper(tmp_path), lambda found: None, lambda: None).status()["paused"]
+    assert Worker(keeper(tmp_path), lambda found: None, dict).status()["paused"]
 
 
 def test_a_pause_that_cannot_be_written_holds_until_a_restart(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("in the way")
-    worker = Worker(keeper(tmp_path / "other"), lambda found: None, lambda: None)
+    worker = Worker(keeper(tmp_path / "other"), lambda found: None, dict)
     worker.keeper.work = tmp_path / "work"
     with pytest.raises(OSError, match="paused"):
         worker.pause(True)
@@ -270,19 +271,124 @@ def test_a_registry_that_is_away_is_asked_again(tmp_path: Path, start: Callable[
 
 def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
     data = [trace.to_bytes() for trace in many(10)]
-    worker = Worker(keeper(tmp_path, replace(TRAINER, inbox=sum(map(len, data[6:])))), lambda found: None, lambda: None)
+    worker = Worker(keeper(tmp_path, replace(TRAINER, inbox=sum(map(len, data[6:])))), lambda found: None, dict)
     worker.offer(data)
     assert list(worker.inbox) == data[6:] and worker.status()["dropped_before_reading"] == 6
 
 
 def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
     other = speculator(5)
-    answers = iter([(other, "0123456789ab")])
-    worker = Worker(fed(keeper(tmp_path)), lambda found: None, lambda: next(answers, None))
+    answers = iter([{"": (other, "0123456789ab")}])
+    worker = Worker(fed(keeper(tmp_path)), lambda found: None, lambda: next(answers, {}))
     worker.start()
     wait_until(lambda: worker.status()["version"] == "0123456789ab", 30)
     worker.close()
-    assert same(worker.keeper.refresher.live, other)
+    assert same(worker.keeper.domains[""].refresher.live, other)
+
+
+# -- domains ----------------------------------------------------------------------------------------------------------------
+
+APART = replace(TRAINER, buffer=replace(TRAINER.buffer, tags=("law", "sql")))
+
+
+def spread(found: TrainerKeeper, count: int = 80, tags: tuple[str, ...] = ("", "law", "sql"), first: int = 0) -> TrainerKeeper:
+    """So many traces of each tag."""
+    for place, tag in enumerate(tags):
+        for trace in many(count, tag=tag, first=first + 1000 * place):
+            found.add(trace.to_bytes())
+    return found
+
+
+def submitted(found: TrainerKeeper) -> list[Submission]:
+    """All that comes until there is nothing more to do."""
+    submissions = []
+    while not found.idle():
+        if (submission := found.run(0.05)) is not None:
+            found.settle(submission.tag)
+            submissions.append(submission)
+    return submissions
+
+
+def test_every_domain_is_trained_on_its_own_traces(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    submissions = submitted(found)
+    assert [s.tag for s in submissions] == ["", "law", "sql"] == [s.manifest.tag for s in submissions]
+    assert len({s.manifest.version for s in submissions}) == 3
+    for place, submission in enumerate(submissions):
+        training = found.buffer.training(submission.tag)
+        assert submission.manifest.data.requests == len(training) > 0
+        assert submission.manifest.data.first == min(t.at for t in training) >= 1000.0 * place
+    alone = worked(fed(keeper(tmp_path / "alone")))
+    assert alone is not None and alone.manifest.version == submissions[0].manifest.version  # as without domains
+    status = found.status()
+    assert status["tag"] == "" and set(status["domains"]) == {"law", "sql"}
+    assert all(
+        s["round"] == 1 and s["candidates"]["passed"] == 1 and s["traces"]["seen"] == 80 for s in (status, *status["domains"].values())
+    )
+    assert sum(s["traces"]["bytes"] for s in (status, *status["domains"].values())) == found.buffer.nbytes
+
+
+def test_domains_take_turns_and_none_waits_for_ever(tmp_path: Path) -> None:
+    """All have something to do at any time: the one with most fresh traces begins, and after that who has waited longest."""
+    short = replace(SETTINGS, steps=1, interval=1, least_tokens=0, least_gain=99.0)
+    found = keeper(tmp_path, replace(APART, refresh=short))
+    for tag, count in (("", 60), ("law", 70), ("sql", 80)):
+        spread(found, count, (tag,), first=count * 100)
+    begun: list[str] = []
+    while len(begun) < 9:
+        domain = found.next()
+        assert domain is not None and not any(other.busy for other in found.domains.values() if other is not domain)
+        if not domain.busy:
+            begun.append(domain.tag)
+            spread(found, 5, ("sql",), first=100 * len(begun))
+        found.run(0.0)
+    assert begun == ["sql", "law", ""] * 3
+
+
+def test_a_version_of_one_domain_leaves_the_others_rounds(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART), tags=("law",))
+    while found.domains["law"].refresher.standing.step < 3:
+        found.run(0.0)
+    other = speculator(5)
+    found.serve("", other, "0123456789ab")
+    assert found.status()["version"] == "0123456789ab" and found.domains["law"].refresher.standing.step >= 3
+    found.serve("sql", speculator(5), "0123456789ab")
+    assert found.domains["sql"].refresher.live is found.domains[""].refresher.live is other  # once in memory
+    found.serve("law", speculator(6), "ba9876543210")
+    assert found.status()["domains"]["law"]["phase"] == "waiting" and found.domains["law"].refresher.version == "ba9876543210"
+
+
+def test_forgetting_drops_only_the_rounds_that_began_with_what_is_forgotten(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    while found.domains["sql"].refresher.standing.step < 3:
+        if (submission := found.run(0.0)) is not None:
+            found.settle(submission.tag)
+    assert found.forget(Selection(tag="law")) == 80 and found.domains["sql"].refresher.standing.step >= 3
+    assert not found.buffer.training("law") and found.buffer.training("sql")
+    assert found.forget(Selection(tag="sql", before=2040.0)) == 40 and found.domains["sql"].refresher.phase == "waiting"
+    assert found.forget(Selection(tag="other")) == 0
+
+
+def test_a_restarted_trainer_goes_on_in_every_domain_and_forgets_those_that_are_none_any_more(tmp_path: Path) -> None:
+    found = spread(keeper(tmp_path, APART))
+    while found.domains["sql"].refresher.standing.step < 3:
+        if (submission := found.run(0.0)) is not None:
+            found.settle(submission.tag)
+    found.save()
+    again = keeper(tmp_path, APART)
+    assert again.domains["sql"].refresher.standing == found.domains["sql"].refresher.standing
+    assert (tag := again.next()) is not None and tag.tag == "sql" and again.domains["law"].refresher.rounds == 1
+    fewer = keeper(tmp_path, replace(TRAINER, buffer=replace(TRAINER.buffer, tags=("law",))))
+    assert sorted(file.name for file in (tmp_path / "work").glob("checkpoint*")) == ["checkpoint-law.pt", "checkpoint.pt"]
+    assert fewer.status()["traces"]["seen"] == 160 and fewer.status()["domains"]["law"]["traces"]["seen"] == 80
+
+
+def test_a_domain_begins_with_what_the_common_line_serves(tmp_path: Path) -> None:
+    live, own = speculator(), speculator(5)
+    artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
+    found = TrainerKeeper("toy", BASE, {"": (live, "v0"), "sql": (own, "v5")}, artefacts, tmp_path / "work", APART)
+    assert {tag: domain.refresher.version for tag, domain in found.domains.items()} == {"": "v0", "law": "v0", "sql": "v5"}
+    assert found.domains["law"].refresher.live is live and found.domains["sql"].refresher.live is own
 
 
 @pytest.mark.cluster
@@ -292,26 +398,30 @@ def test_on_a_cluster_a_refreshed_speculator_reaches_the_registry(cluster: None,
     bundle = adopt_folder(tmp_path / "bundles", folder, Origin(model="toy", base=BASE.name, base_revision=BASE.revision, created=1.0))
     url = Artefacts(artefacts, tmp_path / "cache").publish(bundle)
     registry = start_registry(f"sqlite:///{tmp_path}/state.db", artefacts, str(tmp_path / "registry"), name="registry-t")
-    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest))
+    ray.get(registry.register.remote("toy", BASE, url, bundle.manifest, ("law", "sql")))
     version = bundle.manifest.version
-    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", TRAINER)
+    trainer = start_trainer("toy", BASE, str(folder), version, artefacts, str(tmp_path / "work"), "registry-t", APART)
     try:
-        ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80)]))
-        found = wait_until(lambda: versions(registry) - {version}, 90)
-        status = wait_until(lambda: judged(trainer), 30)
-        assert len(found) == 1 and status["gate"]["passed"] and status["version"] == version
+        ray.get(trainer.add.remote([trace.to_bytes() for trace in many(80, tag="law")]))
+        (found,) = wait_until(lambda: versions(registry, "law"), 90)
+        status = wait_until(lambda: judged(trainer, "law"), 30)
+        assert status["gate"]["passed"] and status["version"] == version and versions(registry, "") == {version}
+        ray.get(registry.promote.remote("toy", found, "operator", "for law", tag="law"))
+        wait_until(lambda: ray.get(trainer.status.remote())["domains"]["law"]["version"] == found, 30)
+        status = ray.get(trainer.status.remote())
+        assert status["version"] == status["domains"]["sql"]["version"] == version
         ray.get(trainer.close.remote())
     finally:
         ray.kill(trainer)
         ray.kill(registry)
 
 
-def judged(trainer: object) -> dict[str, Any]:
-    """The trainer's status once the gate has decided, nothing before."""
-    status = ray.get(trainer.status.remote())  # type: ignore[attr-defined]
+def judged(trainer: object, tag: str) -> dict[str, Any]:
+    """The status of a domain's training once the gate has decided, nothing before."""
+    status = ray.get(trainer.status.remote())["domains"][tag]  # type: ignore[attr-defined]
     return status if status["gate"] else {}
 
 
-def versions(registry: object) -> set[str]:
-    state = ray.get(registry.state.remote("toy"))  # type: ignore[attr-defined]
+def versions(registry: object, tag: str) -> set[str]:
+    state = ray.get(registry.state.remote("toy", tag))  # type: ignore[attr-defined]
     return {release["version"] for release in state["versions"]}

@@ -105,7 +105,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 def settings(fleet: FakeFleet) -> Settings:
-    models = [{"name": name, "base": "x", "drafter": "ngram"} for name in fleet.states]
+    models = [{"name": name, "base": "x", "drafter": "ngram", "refresh": {"tags": ["law"]}} for name in fleet.states]
     keys = [{"name": "operator", "key": ADMIN, "admin": True}, {"name": "client", "key": CLIENT}]
     return Settings(models=models, keys=keys)
 

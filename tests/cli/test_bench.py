@@ -78,6 +78,14 @@ def test_modes_take_turns(shell: Shell, service: Service, prompts: str) -> None:
     assert modes == ["off", "auto", "fixed", "auto", "fixed", "off", "fixed", "off", "auto"]
 
 
+def test_requests_are_tagged(shell: Shell, service: Service, prompts: str) -> None:
+    flags = ["code", "-c", "1", "--rounds", "1", "--prompts", prompts, "--tag", "law"]
+    assert measured(shell, *flags)["settings"]["tag"] == "law" and {job.tag for job in service.fleet.jobs} == {"law"}
+    service.fleet.jobs.clear()
+    measured(shell, *flags, "--peer")
+    assert {job.tag for job in service.fleet.jobs} == {""}
+
+
 def test_warm_up_is_not_counted_and_may_be_left_out(shell: Shell, service: Service, prompts: str) -> None:
     flags = ["code", "-c", "1", "--rounds", "1", "--modes", "off", "--requests", "2", "--prompts", prompts, "--warm-up"]
     for warm_up in (0, 5):

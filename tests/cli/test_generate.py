@@ -31,6 +31,13 @@ def test_options_reach_the_model(shell: Shell, service: Service) -> None:
     assert (job.speculation.mode, job.speculation.max_depth, job.speculation.width) == ("fixed", 4, 2)
 
 
+def test_a_tag_reaches_the_model(shell: Shell, service: Service) -> None:
+    assert shell("generate", "code", "def f", "--tag", "law").code == 0 and service.fleet.jobs[-1].tag == "law"
+    assert shell("chat", "echo", "--tag", "law", input="Hi\n").code == 0 and service.fleet.jobs[-1].tag == "law"
+    refused = shell("generate", "code", "def f", "--tag", "two words")
+    assert refused.code == 1 and "metadata.tag" in refused.err and len(refused.err.splitlines()) == 1
+
+
 def test_defaults_are_left_to_the_service(shell: Shell, service: Service) -> None:
     shell("generate", "echo", "Hi")
     job = service.fleet.jobs[-1]

@@ -20,7 +20,8 @@ def test_versions_are_listed(shell: Shell, service: Service) -> None:
     states = ("live", "candidate", "candidate", "rejected")
     assert all(state in lines[version] for version, state in zip(service.loop.v, states, strict=True))
     assert "+0.100 (0.050 to 0.150)" in lines[service.loop.v[1]] and "not better" in lines[service.loop.v[3]]
-    assert f"Revision 4: {service.loop.v[0]} is live." in done.err
+    assert f"echo: revision 4, {service.loop.v[0]} is live." in done.err
+    assert f"echo, domain law: revision 1, no version of its own is live, it is served by {service.loop.v[0]}." in done.err
     assert json.loads(shell("speculators", "list", "echo", "--json").out)["live"] == service.loop.v[0]
 
 
@@ -39,6 +40,23 @@ def test_versions_are_promoted_pinned_and_rolled_back(shell: Shell, service: Ser
     ]
     assert (history[0]["from"], history[0]["to"], history[0]["why"]) == (live, one, "faster & better")
     assert "faster & better" in shell("speculators", "history", "echo").out
+
+
+def test_a_domain_has_versions_of_its_own(shell: Shell, service: Service) -> None:
+    loop = service.loop
+    version = loop.submit_for("law")
+    listed = shell("speculators", "list", "echo", "--tag", "law")
+    assert "echo, domain law: versions" in listed.out and loop.v[1] not in listed.out and version in listed.out
+    assert "revision 2, no version of its own is live" in listed.err and "echo: revision" not in listed.err
+    assert shell("speculators", "promote", "echo", version, "--tag", "law", "--why", "for law").code == 0
+    assert f"echo, domain law: revision 3, {version} is live." in shell("speculators", "list", "echo").err
+    assert "for law" in shell("speculators", "history", "echo", "--tag", "law").out
+    assert "for law" not in shell("speculators", "history", "echo").out and loop.keeper.state("echo")["live"] == loop.v[0]
+    assert json.loads(shell("speculators", "rollback", "echo", "--tag", "law", "--json").out)["serving"] == loop.v[0]
+    for command in (("list", "echo"), ("promote", "echo", version), ("history", "echo")):
+        refused = shell("speculators", *command, "--tag", "tax")
+        assert refused.code == 1 and "has no domain 'tax'" in refused.err and "law" in refused.err
+    assert "'tax'" in shell("training", "status", "echo", "--tag", "tax").err
 
 
 def test_a_canary_by_hand(shell: Shell, service: Service) -> None:
@@ -77,8 +95,12 @@ def test_training_of_all_models(shell: Shell, service: Service) -> None:
     done = shell("training", "status")
     echo, slow = (next(line for line in done.out.splitlines() if line.strip().startswith(f"{model} ")) for model in ("echo", "slow"))
     assert "training" in echo and "80" in echo and "off" in slow and "no round yet" in done.err
+    law = next(line for line in done.out.splitlines() if " law " in line)
+    assert "waiting" in law and "echo, domain law: no round yet" in done.err
     states = json.loads(shell("training", "status", "echo", "--json").out)
-    assert states["echo"]["step"] == 3 and states["echo"]["traces"]["seen"] == 80
+    assert states["echo"]["step"] == 3 and states["echo"]["traces"]["seen"] == 80 and states["echo"]["domains"]["law"]["round"] == 0
+    (alone,) = json.loads(shell("training", "status", "echo", "--tag", "law", "--json").out).values()
+    assert (alone["tag"], alone["phase"], alone["state"]) == ("law", "waiting", "on") and "domains" not in alone
 
 
 def test_training_is_paused_and_resumed(shell: Shell, service: Service) -> None:
@@ -105,11 +127,11 @@ def test_the_log_is_shown_and_purged(shell: Shell, service: Service) -> None:
     assert "1 records were deleted." in shell("log", "purge", "--request", "cmpl-1", input="y\n").out
     answer = json.loads(shell("log", "purge", "--model", "echo", "--before", "7d", "--why", "asked for", "--yes", "--json").out)
     assert answer["purged"] == 1 and answer["before"] == pytest.approx(datetime.now(UTC).timestamp() - 7 * 86400, abs=60)
-    assert shell("log", "purge", "--of-key", "other", "-y").code == 0
+    assert shell("log", "purge", "--of-key", "other", "--tag", "law", "-y").code == 0
     history = json.loads(shell("log", "history", "--json").out)["history"]
     assert [(entry["who"], entry["records"]) for entry in history] == [("operator", 1)] * 3 and history[1]["why"] == "asked for"
     shown = shell("log", "history").out
-    assert "request cmpl-1" in shown and "key other" in shown
+    assert "request cmpl-1" in shown and "key other, tag law" in shown
 
 
 @pytest.mark.parametrize("arguments", [(), ("--all", "--model", "echo"), ("--before", "soon"), ("--why", "tidy")])

@@ -131,6 +131,11 @@ BAD: list[tuple[Any, tuple[str, ...]]] = [
     ({"models": [MODEL], "gateway": {"limits": {"tokens_per_minute": 0}}}, ("gateway.limits.tokens_per_minute", "0")),
     ({"models": [MODEL], "keys": [{"name": "a"}]}, ("keys[0]", "sha256")),
     ({"models": [MODEL], "keys": [{"name": "a", "sha256": "xyz"}]}, ("keys[0].sha256", "64")),
+    ({"models": [MODEL], "keys": [{"name": "a", "sha256": "ab" * 32, "tag": "a b"}]}, ("keys[0].tag", "'a b'", "A-Za-z0-9")),
+    ({"models": [MODEL | {"refresh": {"tags": ["sql", "a/b"]}}]}, ("models[0].refresh.tags[1]", "'a/b'", "A-Za-z0-9")),
+    ({"models": [MODEL | {"refresh": {"tags": ["sql", "law", "sql"]}}]}, ("models[0].refresh.tags", "must differ: sql")),
+    ({"models": [MODEL | {"refresh": {"tags": [f"t{i}" for i in range(17)]}}]}, ("models[0].refresh.tags", "16")),
+    ({"models": [MODEL | {"refresh": {"tags": "sql"}}]}, ("models[0].refresh.tags", "'sql'")),
     ({"models": [MODEL], "request_log": {"url": "mysql://x"}}, ("request_log", "sqlite:///")),
     ({"models": [MODEL], "state": {"url": "file"}}, ("state", "redis://")),
     ({"models": [MODEL], "ray": {"auth": "maybe"}}, ("ray.auth", "token")),
@@ -180,6 +185,13 @@ def test_refresh_is_off_unless_asked_for_and_needs_a_speculator(tmp_path: Path) 
         load(tmp_path, {"models": [MODEL | {"refresh": {"enabled": True}}]})
     with pytest.raises(ConfigError, match="most must be at least"):
         load(tmp_path, {"models": [MODEL], "refresh": {"canary": {"least": 60, "most": 50}}})
+
+
+def test_tags_are_domains_of_their_own(tmp_path: Path) -> None:
+    made = load(tmp_path, {"models": [MODEL | {"refresh": {"tags": ["sql"]}}]}, SPECFLEET_MODELS__ONE__REFRESH__TAGS='["law", "tax"]')
+    refresh = made.models[0].refresh
+    assert [refresh.domain(tag) for tag in ("law", "tax", "sql", "")] == ["law", "tax", "", ""]
+    assert trainer_settings(refresh).buffer.tags == ("law", "tax")
 
 
 def test_where_versions_are_kept(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_drafters_are_made_from_settings(tmp_path: object, make_speculator: Make
     assert build_drafter("none", None, **base) is None
     assert isinstance(build_drafter("ngram", None, **base), NgramDrafter)
     mlp = build_drafter("mlp", str(tmp_path), **base, version="3")
-    assert isinstance(mlp, Versions) and isinstance(mlp.live, MLPDrafter)
+    assert isinstance(mlp, Versions) and isinstance(mlp.common.live, MLPDrafter)
     assert (mlp.version, mlp.max_depth, mlp.max_width) == ("3", 3, 5)
     assert isinstance(build_drafter("mlp+ngram", str(tmp_path), **base), CombinedDrafter)
     with pytest.raises(CheckpointError, match="hidden size is 25"):

@@ -192,11 +192,12 @@ def test_what_is_forgotten_is_gone_from_every_part_and_the_rest_stays(tmp_path: 
     kept = {trace.request: trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))}
     assert all(part for domain in one.domains.values() for part in (domain.recent.traces, domain.older.entries, domain.held.traces))
     odd = {request for request in kept if int(request[2:]) % 2}
-    assert one.forget(lambda trace: trace.request in odd) == len(odd) > 0
+    gone = one.forget(lambda trace: trace.request in odd)
+    assert sum(gone.values()) == len(odd) and min(gone.values()) > 0
     left = [trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))]
     assert {trace.request for trace in left} == kept.keys() - odd and one.nbytes == sum(trace.nbytes for trace in left)
     assert sum(one.counts(tag).dropped for tag in ("", "law")) == 300 - len(left)
-    assert one.forget(lambda trace: trace.request in odd) == 0
+    assert one.forget(lambda trace: trace.request in odd) == {"": 0, "law": 0}
     one.save(tmp_path / "traces")
     back = buffer(60, tags=("law",), held_out=0.3)
     back.load(tmp_path / "traces")
@@ -207,7 +208,7 @@ def test_a_sample_of_which_all_was_forgotten_begins_anew() -> None:
     one, new = buffer(40), buffer(40)
     for trace in many(400):
         one.add(trace)
-    assert one.domains[""].older.threshold > 0 and one.forget(lambda trace: True) > 0
+    assert one.domains[""].older.threshold > 0 and one.forget(lambda trace: True)[""] > 0
     assert one.nbytes == 0 and one.training("") == one.held_out("") == ()
     for trace in many(60, first=400):
         one.add(trace)
@@ -250,3 +251,21 @@ def test_a_full_disk_leaves_the_last_file(tmp_path: Path) -> None:
         one.save(tmp_path / "traces")
     assert (tmp_path / "traces").read_bytes() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "traces"]
+
+
+@pytest.mark.parametrize("tags", [(), ("law",), ("law", "code"), ("code", "sql")])
+def test_a_saved_buffer_is_read_into_the_domains_that_there_are_now(tmp_path: Path, tags: tuple[str, ...]) -> None:
+    one = buffer(200, tags=("law",))
+    for trace in (*many(60, tag="law"), *many(60, tag="code", first=60), *many(60, first=120)):
+        one.add(trace)
+    one.save(tmp_path / "traces")
+    back = buffer(10_000, tags=tags)
+    back.load(tmp_path / "traces")
+    kept = {trace.request: trace.tag for domain in ("", "law") for trace in (*one.training(domain), *one.held_out(domain))}
+    for tag in ("", *tags):
+        found = {trace.request for trace in (*back.training(tag), *back.held_out(tag))}
+        assert found == {request for request, its in kept.items() if back.domain_of(its) == tag}
+        assert back.counts(tag).seen - back.counts(tag).dropped == len(found) and back.size(tag) == len(found) * ONE
+        assert all(back.is_held_out(trace.request) for trace in back.held_out(tag))
+        assert not any(back.is_held_out(trace.request) for trace in back.training(tag))
+    assert sum(back.counts(tag).seen for tag in back.domains) == 180 and back.nbytes == len(kept) * ONE

@@ -1,5 +1,5 @@
-"""The refresh loop of a whole service: traffic is captured, a speculator trained on it, tried and promoted, while texts stay the same; then
-trainer, registry and replica die in turn."""
+"""The refresh loop of a whole service: traffic is captured, a speculator trained on it, tried and promoted, for a domain of its own first,
+while texts stay the same; then trainer, registry and replica die in turn."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 KEY = {"Authorization": f"Bearer {USER}"}
 REFRESH = {
     "enabled": True,
+    "tags": ["law"],
     "capture": {"share": 1.0},
     "held_out": 0.4,
     "rate": 4e-3,
@@ -63,32 +64,45 @@ class Service:
         body = {"model": "tiny", "prompt": prompt, "seed": seed, "max_tokens": 40, "ignore_eos": True, **fields}
         return self.client.post("/v1/completions", json=body).raise_for_status().json()
 
-    def texts(self) -> list[str]:
+    def texts(self, **more: Any) -> list[str]:
         """The same eight requests, of which nothing is stored."""
-        wanted = [{"temperature": t, "store": False} for t in (0.0, 1.0)]
+        wanted = [{"temperature": t, "store": False, **more} for t in (0.0, 1.0)]
         return [self.ask(f"The quick {i}", i, **fields)["choices"][0]["text"] for i in range(4) for fields in wanted]
 
-    def traffic(self, count: int = 4) -> None:
+    def traffic(self, count: int = 4, **fields: Any) -> None:
         """More requests, each a prompt with several choices."""
         for _ in range(count):
             self.asked += 1
-            self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7)
+            self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7, **fields)
 
-    def until(self, predicate: Any, timeout: float = 90) -> Any:
-        """Traffic until it is true."""
+    def until(self, predicate: Any, timeout: float = 90, **fields: Any) -> Any:
+        """Traffic until it is true, with pauses in which the trainer has the processors."""
 
         def step() -> Any:
-            self.traffic()
+            if not self.working():
+                self.traffic(**fields)
             return predicate()
 
-        return wait_until(step, timeout, 0.0)
+        return wait_until(step, timeout, 0.1)
 
-    def actions(self) -> list[str]:
-        return [change["action"] for change in self.registry("history")]
+    def working(self) -> bool:
+        """Whether the trainer is in a round."""
+        try:
+            return bool(ray.get(self.actor(f"{TRAINER}-tiny").status.remote(), timeout=20)["working"])
+        except (ValueError, ray.exceptions.RayError):
+            return False
 
-    def replicas(self) -> dict[str, Any]:
+    def actions(self, tag: str = "") -> list[str]:
+        return [change["action"] for change in self.registry("history", None, tag)]
+
+    def version(self, tag: str = "") -> str:
+        """The one that drafts for a request with a tag."""
+        found: str = self.ask("x", 1, store=False, **({"metadata": {"tag": tag}} if tag else {}))["speculation"]["version"]
+        return found
+
+    def replicas(self, tag: str = "") -> dict[str, Any]:
         """Those that the registry heard of just now."""
-        return {name: found for name, found in self.registry("state")["replicas"].items() if found["age"] < 2}
+        return {name: found for name, found in self.registry("state", tag)["replicas"].items() if found["age"] < 2}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +115,26 @@ def service(tmp_path_factory) -> Iterator[Service]:
     with serving(config) as settings:
         ready(settings)
         yield Service(settings)
+
+
+def test_a_domains_traffic_becomes_a_speculator_of_its_own(service: Service) -> None:
+    before, first, law = service.texts(), service.version(), {"metadata": {"tag": "law"}}
+    assert service.version("law") == first
+    service.until(lambda: "promote" in service.actions("law"), **law)
+    own = service.registry("state", "law")["live"]
+    wait_until(lambda: service.version("law") == own, 20)
+    assert own != first == service.version() == service.version("other") and service.texts() == before == service.texts(**law)
+    submit, canary, promote = [c for c in service.registry("history", None, "law") if c["version"] == own]
+    assert [(c["action"], c["who"]) for c in (submit, canary, promote)] == [
+        ("submit", "trainer"),
+        ("canary", "canary"),
+        ("promote", "canary"),
+    ]
+    assert (promote["from"], promote["to"], submit["release"]["against"]) == (None, own, first)
+    assert service.actions() == ["register"] and service.registry("state")["live"] == first
+    (replica,) = service.replicas("law").values()
+    assert replica["agrees"] and set(replica["loaded"]) == {own}
+    assert f'specfleet_version_steps_total{{model="tiny",tag="law",version="{own}"}}' in service.client.get("/metrics").text
 
 
 def test_traffic_becomes_a_better_speculator_and_texts_stay_the_same(service: Service) -> None:

@@ -216,15 +216,15 @@ def test_a_client_that_hangs_up_frees_its_place(settings, admin):
 
 
 def test_tokens_arrive_as_they_are_committed(client):
-    """No batching delay: many chunks, and the median gap between them far under the tens of milliseconds that batchers add."""
+    """Chunks of a lone stream are a millisecond apart: many of them, and the median gap far under the tens of ms that batchers add."""
     arrivals = []
     for _ in client.completions.create(
         model="toy-chat", prompt="The", max_tokens=100, stream=True, seed=1, extra_body={"ignore_eos": True, "speculation": {"mode": "off"}}
     ):
         arrivals.append(time.perf_counter())
     gaps = sorted(b - a for a, b in pairwise(arrivals))
-    assert len(arrivals) >= 40, "text should come in many chunks"
-    assert gaps[len(gaps) // 2] < 0.045
+    assert len(arrivals) >= 10, "text should come in many chunks"
+    assert gaps[len(gaps) // 2] < 0.02
 
 
 # -- operators --------------------------------------------------------------------------------------------------------------

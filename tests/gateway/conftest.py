@@ -21,7 +21,7 @@ class Gateway:
 
     def __init__(self, refresh: Refresh | None = None, **changes: Any) -> None:
         models = [{"name": name, "base": "x", "drafter": "ngram"} for name in NAMES]
-        models[0]["sampling"] = {"temperature": 0.7, "top_k": 5}
+        models[0] |= {"sampling": {"temperature": 0.7, "top_k": 5}, "refresh": {"tags": ["law"]}}
         self.settings = Settings(**{"models": models} | changes)
         self.fleet, self.desk, self.now = FakeFleet(), FakeDesk(), 0.0
         self.app = create_app(self.settings, self.fleet, self.desk, refresh or nothing(), lambda: self.now)

@@ -23,11 +23,12 @@ from services.gateway.ray_refresh import RayLog, RaySpeculators, RayTraining
 from services.gateway.refresh import Refresh
 from tests.actors.bundles import VOCAB, WIDTH, make_bundle
 from tests.actors.stand import Clock, Flaky
-from tests.actors.test_trainer import fed, keeper
+from tests.actors.test_trainer import TRAINER, fed, keeper
 
 BASE = Base("base", VOCAB, WIDTH, "r1")
 BETTER = Verdict(True, 150, 2.0, 2.1, 0.1, 0.05, 0.15, "better on held-out requests")
 WORSE = Verdict(False, 150, 2.0, 1.9, -0.1, -0.15, -0.05, "not better")
+TAGS = ("law",)
 RETENTION = {"max_records": 1000, "max_bytes": 2**30, "max_age_s": 3600.0}
 
 
@@ -56,7 +57,7 @@ class Actor:
 
 
 class Loop:
-    """v[0] is configured, v[1] and v[2] are candidates, v[3] was refused by the gate."""
+    """v[0] is configured, v[1] and v[2] are candidates, v[3] was refused by the gate. The domain `law` has no version of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.store = Clock(), Flaky(open_state(f"sqlite:///{folder}/state.db"))
@@ -76,15 +77,22 @@ class Loop:
         bundle = make_bundle(folder, seed, model="echo")
         url = self.artefacts.publish(bundle)
         if seed == 0:
-            self.keeper.register("echo", BASE, url, bundle.manifest)
+            self.keeper.register("echo", BASE, url, bundle.manifest, TAGS)
         else:
             self.keeper.submit("echo", url, bundle.manifest, WORSE if seed == 3 else BETTER, "trainer")
         return bundle.manifest.version
 
+    def submit_for(self, tag: str) -> str:
+        """Another version, a candidate of that domain."""
+        bundle = make_bundle(self.artefacts.cache.parent / "made", 9, model="echo")
+        self.keeper.submit("echo", self.artefacts.publish(bundle), bundle.manifest, BETTER, "trainer", tag=tag)
+        return bundle.manifest.version
+
     async def logged(self) -> None:
-        """Three records: two of echo with the key of a client, one of slow with another."""
+        """Three records: two of echo with the key of a client, one of slow with another and a tag."""
         for name, model, key, created in (("1", "echo", "client", 100.0), ("2", "echo", "client", 200.0), ("3", "slow", "other", 300.0)):
-            await self.log.append([RequestRecord(f"cmpl-{name}-0", model, created, key, (1, 2), (3,), None)])
+            tag = "law" if model == "slow" else ""
+            await self.log.append([RequestRecord(f"cmpl-{name}-0", model, created, key, (1, 2), (3,), None, tag=tag)])
         await self.log.flush()
 
 
@@ -110,12 +118,12 @@ class Training:
 
 def trainer_of(folder: Path) -> Worker:
     """A worker in the middle of a round."""
-    found = fed(keeper(folder / "trainer"))
-    while found.refresher.standing.step < 3:
+    found = fed(keeper(folder / "trainer", replace(TRAINER, buffer=replace(TRAINER.buffer, tags=TAGS))))
+    while found.domains[""].refresher.standing.step < 3:
         found.run(0.0)
-    return Worker(found, lambda _: None, lambda: None)
+    return Worker(found, lambda _: None, dict)
 
 
 def desks(registry: Actor, trainer: Actor, log: Actor, opener: Callable[[], StateStore]) -> Refresh:
     training = RayTraining({"echo": trainer.find}, {"echo": 2**28}, opener, lambda: 77.0)
-    return Refresh(RaySpeculators(registry.find, ["echo"]), training, RayLog(log.find, RETENTION, {"echo": trainer.find}))
+    return Refresh(RaySpeculators(registry.find, {"echo": TAGS}), training, RayLog(log.find, RETENTION, {"echo": trainer.find}))

@@ -45,6 +45,15 @@ async def test_keys(locked: Any) -> None:
             assert (await http.get(path)).status_code in (200, 503)
 
 
+async def test_a_key_may_have_a_tag_and_a_requests_own_goes_first(make: Callable[..., Any]) -> None:
+    gateway = make(keys=[USER | {"tag": "law"}, ROOT])
+    async with gateway.client() as http:
+        for key in ("user-key-1", "root-key-1"):
+            for metadata in (None, {"a": "b"}, {"tag": "sql"}):
+                assert (await http.post("/v1/completions", json=TEXT | {"metadata": metadata}, headers=bearer(key))).status_code == 200
+    assert [job.tag for job in gateway.fleet.jobs] == ["law", "law", "sql", "", "", "sql"]
+
+
 async def test_without_keys_only_this_machine(gateway: Any) -> None:
     for peer, status in (("127.0.0.1", 200), ("::1", 200), ("10.0.0.5", 401)):
         async with gateway.client(peer=peer) as http:

@@ -138,7 +138,9 @@ FIELDS = [
     ({"speculation": {"mode": "off"}}, {"speculation": Speculation("off")}),
     ({"store": False}, {"store": False}),
     ({"priority": "batch"}, {"priority": "batch"}),
-    ({"user": "u", "metadata": {"a": "b"}}, {}),
+    ({"user": "u", "metadata": {"a": "b"}}, {"tag": ""}),
+    ({"metadata": {"tag": "law-2.x_Y", "a": "b"}}, {"tag": "law-2.x_Y"}),
+    ({"metadata": {"tag": None}}, {"tag": ""}),
 ]
 
 

@@ -65,6 +65,16 @@ BAD_CHAT = [
     ({"store": 1}, "store"),
     ({"priority": "urgent"}, "priority"),
     ({"priority": 1}, "priority"),
+    ({"metadata": {"tag": ""}}, "metadata.tag"),
+    ({"metadata": {"tag": "two words"}}, "metadata.tag"),
+    ({"metadata": {"tag": "-law"}}, "metadata.tag"),
+    ({"metadata": {"tag": "law\n"}}, "metadata.tag"),
+    ({"metadata": {"tag": "über"}}, "metadata.tag"),
+    ({"metadata": {"tag": "x" * 65}}, "metadata.tag"),
+    ({"metadata": {"tag": 5}}, "metadata.tag"),
+    ({"metadata": {"a": 5}}, "metadata.a"),
+    ({"metadata": {str(i): "x" for i in range(65)}}, "metadata"),
+    ({"metadata": ["law"]}, "metadata"),
     ({"nonsense": 1}, "nonsense"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -105,6 +115,11 @@ async def test_bad_chat(gateway: Any, http: httpx.AsyncClient, fields: dict[str,
     found = error(await http.post("/v1/chat/completions", json=CHAT | fields), 400)
     assert found["param"] == param and found["type"] == "invalid_request_error" and not gateway.fleet.jobs
     assert param.split(".")[-1].split("[")[0] in found["message"]
+
+
+async def test_a_bad_tag_is_named_with_what_would_be_taken(http: httpx.AsyncClient) -> None:
+    found = error(await http.post("/v1/completions", json=TEXT | {"metadata": {"tag": "two words"}}), 400)
+    assert found["message"].startswith("Invalid metadata.tag: a tag has 1 to 64 letters") and "'two words'" in found["message"]
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD_TEXT)

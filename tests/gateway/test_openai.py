@@ -28,7 +28,8 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
 async def test_chat(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="echo", messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, seed=1, stop=["x"], logit_bias={"5": 1},
-        prediction={"type": "content", "content": "Hello"}, max_completion_tokens=5, user="me", store=False, metadata={"a": "b"},
+        prediction={"type": "content", "content": "Hello"}, max_completion_tokens=5, user="me", store=False,
+        metadata={"a": "b", "tag": "law"},
         extra_body={"speculation": {"mode": "auto", "max_depth": 3}, "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1},
     )  # fmt: skip
     assert [choice.message.content for choice in answer.choices] == ["Hello world!"] * 2

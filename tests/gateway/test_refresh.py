@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.registry import NAME as REGISTRY_NAME
+from actors.registry import RegistryKeeper
 from actors.releases import ReplicaReport
 from actors.trainer import NAME as TRAINER_NAME
 from actors.trainer import Worker
@@ -56,7 +57,8 @@ def reported(loop: Loop, **more: Any) -> ReplicaReport:
     assert now.live is not None
     placements = [now.live, *([now.canary.placement] if now.canary else [])]
     loaded = {placement.version: placement.checksum for placement in placements}
-    return ReplicaReport("r1", "echo", now.revision, now.live.version, loaded, salt=now.canary.salt if now.canary else "", **more)
+    run = {"salt": now.canary.salt, "against": now.live.version} if now.canary else {}
+    return ReplicaReport("r1", "echo", now.revision, now.live.version, loaded, **run, **more)
 
 
 async def test_all_of_it_needs_an_admin_key(served: Any, loop: Loop) -> None:
@@ -131,6 +133,67 @@ async def test_what_is_refused(root: httpx.AsyncClient, loop: Loop, path: str, s
     assert len(loop.keeper.history("echo")) == 4
 
 
+async def test_a_domain_is_changed_by_its_tag(root: httpx.AsyncClient, loop: Loop) -> None:
+    version = loop.submit_for("law")
+    whole = (await root.get("/admin/speculators/echo")).json()
+    assert (whole["tag"], whole["serving"], len(whole["versions"])) == ("", loop.v[0], 4)
+    law = whole["domains"]["law"]
+    assert (law["state"], law["live"], law["serving"], [v["version"] for v in law["versions"]]) == ("on", None, loop.v[0], [version])
+    assert (await root.get("/admin/speculators/echo", params={"tag": "law"})).json() == law
+    for path, params, live in (
+        (f"{version}/canary", {"share": 0.3}, None),
+        ("rollback", {}, None),
+        (f"{version}/promote", {"expected_version": 4}, version),
+        (f"{version}/pin", {}, version),
+        ("unpin", {}, version),
+        ("rollback", {"why": "back to all"}, None),
+    ):
+        answer = await root.post(f"/admin/speculators/echo/{path}", params={"tag": "law", **params})
+        assert answer.status_code == 200 and (answer.json()["live"], answer.json()["tag"]) == (live, "law"), answer.text
+    answer = (await root.get("/admin/speculators/echo/history", params={"tag": "law"})).json()
+    assert answer["tag"] == "law" and [c["action"] for c in answer["history"]][2:] == [
+        "canary", "roll_back", "promote", "pin", "unpin", "roll_back",
+    ]  # fmt: skip
+    assert (await root.get("/admin/speculators/echo")).json()["revision"] == 4 == whole["revision"]
+    assert (await root.post(f"/admin/speculators/echo/{version}/promote")).json()["error"]["code"] == "version_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "speculators/echo?tag=tax"),
+        ("GET", "speculators/echo/history?tag=tax"),
+        ("POST", "speculators/echo/unpin?tag=tax"),
+        ("GET", "training/echo?tag=tax"),
+    ],
+)
+async def test_a_domain_that_is_not_configured(root: httpx.AsyncClient, method: str, path: str) -> None:
+    answer = await root.request(method, f"/admin/{path}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "domain_not_found", "tag")
+    assert error["message"] == "The model echo has no domain 'tax'; its domains (refresh.tags) are law."
+    assert (await root.request(method, f"/admin/{path.replace('=tax', '=')}")).status_code == 400
+
+
+async def test_a_domain_that_the_registry_does_not_know_yet(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.store.inner.entries = lambda stream, count=None, old=loop.store.inner.entries: (
+        [] if stream.endswith("/law") else old(stream, count)
+    )
+    loop.registry_actor.body = RegistryKeeper(loop.store, loop.artefacts, loop.clock)
+    state = (await root.get("/admin/speculators/echo")).json()
+    assert state["live"] == loop.v[0] and state["domains"] == {"law": {"state": "away"}}
+    assert (await root.get("/admin/speculators/echo?tag=law")).status_code == 503
+    assert 'specfleet_speculator_revision{model="echo",tag=""} 4.0' in (await root.get("/metrics")).text
+
+
+async def test_training_of_a_domain(root: httpx.AsyncClient, loop: Loop) -> None:
+    whole = (await root.get("/admin/training/echo")).json()
+    assert (whole["phase"], whole["domains"]["law"]["phase"]) == ("training", "waiting")
+    law = (await root.get("/admin/training/echo?tag=law")).json()
+    assert (law["tag"], law["phase"], law["state"], law["buffer_bytes"]) == ("law", "waiting", "on", 2**28) and "domains" not in law
+    assert (await root.patch("/admin/training/echo?tag=law", json={"paused": True})).json()["error"]["param"] == "tag"
+
+
 async def test_of_two_promotions_at_once_one_is_made(root: httpx.AsyncClient, loop: Loop) -> None:
     asked = [root.post(f"/admin/speculators/echo/{v}/promote", params={"expected_version": 4}) for v in loop.v[1:3]]
     assert sorted(answer.status_code for answer in await asyncio.gather(*asked)) == [200, 409]
@@ -139,7 +202,7 @@ async def test_of_two_promotions_at_once_one_is_made(root: httpx.AsyncClient, lo
 async def test_a_model_that_is_not_refreshed(root: httpx.AsyncClient) -> None:
     speculators, training = [(await root.get(f"/admin/{room}/slow")).json() for room in ("speculators", "training")]
     assert speculators["state"] == training["state"] == "off" and speculators["versions"] == []
-    assert (await root.get("/admin/speculators/slow/history")).json() == {"model": "slow", "history": []}
+    assert (await root.get("/admin/speculators/slow/history")).json() == {"model": "slow", "tag": "", "history": []}
     for answer in (
         await root.post("/admin/speculators/slow/v1/promote"),
         await root.post("/admin/speculators/slow/rollback"),
@@ -159,7 +222,7 @@ async def test_who_is_away_is_asked_again_later(root: httpx.AsyncClient, loop: L
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
         assert answer.json()["error"]["code"] == codes[path.partition("/")[0].partition("?")[0]]
     metrics = (await root.get("/metrics")).text
-    assert 'specfleet_training_phase{model="echo",phase="away"} 1.0' in metrics
+    assert 'specfleet_training_phase{model="echo",phase="away",tag=""} 1.0' in metrics
 
 
 async def test_a_store_that_is_away_changes_nothing(root: httpx.AsyncClient, loop: Loop) -> None:
@@ -206,7 +269,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     assert (state["records"], state["oldest"], state["newest"]) == (3, 100.0, 300.0)
     assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
     answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
-    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0}
+    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0, "tag": None}
     assert answer.json() == said | {"traces": {"echo": 80}, "untold": []}  # the trainer's are of the first 80 seconds
     assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
     assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
@@ -224,6 +287,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
         ("model=echo", 80),
         ("model=slow", 0),  # another model's trainer is not asked
         ("request=r-7", 1),
+        ("tag=law", 0),
         ("before=1970-01-01T00:00:30Z", 30),
         ("key=client", 80),  # traces carry no key
         ("key=client&before=1970-01-01T00:00:30Z", 30),
@@ -292,7 +356,7 @@ async def test_candidates_that_the_trainer_turned_down_are_counted(tmp_path: Pat
     refuses = fed(keeper(tmp_path, replace(TRAINER, rule=replace(TRAINER.rule, margin=3.0))))
     assert worked(refuses) is None
     states = RefreshStates()
-    training = Worker(refuses, lambda _: None, lambda: None).status()
+    training = Worker(refuses, lambda _: None, dict).status()
     states.states = {"echo": ({"state": "off"}, {"state": "on", **training, "buffer_bytes": 1})}
     samples = {(s.name, s.labels.get("verdict")): s.value for metric in states.collect() for s in metric.samples}
     assert samples["specfleet_training_candidates_total", "rejected"] == 1
@@ -305,49 +369,56 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
     loop.keeper.start_canary("echo", one, "trainer", "it passed the gate", 0.25)
     arms = {live: Arm.of(10, 5), one: Arm.of(10, 7)}
     loop.keeper.report(reported(loop, errors={rejected: "a byte differs"}, arms=arms))
-    await root.post("/v1/completions", json=TEXT)
+    for tag in ("", "law", "anything"):
+        await root.post("/v1/completions", json=TEXT | ({"metadata": {"tag": tag}} if tag else {}))
     told = found((await root.get("/metrics")).text)
     info = {labels[2:]: value for labels, value in told.items() if labels[0] == "specfleet_speculator_info"}
-    assert info == {("r1", "live", live): 1, ("r1", "canary", one): 1, ("r1", "failed", rejected): 1}
+    assert info == {("r1", "live", "", live): 1, ("r1", "canary", "", one): 1, ("r1", "failed", "", rejected): 1}
     for name, labels, value in (
-        ("speculator_agrees", ("echo", "r1"), 1),
-        ("speculator_versions", ("echo", "candidate"), 1),
-        ("speculator_versions", ("echo", "rolled_back"), 0),
-        ("speculator_revision", ("echo",), 5),
-        ("speculator_pinned", ("echo",), 0),
-        ("speculator_canary_share", ("echo",), 0.25),
-        ("speculator_candidates", ("echo", "passed"), 2),
-        ("speculator_candidates", ("echo", "rejected"), 1),
-        ("speculator_gate_difference", ("echo", rejected), -0.1),
-        ("training_phase", ("echo", "training"), 1),
-        ("training_phase", ("echo", "waiting"), 0),
-        ("training_phase", ("slow", "off"), 1),
-        ("training_traces_total", ("echo", "seen"), 80),
-        ("training_rounds_total", ("echo",), 1),
-        ("training_candidates_total", ("echo", "rejected"), 0),
-        ("training_step", ("echo",), 3),
+        ("speculator_agrees", ("echo", "r1", ""), 1),
+        ("speculator_versions", ("echo", "candidate", ""), 1),
+        ("speculator_versions", ("echo", "rolled_back", ""), 0),
+        ("speculator_versions", ("echo", "candidate", "law"), 0),
+        ("speculator_revision", ("echo", ""), 5),
+        ("speculator_revision", ("echo", "law"), 1),
+        ("speculator_pinned", ("echo", ""), 0),
+        ("speculator_canary_share", ("echo", ""), 0.25),
+        ("speculator_candidates", ("echo", "", "passed"), 2),
+        ("speculator_candidates", ("echo", "", "rejected"), 1),
+        ("speculator_gate_difference", ("echo", "", rejected), -0.1),
+        ("training_phase", ("echo", "training", ""), 1),
+        ("training_phase", ("echo", "waiting", ""), 0),
+        ("training_phase", ("echo", "waiting", "law"), 1),
+        ("training_phase", ("slow", "off", ""), 1),
+        ("training_traces_total", ("echo", "seen", ""), 80),
+        ("training_traces_total", ("echo", "invalid", ""), 0),
+        ("training_traces_total", ("echo", "seen", "law"), 0),
+        ("training_rounds_total", ("echo", ""), 1),
+        ("training_candidates_total", ("echo", "", "rejected"), 0),
+        ("training_step", ("echo", ""), 3),
         ("training_buffer_limit_bytes", ("echo",), 2**28),
-        ("version_steps_total", ("echo", "v1"), 2),
-        ("version_tokens_total", ("echo", "v1"), 3),
+        ("version_steps_total", ("echo", "", "v1"), 4),
+        ("version_tokens_total", ("echo", "", "v1"), 6),
+        ("version_steps_total", ("echo", "law", "v1"), 2),
     ):
         assert told[(f"specfleet_{name}", *labels)] == pytest.approx(value), name
     status = loop.trainer.status()
-    assert told["specfleet_training_buffer_bytes", "echo"] == status["traces"]["bytes"] > 0
-    assert told["specfleet_training_loss", "0", "echo"] == pytest.approx(status["losses"][0])
-    assert told["specfleet_speculator_canary_difference", "echo"] == pytest.approx(0.2)
+    assert told["specfleet_training_buffer_bytes", "echo", ""] == status["traces"]["bytes"] > 0
+    assert told["specfleet_training_loss", "0", "echo", ""] == pytest.approx(status["losses"][0])
+    assert told["specfleet_speculator_canary_difference", "echo", ""] == pytest.approx(0.2)
 
 
 def test_only_the_latest_versions_are_told_of() -> None:
     counts = VersionCounts()
     for i in range(100):
-        counts.add("echo", SpeculationReport("mlp", f"v{i}", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
-        counts.add("echo", SpeculationReport("mlp", "v0", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+        counts.add("echo", "", SpeculationReport("mlp", f"v{i}", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
+        counts.add("echo", "", SpeculationReport("mlp", "v0", steps=1, drafted=0, accepted=0, tokens=2, depth_sum=0, depth_max=0))
     samples = {s.labels["version"]: s.value for metric in counts.collect() for s in metric.samples if s.name.endswith("steps_total")}
     assert samples == {"v0": 101} | {f"v{i}": 1 for i in range(100 - LATEST + 1, 100)}
 
 
 def test_the_actors_are_asked_by_the_methods_that_they_have(loop: Loop) -> None:
     for action in ("promote", "pin", "unpin", "rollback", "canary", "retire"):
-        method, arguments = ray_refresh.call(Release("echo", action, "me", "why", "v", 0.5, 7))  # type: ignore[arg-type]
-        assert callable(getattr(loop.keeper, method)) and arguments[0] == "echo" and arguments[-1] == 7
+        method, arguments = ray_refresh.call(Release("echo", action, "me", "why", "v", 0.5, 7, "law"))  # type: ignore[arg-type]
+        assert callable(getattr(loop.keeper, method)) and arguments[0] == "echo" and arguments[-2:] == (7, "law")
     assert (ray_refresh.REGISTRY, ray_refresh.TRAINER) == (REGISTRY_NAME, TRAINER_NAME)

@@ -60,7 +60,8 @@ async def begun(folder: Path, chosen: Settings) -> str:
     url, version = Artefacts(place, folder / "cache").publish(bundle), bundle.manifest.version
     registry = start_registry(chosen.state.url, place, str(folder / "registry"), namespace=SPACE)
     await registry.register.remote("toy", BASE, url, bundle.manifest)
-    start_trainer("toy", BASE, str(published), version, place, str(folder / "work"), settings=TRAINER, namespace=SPACE)
+    trainer = start_trainer("toy", BASE, str(published), version, place, str(folder / "work"), settings=TRAINER, namespace=SPACE)
+    await trainer.status.remote()  # it is up
     return version
 
 

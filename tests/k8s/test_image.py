@@ -11,6 +11,7 @@ from dockerfile_parse import DockerfileParser
 from packaging.specifiers import SpecifierSet
 
 from configs.settings import load_settings
+from services.cluster import TRANSPORT
 from tests.k8s.conftest import IMAGE, ROOT, Overlay, ray_container
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,6 +48,11 @@ def test_image_has_what_the_fleet_needs(overlay: Overlay) -> None:
     folders = [Path(model.base) for model in load_settings(ROOT / "configs" / "demo.yaml", {}).models]
     needed += [str(folder.relative_to(ROOT)) for folder in folders]
     assert not [path for path in needed if not (ROOT / path).exists() or left_out(path)]
+
+
+def test_processes_of_serve_talk_as_where_specfleet_starts_the_cluster() -> None:
+    told = dict(word.split("=", 1) for value in instructions("ENV") for word in value.split())
+    assert told.items() >= TRANSPORT.items()
 
 
 def test_what_is_secret_or_large_stays_outside() -> None:

@@ -22,6 +22,7 @@ from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettin
 from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
+from drafters.versions import Canary, Line
 from drafters.walk import expected_tokens
 from policies import CanaryRule, Plan, Verdict, in_canary
 from services import refresh
@@ -79,8 +80,8 @@ class Stand:
                 await self.refresh.attempt(act, "it")
             self.now += 0.25
 
-    def version(self, seed: int, submit: bool = True, **changes: Any) -> Bundle:
-        """Another speculator, published and a candidate."""
+    def version(self, seed: int, tag: str = "", **changes: Any) -> Bundle:
+        """Another speculator, published and a candidate of a domain."""
         torch.manual_seed(seed)
         config = MLPSpeculator.from_pretrained(self.folder / "speculator").config
         made = MLPSpeculator(config)
@@ -88,29 +89,33 @@ class Stand:
         origin = dict(model="toy", base=base.name, base_revision=base.revision, created=float(seed)) | changes
         bundle = write_bundle(self.root / "written", made, Origin(**origin))
         self.place.publish(bundle)
-        if submit:
-            told = self.keeper.submit("toy", self.url(bundle), bundle.manifest, PASSED, "trainer")
-            assert told["state"] == "candidate", self.keeper.state("toy")["versions"][-1]["why"]
+        told = self.keeper.submit("toy", self.url(bundle), bundle.manifest, PASSED, "trainer", tag=tag)
+        assert told["state"] == "candidate", self.keeper.state("toy", tag)["versions"][-1]["why"]
         return bundle
 
     def url(self, bundle: Bundle) -> str:
         return f"{self.root}/place/toy/{bundle.manifest.version}"
 
-    def shown(self) -> dict[str, Any]:
-        return self.keeper.state("toy")["replicas"]["r1"]
+    def shown(self, tag: str = "") -> dict[str, Any]:
+        return self.keeper.state("toy", tag)["replicas"]["r1"]
 
     async def text(self, name: str, **fields: Any) -> str:
         _, texts = await answer(self.host, job(name, **fields))
         return texts[0]
 
 
+def serves(host: ModelHost, request: str, tag: str = "") -> str:
+    """The version that drafts for a request."""
+    return host.versions.serving(request, tag).version
+
+
 def job(name: str, **fields: Any) -> Job:
     return Job(id=name, model="toy", prompts=("The quick",), **{"max_tokens": 30, "seed": 3, "ignore_eos": True, **fields})
 
 
-def model_settings(folder: Path, share: float = 1.0, **changes: Any) -> ModelSettings:
+def model_settings(folder: Path, share: float = 1.0, tags: tuple[str, ...] = (), **changes: Any) -> ModelSettings:
     sizes = EngineSettings(kv_bytes=4096 * TOKEN_BYTES, max_running=8)
-    wanted = ModelRefreshSettings(enabled=True, capture=CaptureSettings(share=share, top=4))
+    wanted = ModelRefreshSettings(enabled=True, capture=CaptureSettings(share=share, top=4), tags=tags)
     named = dict(name="toy", base=str(folder), speculator=str(folder / "speculator"))
     return ModelSettings(**named, engine=sizes, threads=1, packed_weights=None, refresh=wanted, **changes)
 
@@ -123,6 +128,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 async def stand(folder, tmp_path) -> AsyncIterator[Stand]:
     made = Stand(folder, tmp_path)
+    await made.host.start()
+    await made.beat(2)
+    yield made
+    made.host.stop()
+    made.host.runner.engine.check()
+
+
+@pytest.fixture
+async def tagged(folder, tmp_path) -> AsyncIterator[Stand]:
+    """The same with two domains."""
+    made = Stand(folder, tmp_path, tags=("law", "sql"))
     await made.host.start()
     await made.beat(2)
     yield made
@@ -150,8 +166,8 @@ async def test_texts_are_the_same_while_versions_change_under_streams(stand, tem
     async def flip() -> None:
         nonlocal swaps
         while True:
-            beside = refresh.Canary(drafters[swaps % 2], lambda request: in_canary(request, "s", 0.5)) if swaps % 3 else None
-            await stand.host.swap(drafters[(swaps + 1) % 2], beside)
+            beside = Canary(drafters[swaps % 2], lambda request: in_canary(request, "s", 0.5), "s") if swaps % 3 else None
+            await stand.host.swap({"": Line(drafters[(swaps + 1) % 2], beside)})
             swaps += 1
 
     flipping = asyncio.create_task(flip())
@@ -185,7 +201,7 @@ async def test_a_canary_serves_its_share_and_is_counted(stand):
     assert served == [chosen.serving(f"r{i}-0").version for i in range(12)] and set(served) == {version, live}
     assert [r.speculator_version for r in stand.records] == served
     await stand.beat()
-    arms = stand.refresh.tally.arms
+    _, arms = stand.refresh.tally.read("")
     assert {v: arm.requests for v, arm in arms.items()} == {v: served.count(v) for v in served}
     assert sum(arm.kept for arm in arms.values()) == sum(last(items).usage.accepted for items, _ in answers)
     canary = stand.keeper.state("toy")["canary"]
@@ -193,7 +209,7 @@ async def test_a_canary_serves_its_share_and_is_counted(stand):
     assert set(stand.shown()["loaded"]) == {version, live}
     stand.keeper.promote("toy", version, "operator")
     await stand.beat(2)
-    assert stand.refresh.tally.read() == ("", {}) and set(stand.refresh.loaded) == {version}
+    assert stand.refresh.tally.read("") == (refresh.Run(), {}) and set(stand.refresh.checksums) == {version}
 
 
 async def test_another_replica_of_the_same_name_space_counts_afresh(stand, folder, tmp_path):
@@ -209,10 +225,126 @@ async def test_another_replica_of_the_same_name_space_counts_afresh(stand, folde
     await other.start()
     await again.report()
     await again.change()
-    assert other.versions.beside.version == version and other.version_of("r1-0") == stand.host.version_of("r1-0")
+    assert other.versions.common.canary.drafter.version == version and serves(other, "r1-0") == serves(stand.host, "r1-0")
     await again.report()
     assert stand.keeper.state("toy")["canary"] == counted and set(stand.keeper.state("toy")["replicas"]) == {"r1", "r2"}
     other.stop()
+
+
+# -- domains ----------------------------------------------------------------------------------------------------------------
+
+
+async def versions_of(stand: Stand, tags: tuple[str, ...] = ("", "law", "sql", "other")) -> list[str]:
+    """The versions that answer requests with these tags, all at once."""
+    answers = await asyncio.gather(*(answer(stand.host, job(f"r{i}", tag=tag, seed=i)) for i, tag in enumerate(tags)))
+    return [last(items).speculation.version for items, _ in answers]
+
+
+async def test_a_domain_without_versions_follows_the_common_line(tagged):
+    configured = tagged.host.configured_version
+    assert await versions_of(tagged) == [configured] * 4 and list(tagged.host.versions.lines) == [""]
+    version, checksum = (found := tagged.version(1).manifest).version, found.checksum
+    tagged.keeper.start_canary("toy", version, "operator", share=0.999)
+    await tagged.beat(2)
+    assert await versions_of(tagged) == [version] * 4  # its canary too
+    tagged.keeper.promote("toy", version, "operator")
+    await tagged.beat(2)
+    assert await versions_of(tagged) == [version] * 4
+    for tag in ("", "law"):
+        assert tagged.shown(tag)["agrees"] and tagged.shown(tag)["loaded"] == {version: checksum}
+
+
+async def test_requests_are_drafted_for_by_their_domains_version_and_texts_stay(tagged):
+    before = [await tagged.text(f"before-{i}", tag=tag, seed=i) for i, tag in enumerate(("law", "", "sql"))]
+    law, common = tagged.version(1, "law").manifest.version, tagged.version(2).manifest.version
+    tagged.keeper.promote("toy", law, "operator", tag="law")
+    tagged.keeper.promote("toy", common, "operator")
+    await tagged.beat(2)
+    assert await versions_of(tagged) == [common, law, common, common]
+    assert tagged.host.status().version == common and tagged.host.runner.engine.draft_failures == 0
+    after = [await tagged.text(f"after-{i}", tag=tag, seed=i) for i, tag in enumerate(("law", "", "sql"))]
+    assert after == before
+    assert [(r.tag, r.speculator_version) for r in tagged.records[-3:]] == [("law", law), ("", common), ("sql", common)]
+    assert [(t.tag, t.version) for t in tagged.refresh.traces.take()[-3:]] == [("law", law), ("", common), ("sql", common)]
+    for tag, version in (("law", law), ("", common), ("sql", common)):
+        assert tagged.shown(tag)["serving"] == version and tagged.shown(tag)["agrees"] and set(tagged.shown(tag)["loaded"]) == {version}
+    tagged.keeper.rollback("toy", "operator", tag="law")
+    await tagged.beat(2)
+    assert await versions_of(tagged) == [common] * 4 and len(tagged.host.versions.drafters) == 1
+
+
+async def test_a_version_that_several_domains_have_is_loaded_once(tagged, monkeypatch):
+    loads: list[str] = []
+    load = tagged.host.load_version
+    monkeypatch.setattr(tagged.host, "load_version", lambda folder, version: loads.append(version) or load(folder, version))
+    version = tagged.version(1, "law").manifest.version
+    tagged.version(1, "sql")
+    tagged.keeper.promote("toy", version, "operator", tag="law")
+    tagged.keeper.promote("toy", version, "operator", tag="sql")
+    await tagged.beat(2)
+    assert loads == [version] and len(tagged.host.versions.drafters) == 2
+    assert tagged.host.versions.lines["law"].live is tagged.host.versions.lines["sql"].live
+    tagged.keeper.rollback("toy", "operator", tag="law")
+    await tagged.beat(2)
+    assert loads == [version] and await versions_of(tagged) == [
+        configured := tagged.host.configured_version,
+        configured,
+        version,
+        configured,
+    ]
+
+
+async def test_a_canary_of_a_domain_is_counted_beside_what_serves_there(tagged):
+    version, live = tagged.version(1, "law").manifest.version, tagged.host.configured_version
+    tagged.keeper.start_canary("toy", version, "operator", tag="law")
+    await tagged.beat()
+    chosen = tagged.keeper.assignment("toy", "law")
+    served = [last((await answer(tagged.host, job(f"r{i}", seed=i, tag="law")))[0]).speculation.version for i in range(12)]
+    assert served == [version if chosen.serving(f"r{i}-0") else live for i in range(12)] and set(served) == {version, live}
+    assert await versions_of(tagged, ("", "sql", "other")) == [live] * 3
+    await tagged.beat()
+    canary = tagged.keeper.state("toy", "law")["canary"]
+    assert (canary["candidate_requests"], canary["live_requests"]) == (served.count(version), served.count(live))
+    other = tagged.version(2).manifest.version
+    tagged.keeper.promote("toy", other, "operator")  # what it is compared with is another now
+    await tagged.beat(2)
+    assert tagged.refresh.tally.read("law") == (refresh.Run(chosen.canary.salt, other), {})
+    canary = tagged.keeper.state("toy", "law")["canary"]
+    assert (canary["candidate_requests"], canary["live_requests"]) == (0, 0)
+    assert set(await versions_of(tagged, ("law",) * 12)) == {version, other}
+
+
+async def test_a_change_in_one_domain_leaves_what_another_counts(tagged):
+    tagged.keeper.start_canary("toy", tagged.version(1, "law").manifest.version, "operator", tag="law")
+    await tagged.beat()
+    await versions_of(tagged, ("law",) * 6)
+    counted = tagged.refresh.tally.read("law")
+    tagged.keeper.promote("toy", tagged.version(2, "sql").manifest.version, "operator", tag="sql")
+    await tagged.beat(2)
+    assert tagged.refresh.tally.read("law") == counted and sum(arm.requests for arm in counted[1].values()) == 6
+
+
+async def test_a_domains_version_that_cannot_be_loaded_leaves_the_domain_as_it_is(tagged):
+    bundle, common = tagged.version(1, "law"), tagged.version(2).manifest.version
+    truncate(Path(tagged.url(bundle)))
+    tagged.keeper.promote("toy", bundle.manifest.version, "operator", tag="law")
+    tagged.keeper.promote("toy", common, "operator")
+    await tagged.beat(3)
+    assert await versions_of(tagged) == [common] * 4
+    assert "truncated" in tagged.shown("law")["errors"][bundle.manifest.version] and not tagged.shown("law")["agrees"]
+    assert tagged.shown()["agrees"] and not tagged.shown()["errors"]
+
+
+async def test_a_replica_that_is_started_again_comes_up_with_every_domains_version(tagged):
+    law = tagged.version(1, "law").manifest.version
+    tagged.keeper.promote("toy", law, "operator", tag="law")
+    again = ModelHost(tagged.settings, Pilot("r2", tagged.host.pilot.plan))
+    beside = Refresh(tagged.settings, tagged.refresh.plan, again, "r2", lambda: tagged.now)
+    await again.start()
+    await beside.report()
+    await beside.change()
+    assert [serves(again, "x", tag) for tag in ("", "law", "sql")] == [again.configured_version, law, again.configured_version]
+    again.stop()
 
 
 def truncate(bundle: Path) -> None:
@@ -245,7 +377,7 @@ async def test_a_canary_that_cannot_be_loaded_is_rolled_back_with_the_reason(sta
     await stand.beat(3)
     last_change = stand.keeper.history("toy")[-1]
     assert last_change["action"] == "roll_back" and "truncated" in last_change["why"] and stand.keeper.assignment("toy").canary is None
-    assert stand.host.version_of("x") == stand.host.configured_version and stand.shown()["agrees"]
+    assert serves(stand.host, "x") == stand.host.configured_version and stand.shown()["agrees"]
 
 
 @pytest.mark.parametrize("changes", [dict(vocab_size=99), dict(emb_dim=32)], ids=["vocabulary", "width"])
@@ -257,7 +389,7 @@ async def test_a_version_for_another_base_is_refused(stand, changes, tmp_path):
     stand.place.publish(bundle)
     chosen = stand.keeper.assignment("toy")
     placement = type(chosen.live)(bundle.manifest.version, stand.url(bundle), bundle.manifest.checksum)
-    stand.refresh.assign(type(chosen)("toy", chosen.revision, placement))
+    stand.refresh.assign([type(chosen)("toy", chosen.revision, placement)])
     await stand.refresh.change()
     assert "wrong" in stand.refresh.failures.errors[bundle.manifest.version]
     assert stand.host.pilot.version == stand.host.configured_version and await stand.text("a")
