@@ -34,6 +34,7 @@ class Load:
     """The engine's load at one step. context: tokens held by running requests. free: slots that drafts may use.
 
     decoding: requests that draw a token in this step. prompt: rows of its forward, before drafts, beyond one for each of those.
+    row_counts: numbers of rows that forwards are rounded up to, see `engine.executor.Executor`.
     """
 
     running: int
@@ -42,6 +43,7 @@ class Load:
     free: int
     decoding: int = 0
     prompt: int = 0
+    row_counts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Engine:
     drafted, may cut nodes off the trees before they are verified, by anything it likes: replay keeps the text the same.
     recorder: keeps the features of requests that ask for it.
     slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
+    clock: seconds, that steps are timed by.
     """
 
     def __init__(
@@ -140,7 +143,9 @@ class Engine:
         max_running: int = 32,
         max_waiting: int = 256,
         block: int = 16,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
@@ -195,18 +200,18 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepReport:
         """Advance every request that fits by one forward. Never raises for what a request or a drafter did, but DeviceLost."""
-        started = time.perf_counter()
+        started = self.clock()
         dropped = list(self.drop_cancelled())
         self.admit()
         plans = self.plan()
         load = self.load(plans)
         if not plans:
-            return StepReport(tuple(dropped), load, seconds=time.perf_counter() - started)
+            return StepReport(tuple(dropped), load, seconds=self.clock() - started)
         context = sum(len(p.text.table) for p in plans)
         prefill = sum(p.tree.forced for p in plans if not p.complete or p.tree.forced > 1)
-        drafting = time.perf_counter()
+        drafting = self.clock()
         self.draft(plans, load)
-        draft_seconds = time.perf_counter() - drafting
+        draft_seconds = self.clock() - drafting
         rows = sum(len(p.tree) for p in plans)
         try:
             logits, hidden = self.forward(plans)
@@ -216,7 +221,7 @@ class Engine:
             raise
         except Exception as error:
             log.exception("a step failed; its %d requests fail with it", len(plans))
-            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=time.perf_counter() - started)
+            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=self.clock() - started)
         results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
         self.record(logits, hidden)
         self.pool.make_room()
@@ -229,14 +234,15 @@ class Engine:
             prefill=prefill,
             context=context,
             emitted=sum(len(o.tokens) for o, _ in results if o),
-            seconds=time.perf_counter() - started,
+            seconds=self.clock() - started,
             draft_seconds=draft_seconds,
         )
 
     def load(self, plans: Sequence[Plan]) -> Load:
         context, decoding = sum(len(t.table) for t in self.running), sum(p.complete for p in plans)
         prompt = sum(len(p.tree) for p in plans) - decoding
-        return Load(len(self.running), len(self.waiting), context, len(self.pool.free), decoding, prompt)
+        counts = self.base.executor.row_counts
+        return Load(len(self.running), len(self.waiting), context, len(self.pool.free), decoding, prompt, counts)
 
     def drop_cancelled(self) -> Iterator[Outcome]:
         cancelled, self.cancelled = self.cancelled, {}

@@ -39,6 +39,11 @@ class Executor(Protocol):
         """
         ...
 
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """Numbers of tokens that forwards of short rows are computed for, rising: others are rounded up. Empty: any number, as it is."""
+        ...
+
 
 class Eager:
     """The transformers model itself, called module by module, with ragged attention. Its libraries choose kernels by the number of rows."""
@@ -62,6 +67,10 @@ class Eager:
         self.tap.clear()
         out = self.model(input_ids=ids, position_ids=positions, use_cache=False, ragged=step, logits_to_keep=kept)
         return out.logits[0, :, : self.vocab_size], self.tap[-1][0]
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        return ()
 
 
 def head_width(model: Any) -> int:

@@ -80,6 +80,10 @@ class Tree:
 
     def cut(self, nodes: Sequence[int]) -> None:
         """Keep these drafted nodes only: ascending, every parent among them. The rest will not be verified."""
+        end = self.forced + len(nodes)
+        if not nodes or nodes[-1] == end - 1:  # the first ones
+            del self.tokens[end:], self.parents[end:], self.depths[end:], self.confidence[len(nodes) :]
+            return
         place = {node: self.forced + i for i, node in enumerate(nodes)}
         first = self.forced
         self.tokens[first:] = [self.tokens[n] for n in nodes]

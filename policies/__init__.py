@@ -3,6 +3,7 @@
 from policies.canary import Arm, CanaryRule, CanaryVerdict, in_canary, judge
 from policies.cost import CostModel, CostTable
 from policies.decision import OFF, Decision
+from policies.drafts import Profile, bin_of, nodes_of
 from policies.fixed import FixedPolicy
 from policies.forecast import Forecast
 from policies.gate import GateRule, Verdict
@@ -13,7 +14,7 @@ from policies.load import Limits, Load, Mode, RequestView
 from policies.off import OffPolicy
 from policies.plan import Plan
 from policies.step import StepSample
-from policies.survival import DepthCounts, Profile, Survival, SurvivalCurve, bin_of, pooled
+from policies.survival import DepthCounts, Survival, SurvivalCurve, pooled
 from policies.telemetry import Telemetry
 from policies.threshold import ThresholdPolicy, ThresholdStep
 
@@ -50,5 +51,6 @@ __all__ = [
     "bin_of",
     "in_canary",
     "judge",
+    "nodes_of",
     "pooled",
 ]

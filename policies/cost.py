@@ -5,32 +5,48 @@ kept by (requests, rows); drafting by (drafting requests, depth, width). A cell 
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
 prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's usual pace, and
 what is published is at its present one.
+
+What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
+step without drafts among others is dearer than one of many, and a single one with drafts is cheaper. Windows hold steps that came after
+others of their like.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from policies.curve import Curve, Point
-from policies.pace import STRETCH, Stretch
-from policies.step import SHORTEST, StepSample
+from policies.pace import REACH, Pace
+from policies.step import SETTLING, SHORTEST, StepSample
 
+T = TypeVar("T")
 TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
 FRESH = 2000  # steps after which a sample gives way to newer ones, however few
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
+SETTLED, LATELY = 8, 200  # samples, and steps in which they were taken, for a cell to tell the machine's pace
+CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
+CLEAR = 0.1  # and by that part of it
+FAINT = 1e-3  # least weight of a cell
+NEAR = 1.5  # how many times as many requests are still about as many
+OWN = 8.0  # weight from which what drafting takes at some number of requests counts more than what the line through all of them says
 
 RECKONED = 0.05  # change of the price of prompt rows from which medians are taken anew
 
-Row = tuple[float, float, float, float, int, Stretch]  # x (rows, requests or depth), context, seconds, prompt rows, step and its stretch
+# x (rows, requests or depth), context, seconds, prompt rows, step, its pace, and whether steps like it came before
+Row = tuple[float, float, float, float, int, float, bool]
 Moments = tuple[float, float, float]
 Key = tuple[int, ...]
+Numbers = NDArray[np.float64]
 
 
 def bucket(n: int) -> int:
@@ -42,7 +58,8 @@ def bucket(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell: median x, context and seconds of its window, and how many samples it holds. Seconds are those without prompt rows.
+    """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
+    changed much, and the step of the latest. Seconds are those without prompt rows.
 
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
@@ -53,26 +70,26 @@ class Cell:
     context: float
     seconds: float
     count: int
+    since: int = field(default=0, compare=False)
+    latest: int = field(default=0, compare=False)
     context_moments: Moments = (0.0, 0.0, 0.0)
     prompt_moments: Moments = (0.0, 0.0, 0.0)
 
     @classmethod
-    def of(cls, key: Key, rows: Sequence[Row], price: float) -> Cell:
-        """price: seconds that a prompt row adds."""
-        usual = [seconds / stretch.pace for _, _, seconds, _, _, stretch in rows]
+    def of(cls, key: Key, rows: Sequence[Row], price: float, shaken: int = -1) -> Cell:
+        """price: seconds that a prompt row adds; shaken: the step at which the machine's pace last changed much."""
+        usual = [row[2] / row[5] for row in rows]
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
-        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), len(rows))
+        made = cls(
+            key, median(r[0] for r in rows), context, max(seconds, 0.0), len(rows), sum(row[4] > shaken for row in rows), rows[-1][4]
+        )
         if len(rows) < 4:
             return made
-        by_context = _moments([r[1] for r in rows], plain, 0.0)
+        usually = median(row[5] for row in rows)  # context grows slowly: at the pace of its time nothing of it would be left
+        by_context = _moments([r[1] for r in rows], [row[2] / usually - price * row[3] for row in rows], 0.0)
         by_prompt = _moments([r[3] for r in rows], usual, price) if any(r[3] for r in rows) else (0.0, 0.0, 0.0)
         return replace(made, context_moments=by_context, prompt_moments=by_prompt)
-
-
-def _at(cell: Cell, pace: float) -> Cell:
-    """The cell on a machine of that pace."""
-    return cell if pace == 1.0 else replace(cell, seconds=cell.seconds * pace)
 
 
 def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) -> Moments:
@@ -85,26 +102,63 @@ def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) ->
 
 
 class Window:
-    """The latest samples of one cell, and its median while that stands."""
+    """The latest samples of one cell, and what they come to while that stands."""
 
     def __init__(self, key: Key, rows: Iterable[Row] = (), size: int = WINDOW) -> None:
         self.key, self.rows = key, deque(rows, maxlen=size)
         self.cell: Cell | None = None
-        self.price = 0.0  # of prompt rows, when the median was taken
+        self.middle: tuple[float, float] | None = None
+        self.price, self.shaken = 0.0, -1  # price of prompt rows, and last change of pace, when the medians were taken
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, row: Row) -> None:
+        """Remember a sample. One that did not come after others of its like only stands in until there are some that did."""
+        firm = [r for r in self.rows if r[6]]
+        if not row[6] and len(firm) >= TRUSTED and firm[-1][4] > row[4] - FRESH:
+            return
         self.rows.append(row)
+        if row[6] and len(firm) < len(self.rows) - 1 and len(firm) + 1 >= TRUSTED:
+            self.rows = deque([*firm, row], maxlen=self.rows.maxlen)
         while len(self.rows) > TRUSTED and self.rows[0][4] < row[4] - FRESH:
             self.rows.popleft()
-        self.cell = None
+        if len(self.rows) > 2 * CHANGED and self.changed():
+            self.rows = deque(list(self.rows)[-CHANGED:], maxlen=self.rows.maxlen)
+        self.cell = self.middle = None
 
-    def median(self, price: float) -> Cell:
-        if self.cell is None or abs(price - self.price) > RECKONED * self.price:
-            self.cell, self.price = Cell.of(self.key, self.rows, price), price
+    def changed(self) -> bool:
+        """Whether the latest samples all lie on one side of what the others were, clearly and beyond their spread."""
+        usual = self.plain(self.price)
+        before, latest = usual[:-CHANGED], usual[-CHANGED:]
+        middle = median(before)
+        low, high = min(latest), max(latest)
+        if low <= middle * (1 + CLEAR) and high >= middle * (1 - CLEAR):
+            return False
+        bound = BEYOND * 1.4826 * median(abs(t - middle) for t in before)
+        return low > middle + bound or high < middle - bound
+
+    def plain(self, price: float) -> list[float]:
+        """Seconds at the usual pace and without prompt rows, each of which takes `price`."""
+        return [row[2] / row[5] - price * row[3] for row in self.rows]
+
+    def usual(self, price: float) -> tuple[float, float]:
+        """Median seconds of a sample without prompt rows, and median context."""
+        self.heed(price)
+        if self.middle is None:
+            self.middle = max(median(self.plain(price)), 0.0), median(row[1] for row in self.rows)
+        return self.middle
+
+    def median(self, price: float, shaken: int = -1) -> Cell:
+        self.heed(price)
+        if self.cell is None or shaken != self.shaken:
+            self.cell, self.shaken = Cell.of(self.key, self.rows, price, shaken), shaken
         return self.cell
+
+    def heed(self, price: float) -> None:
+        """Take medians anew if the price of a prompt row is another now."""
+        if abs(price - self.price) > RECKONED * self.price:
+            self.cell, self.middle, self.price = None, None, price
 
 
 class Cells:
@@ -127,7 +181,7 @@ class Cells:
     def begun(self) -> Cells:
         """A copy in which everything was learned before the first step."""
         out = Cells()
-        out.windows = {key: Window(key, ((*row[:4], 0, row[5]) for row in window.rows)) for key, window in self.windows.items()}
+        out.windows = {key: Window(key, ((*row[:4], 0, *row[5:]) for row in window.rows)) for key, window in self.windows.items()}
         return out
 
     @classmethod
@@ -140,23 +194,24 @@ class Cells:
             out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
 
-    def cells(self, price: float) -> list[Cell]:
-        return [window.median(price) for _, window in sorted(self.windows.items())]
+    def cells(self, price: float, shaken: int) -> list[Cell]:
+        return [window.median(price, shaken) for _, window in sorted(self.windows.items()) if window.rows]
 
     def to_list(self) -> list[Any]:
-        return [[list(key), [[x, c, t / s.pace, p] for x, c, t, p, _, s in window.rows]] for key, window in self.windows.items()]
+        filled = {key: window.rows for key, window in self.windows.items() if window.rows}
+        return [[list(key), [[x, c, t / pace, p] for x, c, t, p, _, pace, _ in rows]] for key, rows in filled.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any], numbers: int) -> Cells:
         """The table that `to_list` wrote, with keys of that many numbers. ValueError if it is not one."""
-        made, usual = cls(), Stretch()
+        made = cls()
         for key, rows in data:
             if len(key) != numbers:
                 raise ValueError("not a cost table")
             for x, context, seconds, prompt in rows:
                 if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
                     raise ValueError("not a cost table")
-                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, usual))
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, True))
         return made
 
 
@@ -165,19 +220,20 @@ class CostModel:
 
     def __init__(self) -> None:
         self.off, self.forward, self.draft = (Cells() for _ in TABLES)
-        self.steps = 0
+        self.steps = self.run = 0  # in all, and of the latest that were alike: all drafted or none did
+        self.drafted = False
         self.price = self.slope = 0.0  # seconds that a prompt row adds, and a token of context
-        self.stretch = Stretch()
-        self.pending: list[tuple[Window, Row]] = []  # of this stretch: they wait for its pace
-        self.pace = 1.0  # of the last stretch
+        self.pace = Pace()
+        self.pending: deque[tuple[Window, Row]] = deque()  # the latest: they wait for the votes of the steps after them
 
     def add(self, sample: StepSample) -> bool:
         """Learn from one step. False, and nothing learned, if it cannot be true."""
         if not sample.sane():
             return False
         self.steps += 1
-        if self.steps % STRETCH == 0:
-            self.settle()
+        self.run = self.run + 1 if bool(sample.depth) == self.drafted else 0
+        self.drafted = bool(sample.depth)
+        self.settle(self.steps - REACH)
         if sample.drafting:
             self._add_drafting(sample)
         elif not sample.depth:
@@ -186,33 +242,27 @@ class CostModel:
 
     def _add_drafting(self, s: StepSample) -> None:
         drafting = self.draft.window((bucket(s.drafting), s.depth, s.width))
-        self._keep(drafting, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, self.stretch))
+        self.pending.append((drafting, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, 1.0, self.run >= SETTLING)))
         rows = s.rows - s.prefill
         self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
 
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
         window = cells.window(key)
-        if len(window) >= TRUSTED:
-            usual = window.median(self.price)
-            beside = self.slope * (s.context - usual.context) + self.price * s.prefill
-            self.stretch.vote(window, seconds / max(usual.seconds + beside, SHORTEST))
-        self._keep(window, (x, s.context, seconds, s.prefill, self.steps, self.stretch))
+        self.pace.vote(self.steps, self._vote(window, s, seconds))
+        self.pending.append((window, (x, s.context, seconds, s.prefill, self.steps, 1.0, self.run >= SETTLING)))
 
-    def _keep(self, window: Window, row: Row) -> None:
-        """Until the stretch has ended, unless hardly anything is known."""
-        if len(window) < TRUSTED:
-            window.add(row)
-        else:
-            self.pending.append((window, row))
+    def _vote(self, window: Window, s: StepSample, seconds: float) -> float:
+        """What the step took over what such steps took lately; not a number where too few were measured lately to tell."""
+        if self.run < SETTLING or len(window) < SETTLED or window.rows[-SETTLED][4] < self.steps - LATELY:
+            return math.nan
+        usual, context = window.usual(self.price)
+        return seconds / max(usual + self.slope * (s.context - context) + self.price * s.prefill, SHORTEST)
 
-    def settle(self) -> None:
-        """End the stretch: what was measured in it counts from now on, at its own pace."""
-        if self.stretch.votes:
-            self.pace = self.stretch.end()
-        self.stretch = Stretch()
-        for window, row in self.pending:
-            window.add(row)
-        self.pending = []
+    def settle(self, until: int | None = None) -> None:
+        """What was measured to that step, or at all, counts from now on, at the pace of its time."""
+        while self.pending and (until is None or self.pending[0][1][4] <= until):
+            window, row = self.pending.popleft()
+            window.add((*row[:5], self.pace.at(row[4]), row[6]))
 
     @classmethod
     def merged(cls, models: Sequence[CostModel]) -> CostModel:
@@ -221,7 +271,8 @@ class CostModel:
             return models[0]
         made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
         if models:
-            made.pace, made.price = median(m.pace for m in models), median(m.price for m in models)
+            made.pace = Pace(median(m.pace.present for m in models))
+            made.price = median(m.price for m in models)
         return made
 
     def heed(self, other: CostModel) -> None:
@@ -242,13 +293,13 @@ class CostModel:
 
     def table(self) -> CostTable:
         """The medians, to publish."""
-        off, forward, draft = (getattr(self, name).cells(self.price) for name in TABLES)
-        both, pace = [*off, *forward], self.pace
+        off, forward, draft = (getattr(self, name).cells(self.price, self.pace.shaken) for name in TABLES)
+        both, pace = [*off, *forward], self.pace.present
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
-        off, forward, draft = ([_at(cell, pace) for cell in cells] for cells in (off, forward, draft))
-        return CostTable(tuple(off), tuple(forward), tuple(draft), self.slope * pace, self.price * pace)
+        off, forward, draft = (tuple(replace(cell, seconds=cell.seconds * pace) for cell in cells) for cells in (off, forward, draft))
+        return CostTable(off, forward, draft, self.slope * pace, self.price * pace)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).to_list() for name in TABLES}
@@ -285,7 +336,7 @@ class CostTable:
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
     prompt: float = 0.0
-    curves: dict[object, Curve | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def off(self, requests: int, context: float = 0) -> float | None:
         """A step of that many requests in which nothing is drafted: its own cell if measured, else a curve through measured ones."""
@@ -300,37 +351,59 @@ class CostTable:
         return self.slope * context + self.prompt * prompt
 
     def off_count(self, requests: int) -> int:
-        """Samples of depth 0 at about that many requests (within a quarter)."""
-        return sum(c.count for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests)
+        """Samples of depth 0 at about that many requests (within a quarter) since the machine's pace last changed much."""
+        return sum(c.since for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests)
 
     def forward(self, requests: int, rows: float, context: float = 0) -> float | None:
         """The forward, sampling and commit of a step with drafts in it, without the drafting."""
-        seconds = self._forward(requests, rows)
-        return None if seconds is None else seconds + self.slope * context
+        return float(self.forwards(requests, np.array([rows]))[0]) + self.slope * context if self.forward_cells else None
+
+    def forwards(self, requests: int, rows: Numbers) -> Numbers:
+        """The same at several numbers of rows and context 0; only asked once there are any."""
+        own = self._curve(("rows", bucket(requests)), lambda: self._group(bucket(requests)))
+        if own is None:
+            return self._everything().along(rows)
+        if len(own.xs) >= TRUSTED:
+            return own.along(rows)
+        everything, last = self._everything(), own.xs[-1]
+        beyond = own.ys[-1] + np.maximum(0.0, everything.along(rows) - everything.at(last))
+        within = np.minimum(own.ys[0], everything.along(rows)) if len(own.xs) == 1 else own.along(rows)
+        return np.where(rows > last, beyond, within)
 
     def draft(self, drafting: int, depth: int, width: int = 1) -> float:
         """Drafting to that depth and width for that many requests; of a width that was not measured, as of chains; 0 without any."""
-        cells = [c for c in self.draft_cells if c.key[2] == width] or [c for c in self.draft_cells if c.key[2] == 1]
-        if not cells or depth <= 0 or drafting <= 0:
+        if depth <= 0 or drafting <= 0:
             return 0.0
-        near = min({c.key[0] for c in cells}, key=lambda n: abs(math.log(n / drafting)))
-        curve = self._curve(("draft", near, width), lambda: [c for c in cells if c.key[0] == near], [(0.0, 0.0, 1.0)], slope=0.0)
+        curve: Curve | None = self._recalled(("draft", drafting, width), lambda: self._drafting(drafting, width))
         return curve.at(depth) if curve else 0.0
+
+    def _drafting(self, drafting: int, width: int) -> Curve | None:
+        """Seconds by depth for that many requests.
+
+        Of each depth a line over requests, so that no single cell is believed for its luck; the cells near that many requests say together
+        how far the lines are off there.
+        """
+        cells = [c for c in self.draft_cells if c.key[2] == width] or [c for c in self.draft_cells if c.key[2] == 1]
+        by_depth: dict[int, list[Point]] = {}
+        for c, weight in zip(cells, self._weights(cells), strict=True):
+            by_depth.setdefault(c.key[1], []).append((c.key[0], c.seconds, weight))
+        lines = {depth: line(points) for depth, points in by_depth.items()}
+        total = off = OWN
+        for depth, (base, each) in lines.items():
+            for n, seconds, weight in by_depth[depth]:
+                if drafting <= n * NEAR and n <= drafting * NEAR:
+                    total, off = total + weight, off + weight * seconds / max(base + each * n, SHORTEST)
+        points = [(d, (base + each * drafting) * off / total, sum(p[2] for p in by_depth[d])) for d, (base, each) in lines.items()]
+        return Curve.through([(0.0, 0.0, 1.0), *points]) if points else None
+
+    def _weights(self, cells: Sequence[Cell]) -> list[float]:
+        """How much cells count beside others: by their samples, less the older they are."""
+        now = self._recalled("latest", lambda: max((c.latest for c in (*self.off_cells, *self.forward_cells)), default=0))
+        return [max(c.count * math.exp2((c.latest - now) / FRESH), FAINT) for c in cells]
 
     def _off_cell(self, requests: int) -> Cell | None:
         key = (bucket(requests), 0)
         return next((c for c in self.off_cells if c.key == key), None)
-
-    def _forward(self, requests: int, rows: float) -> float | None:
-        if not self.forward_cells:
-            return None
-        group = bucket(requests)
-        own = self._curve(("rows", group), lambda: self._group(group))
-        if own is None or (rows < own.xs[0] and len(own.xs) == 1):
-            return self._everything().at(rows) if own is None else min(own.ys[0], self._everything().at(rows))
-        if rows > own.xs[-1] and len(own.xs) < TRUSTED:
-            return own.ys[-1] + max(0.0, self._everything().at(rows) - self._everything().at(own.xs[-1]))
-        return own.at(rows)
 
     def _everything(self) -> Curve:
         """Rows alone, whatever the number of requests."""
@@ -344,12 +417,32 @@ class CostTable:
         least = min((c.seconds for c in own), default=math.inf)
         return own + [replace(c, seconds=min(c.seconds, least)) for c in self.off_cells if c.key[0] == group]
 
-    def _curve(
-        self, name: object, cells: Callable[[], Iterable[Cell]], anchors: Iterable[Point] = (), slope: float | None = None
-    ) -> Curve | None:
+    def _curve(self, name: Hashable, cells: Callable[[], Iterable[Cell]]) -> Curve | None:
         """The curve of that name, made on first use, in seconds at context 0."""
-        if name not in self.curves:
-            pull = self.slope if slope is None else slope
-            points = [(c.x, c.seconds - pull * c.context, float(c.count)) for c in cells()]
-            self.curves[name] = Curve.through([*points, *anchors]) if points else None
-        return self.curves[name]
+
+        def made() -> Curve | None:
+            found = list(cells())
+            points = [(c.x, c.seconds - self.slope * c.context, w) for c, w in zip(found, self._weights(found), strict=True)]
+            return Curve.through(points) if points else None
+
+        return self._recalled(name, made)
+
+    def _recalled(self, name: Hashable, make: Callable[[], T]) -> T:
+        if name not in self.memo:
+            self.memo[name] = make()
+        found: T = self.memo[name]
+        return found
+
+
+def line(points: Sequence[Point]) -> tuple[float, float]:
+    """y at x = 0 and what each x adds, neither negative: least squares of relative errors over points (x, y, weight); flat for one x."""
+    total = sx = sy = sxx = sxy = 0.0
+    for x, y, weight in points:
+        share = weight / max(y, SHORTEST) ** 2
+        total, sx, sy, sxx, sxy = total + share, sx + share * x, sy + share * y, sxx + share * x * x, sxy + share * x * y
+    spread = total * sxx - sx * sx
+    if spread <= 1e-9 * total * sxx:
+        return sy / total, 0.0
+    each = max((total * sxy - sx * sy) / spread, 0.0)
+    base = (sy - each * sx) / total
+    return (base, each) if base >= 0 else (0.0, sxy / sxx)

@@ -6,6 +6,10 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
 Point = tuple[float, float, float]  # x, y, weight
 
 
@@ -35,6 +39,10 @@ class Curve:
         if i == 0:
             return ys[0]
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+    def along(self, x: Numbers) -> Numbers:
+        """The curve's values at several x."""
+        return np.interp(x, self.xs, self.ys) + self.tail * np.maximum(x - self.xs[-1], 0.0)
 
 
 def _together(points: Iterable[Point]) -> list[Point]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
 
 from policies.cost import CostTable
+from policies.drafts import DEEPEST
+from policies.forest import Forest, Numbers
 from policies.load import LEVEL, Limits
-from policies.survival import Rates, SurvivalCurve
+from policies.survival import SurvivalCurve
 from policies.yields import Yields
 
+T = TypeVar("T")
 EVERYONE = ""  # the class of all requests together
 UNMEASURED = SurvivalCurve((0.6,))
 
@@ -19,7 +26,8 @@ UNMEASURED = SurvivalCurve((0.6,))
 class Knowledge:
     """curves: survival by class of requests, EVERYONE for all together.
 
-    Frozen for its reader; the memo only keeps answers that the other fields imply, and is left behind when this is pickled.
+    Frozen for its reader; the memo keeps answers that the other fields imply and where the replica stands with the plan, and is left
+    behind when this is pickled.
     """
 
     cost: CostTable = field(default_factory=CostTable)
@@ -40,46 +48,71 @@ class Knowledge:
         """There is something to choose by."""
         return bool(self.cost.off_cells and self.cost.forward_cells)
 
+    @property
+    def deepest(self) -> int:
+        """Depths that are worked out."""
+        return max(self.limits.max_depth, 1)
+
     def curve(self, kind: str) -> SurvivalCurve:
         """Survival of a class; of all requests while the class is unknown."""
         return self.curves.get(kind) or self.curves.get(EVERYONE) or UNMEASURED
 
-    def table(self, kind: str, level: int) -> Rates:
-        """Keep rates [depth - 1][bin] of a class, for requests of that level."""
-        key = ("table", kind, level)
-        if key not in self.memo:
-            self.memo[key] = self.curve(kind).table(level * LEVEL)
-        found: Rates = self.memo[key]
+    def rates(self, kind: str, level: int) -> Sequence[float]:
+        """Keep rates of a class, for requests of that level: BINS for each depth from 1 to DEEPEST, one after the other.
+
+        Beyond the estimated depths those of the last go on. In one block, since nothing of it is in the processor's caches after a forward.
+        """
+        found: Sequence[float] | None = self.memo.get((kind, level))
+        if found is None:
+            rows = self.curve(kind).table(level * LEVEL)
+            known = array("d", chain.from_iterable(rows[:DEEPEST]))
+            found = self.memo[kind, level] = known + array("d", rows[-1]) * (DEEPEST - len(rows))
         return found
 
     def yields(self, kind: str, level: int, width: int = 1) -> Yields | None:
         """What drafting yields for requests of a class and level, as deep as the drafter goes; None for a width that was hardly tried."""
-        key = ("yields", kind, level, width)
-        if key not in self.memo:
-            self.memo[key] = Yields.of(self.curve(kind), self.table(kind, level), max(self.limits.max_depth, 1), width)
-        found: Yields | None = self.memo[key]
-        return found
+        return self.recalled(("yields", kind, level, width), lambda: self._yields(kind, level, width))
 
-    def forwards(self, requests: int, rows: int) -> list[float]:
+    def _yields(self, kind: str, level: int, width: int) -> Yields | None:
+        forest = self.curve(kind).forests.get(width) or Forest.of((), self.deepest, width)
+        return None if forest is None else Yields.of(forest, self.rates(kind, level), level)
+
+    def forwards(self, requests: int, rows: int, counts: tuple[int, ...] = ()) -> Sequence[float]:
         """Forward seconds at context 0 by rows beyond one a request: index 0 is `requests` rows, the list goes to `rows` at least.
 
-        Only asked once something was measured.
+        counts: numbers of rows that are rounded up to, see `Load`. Only asked once something was measured.
         """
-        known: list[float] = self.memo.setdefault(("forward", requests), [])
-        while len(known) <= rows - requests:
-            known.append(self.cost.forward(requests, requests + len(known)) or 0.0)
+        key = ("forward", requests, counts)
+        known: Sequence[float] = self.memo.get(key, ())
+        if len(known) <= rows - requests:
+            count = max(rows - requests + 1, 2 * len(known), 32)
+            found = self.cost.forwards(requests, computed(requests + np.arange(count, dtype=float), counts))
+            known = self.memo[key] = array("d", found.tobytes())
         return known
 
     def off(self, requests: int) -> float:
         """Seconds of a step at depth 0 and context 0; only asked once something was measured."""
-        key = ("off", requests)
-        if key not in self.memo:
-            self.memo[key] = self.cost.off(requests) or 0.0
-        return float(self.memo[key])
+        return self.recalled(("off", requests), lambda: self.cost.off(requests) or 0.0)
+
+    def drafts(self, drafting: int, width: int = 1) -> list[float]:
+        """Drafting seconds by depth, from 0 to the deepest."""
+        return self.recalled(("draft", drafting, width), lambda: [self.cost.draft(drafting, d, width) for d in range(self.deepest + 1)])
 
     def draft(self, drafting: int, depth: int, width: int = 1) -> float:
         """Drafting seconds."""
-        key = ("draft", drafting, depth, width)
+        return self.drafts(drafting, width)[min(depth, self.deepest)]
+
+    def recalled(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What was worked out under that key before, or is now."""
         if key not in self.memo:
-            self.memo[key] = self.cost.draft(drafting, depth, width)
-        return float(self.memo[key])
+            self.memo[key] = make()
+        found: T = self.memo[key]
+        return found
+
+
+def computed(rows: Numbers, counts: Sequence[int]) -> Numbers:
+    """The rows that are computed where so many are asked for: the next of `counts`; beyond the last of them as many as there are."""
+    if not counts:
+        return rows
+    known = np.array(counts, dtype=float)
+    return np.where(rows <= known[-1], known[np.minimum(np.searchsorted(known, rows), len(known) - 1)], rows)

@@ -9,16 +9,15 @@ from typing import Literal
 from policies.decision import OFF, Decision
 
 Mode = Literal["auto", "off", "fixed"]
+MOST_COUNTS = 256  # numbers that a load may hold
 LEVEL, DEEP = 0.5, 4  # steps of a request's shift, and how many there are in each direction
-EVEN = 0.25  # p(1 - p) of an even chance
-MEMORY = 128  # tests after which a shift that nothing supports has faded
-MOST_EVIDENCE = EVEN * 64  # so that a request whose text changes is followed
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """One replica now. running: requests that draw a token in the step; waiting: queued; context: cached tokens they read; free_slots: KV
-    slots left; prompt: rows of prompts in the step.
+    slots left; prompt: rows of prompts in the step; row_counts: numbers of rows that a forward without prompts is computed for, rising, to
+    which others are rounded up; beyond the last, and where there is none, as many as there are.
     """
 
     running: int = 0
@@ -26,10 +25,12 @@ class Load:
     context: int = 0
     free_slots: int = 1 << 30
     prompt: int = 0
+    row_counts: tuple[int, ...] = ()
 
     def sane(self) -> bool:
         """True if every field is a finite, non-negative count of a believable size."""
-        return all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in (self.running, self.waiting, self.context, self.free_slots, self.prompt))
+        counts = (self.running, self.waiting, self.context, self.free_slots, self.prompt, *self.row_counts)
+        return len(counts) <= MOST_COUNTS and all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,6 @@ class RequestView:
     shift: float = 0.0
     evidence: float = 0.0
     level: int = 0
-
-    def learn(self, expected: float, kept: bool, shrinkage: float) -> None:
-        """Take one tested token into account: online logistic regression with a bias only, under a normal prior worth `shrinkage` tests.
-
-        expected: the keep rate that was believed, the shift included.
-        """
-        self.evidence = min(self.evidence + expected * (1 - expected), MOST_EVIDENCE)
-        self.shift += (kept - expected - self.shift * EVEN / MEMORY) / (self.evidence + EVEN * shrinkage)
-        self.level = max(-DEEP, min(DEEP, round(self.shift / LEVEL)))
 
 
 def deepest(request: RequestView, limits: Limits) -> int:

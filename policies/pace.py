@@ -1,58 +1,49 @@
 """How fast a machine is at the moment, so that steps measured at different times can be compared.
 
-A neighbour or a clock makes all steps dearer at once. Time is cut into stretches of some steps; every kind of step that was measured in a
-stretch votes with what it took over what that kind usually takes, and the pace of the stretch is the median vote. One kind's own change is
-not the machine's: a single vote does not count, and of two the more moderate one does if they agree in direction. A stretch in which steps
-of one kind took now this and now that long has no pace of its own; medians deal with it.
+A neighbour or a clock makes all steps dearer at once. Every step whose kind is known votes with what it took over what such steps usually
+take, and the pace at a step is the median vote around it. If it was the kind of most steps that changed, and not the machine, the other
+kinds are found to have changed the other way as soon as they are measured: it is their relation that decisions rest on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from itertools import takewhile
 from statistics import median
 
-STRETCH = 100  # steps
-CLEAR = math.log(1.08)  # log pace below which a machine is as usual
-EVEN = math.log(1.35)  # between the quartiles of one kind's log ratios, at most, in a stretch of one pace
-MANY = 8  # ratios from which quartiles are taken
+REACH = 4  # steps before and after one whose votes tell its pace
+FEWEST = 3  # votes that it takes
+MUCH = 0.3  # change of the log pace that counts as much
+PRESENT = 64  # latest votes whose median is the present pace
 
 
-@dataclass(slots=True, eq=False)
-class Stretch:
-    """Some steps in a row, and how long they took over what they usually take. The pace is known when it has ended."""
+class Pace:
+    """The votes of the latest steps.
 
-    pace: float = 1.0
-    votes: dict[object, list[float]] = field(default_factory=dict)  # by kind of step: taken over usual
+    shaken: the step at which the present pace last turned out to have changed much. Whether the machine changed then or the kind of most
+    steps, only other kinds can tell.
+    """
 
-    def vote(self, kind: object, ratio: float) -> None:
+    def __init__(self, present: float = 1.0) -> None:
+        self.known = self.steady = present  # when votes last told it; as it was when it last changed much
+        self.shaken = -1
+        self.votes: deque[tuple[int, float]] = deque(maxlen=PRESENT)
+
+    def vote(self, step: int, ratio: float) -> None:
+        """What a step took over what its kind usually takes; steps come in order."""
         if ratio > 0 and math.isfinite(ratio):
-            self.votes.setdefault(kind, []).append(ratio)
+            self.votes.append((step, ratio))
+        if step % REACH == 0 and len(self.votes) >= FEWEST and abs(math.log(self.present / self.steady)) > MUCH:
+            self.steady, self.shaken = self.present, step
 
-    def end(self) -> float:
-        """Settle the pace."""
-        even = all(map(_even, self.votes.values()))
-        self.pace = settled(median(ratios) for ratios in self.votes.values()) if even else 1.0
-        self.votes = {}
-        return self.pace
+    def at(self, step: int) -> float:
+        """The pace at a step not long ago; as last known where too few voted."""
+        near = [ratio for at, ratio in takewhile(lambda vote: vote[0] >= step - REACH, reversed(self.votes)) if at <= step + REACH]
+        if len(near) >= FEWEST:
+            self.known = median(near)
+        return self.known
 
-
-def _even(ratios: Sequence[float]) -> bool:
-    """Whether they may be noise around one pace."""
-    ordered, quarter = sorted(ratios), len(ratios) // 4
-    return len(ratios) < MANY or math.log(ordered[-1 - quarter] / ordered[quarter]) <= EVEN
-
-
-def settled(votes: Iterable[float]) -> float:
-    """The pace that votes agree on; 1 for none."""
-    logs = sorted(map(math.log, votes))
-    if len(logs) < 2:
-        return 1.0
-    agreed = median(logs) if len(logs) > 2 else _moderate(logs)
-    return math.exp(agreed) if abs(agreed) >= CLEAR else 1.0
-
-
-def _moderate(logs: Sequence[float]) -> float:
-    low, high = logs
-    return 0.0 if low * high <= 0 else min(low, high, key=abs)
+    @property
+    def present(self) -> float:
+        return median(ratio for _, ratio in self.votes) if len(self.votes) >= FEWEST else self.known

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from policies.cost import CostTable
 from policies.decision import OFF, Decision
+from policies.drafts import Drawn
 from policies.forecast import Forecast
 from policies.goodput import GoodputPolicy
 from policies.kinds import Policy
 from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, clip, settled
 from policies.off import OffPolicy
-from policies.survival import Node, SurvivalCurve
-
-FOREVER = 1 << 30  # steps
+from policies.span import FOREVER, Span
+from policies.survival import SurvivalCurve
+from policies.threshold import ThresholdPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +57,53 @@ class Plan:
 
     def decide(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision]:
         """One decision per request, in order. A request's own limits and mode always hold, except that policy `off` always wins."""
+        made = self.settle(load, requests, step)
+        return self.probe(load, requests, step) or made
+
+    def settle(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision]:
+        """What is decided for a step that does not probe. It stands for some time, see `span`."""
         if isinstance(self.policy, OffPolicy):
             return [OFF] * len(requests)
-        wishes = self.policy.decide(load, requests, self.knowledge, step)
-        return self._within(wishes, load, requests) if wishes else wishes
+        return self._within(self.policy.decide(load, requests, self.knowledge, step), load, requests)
 
-    def holds(self, step: int, requests: int) -> int:
-        """The first step after that one at which something else may be decided for the same requests, of which so many run."""
+    def probe(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision] | None:
+        """What is tried in that step instead, so that nothing is judged by old samples; None if it is no step to try anything in."""
+        if not isinstance(self.policy, GoodputPolicy):
+            return None
+        wishes = self.policy.probe(load, requests, self.knowledge, step)
+        return wishes and self._within(wishes, load, requests)
+
+    def join(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision] | None:
+        """What stands for requests that came since it was settled; None if it says nothing about one of them."""
+        if not isinstance(self.policy, GoodputPolicy):
+            return self.settle(load, requests, step)
+        wishes = self.policy.join(requests, self.knowledge)
+        return wishes and self._within(wishes, load, requests)
+
+    def span(self, step: int, requests: int) -> Span:
+        """How long what was settled in that step, while so many requests ran, stands."""
         if isinstance(self.policy, GoodputPolicy):
-            return self.policy.holds(step, requests, self.knowledge)
-        return step + FOREVER
+            return self.policy.span(step, requests, self.knowledge)
+        least, most = self.policy.alike(requests) if isinstance(self.policy, ThresholdPolicy) else (0, FOREVER)
+        return Span(FOREVER, FOREVER, least, most)
 
-    def probes(self, step: int) -> bool:
-        """Whether that step tries what seems not to pay."""
-        return isinstance(self.policy, GoodputPolicy) and self.policy.probes(step)
+    def follow(self, before: Plan) -> None:
+        """Go on where a replica stood under the plan before this one: with when it probes next."""
+        if "agenda" in before.knowledge.memo:
+            self.knowledge.memo["agenda"] = before.knowledge.memo["agenda"]
 
-    def prune(self, load: Load, requests: Sequence[RequestView], drafts: Sequence[Sequence[Node]], step: int) -> list[Sequence[int] | None]:
-        """The nodes of each drawn draft that are worth verifying in that step, parents first; None for all of them.
+    def prune(
+        self, running: int, requests: Sequence[RequestView], drafts: Sequence[Drawn], step: int, row_counts: tuple[int, ...] = ()
+    ) -> list[Sequence[int] | None]:
+        """The nodes of each drawn draft that are worth verifying in that step of so many requests, parents first; None for all of them.
+
+        row_counts: numbers of rows that its forward is rounded up to, see `Load`; none beside prompts.
 
         Only the policy `goodput` prunes, and never the draft of a request that fixes its depth.
         """
         if not isinstance(self.policy, GoodputPolicy):
             return [None] * len(drafts)
-        return self.policy.prune(load, requests, drafts, self.knowledge, step)
+        return self.policy.prune(running, requests, drafts, self.knowledge, step, row_counts)
 
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""
@@ -96,14 +121,14 @@ class Plan:
         if isinstance(self.policy, GoodputPolicy):
             wishes, choice = self.policy.ordinary(load, requests, self.knowledge)
             return self._within(wishes, load, requests), choice.tokens, choice.rows
-        decisions = self.decide(load, requests, 1)
+        decisions = self.settle(load, requests, 1)
         tokens, rows = float(max(load.running, len(requests), 1)), 0.0
         for request, decided in zip(requests, decisions, strict=True):
             if decided.depth:
                 yields = self.knowledge.yields(request.kind, request.level)
                 assert yields is not None
                 d = min(decided.depth, len(yields.tokens)) - 1
-                tokens, rows = tokens + yields.tokens[d][0], rows + yields.rows[d][0]
+                tokens, rows = tokens + float(yields.tokens[d, 0]), rows + float(yields.rows[d, 0])
         return decisions, tokens, rows
 
     def _within(self, wishes: Sequence[Decision], load: Load, requests: Sequence[RequestView]) -> list[Decision]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 LONGEST = 120.0  # seconds; a slower step is a stall, not a cost
+SETTLING = 6  # steps of one kind, with or without drafts, after which a machine has settled into them
 SHORTEST = 1e-7  # seconds; no forward is faster
 
 

@@ -1,14 +1,12 @@
 """How drafted tokens fare: keep rates by depth and by the drafter's confidence, with risk sets and forgetting.
 
 A drafted token is tested when the one before it was kept. So the keep rates per depth are Kaplan-Meier hazards: what was never reached is
-censored, and survival is the product along the path. Confidence is binned, and every bin's keep rate is counted, so the drafter's word is
-calibrated whatever scale it speaks in; bin 0 holds drafters that say nothing.
+censored, and survival is the product along the path.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,36 +14,18 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-DEEPEST = WIDEST = 64
-EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidence
-BINS = len(EDGES) + 2
-CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))  # of the bins from 1 on
-PROFILES = 32  # latest drafts of a width remembered whole
+from policies.drafts import BINS, CENTRES, DEEPEST, Profile
+from policies.forest import Forest
+
+PROFILES = 128  # latest drafts of a width remembered whole
 REPORTED = 16  # of them in one report
 OWN = 8.0  # pseudo-trials of a bin over all depths in its rate at one depth
+WRONG, ODD = 0.1, 4.0  # share of tested tokens, and standard deviations, by which keep rates are off when drafts have changed
+CLUSTERED = 3.0  # how much the number of kept tokens varies, in units of independent draws: tokens of a text fare alike
+SURPRISED = 0.25  # evidence left when drafts have changed, at most; and no more than the new one
 SURE = 0.999  # no keep rate is believed beyond this, or below its complement
 
-Node = tuple[int, int]  # of a draft: parent (index among the drafted nodes, -1: the text) and bin
 Rates = tuple[tuple[float, ...], ...]  # keep rates [depth - 1][bin]
-
-
-def bin_of(confidence: float) -> int:
-    """The bin of a drafter's confidence; 0 for a negative one, which says nothing."""
-    return 0 if confidence < 0 else 1 + bisect_right(EDGES, confidence)
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """One draft as it was drawn, before anything was pruned: how deep and wide it was allowed to be, and its nodes, parents first."""
-
-    allowed: int
-    nodes: tuple[Node, ...] = ()
-    width: int = 1
-
-    def sane(self) -> bool:
-        """True if this can be a draft."""
-        size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and len(self.nodes) <= 1024
-        return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))
 
 
 @dataclass(slots=True)
@@ -64,9 +44,7 @@ class DepthCounts:
         """Count one drafted token whose predecessor was kept. ValueError for a depth or bin that cannot be."""
         if not (1 <= depth <= DEEPEST and 0 <= bin < BINS):
             raise ValueError(f"no draft reaches depth {depth} with confidence in bin {bin}")
-        while len(self.trials) <= depth:
-            self.trials.append([0] * BINS)
-            self.survived.append([0] * BINS)
+        self.reach(depth)
         self.trials[depth][bin] += 1
         self.survived[depth][bin] += kept
         self.predicted[bin] += expected
@@ -78,14 +56,30 @@ class DepthCounts:
         for depth in range(1, min(accepted + 1, drafted_depth) + 1):
             self.test(depth, 0, depth <= accepted)
 
-    @property
-    def curious(self) -> bool:
-        """Whether there is room for another draft in this report."""
-        return len(self.profiles) < REPORTED
+    def reach(self, depth: int) -> None:
+        """Have rows down to that depth."""
+        while len(self.trials) <= depth:
+            self.trials.append([0] * BINS)
+            self.survived.append([0] * BINS)
 
     def drew(self, profile: Profile) -> None:
-        """Remember a draft."""
+        """Remember a draft, in the place of the oldest if there are many."""
         self.profiles.append(profile)
+        del self.profiles[:-REPORTED]
+
+    @property
+    def tests(self) -> int:
+        """Tokens that were tested."""
+        return sum(map(sum, self.trials))
+
+    @property
+    def surprising(self) -> bool:
+        """Whether far more or fewer of the tokens were kept than was expected of them, too many for chance."""
+        told = [b for b, predicted in enumerate(self.predicted) if predicted > 0]
+        tests, kept = (sum(row[b] for row in rows for b in told) for rows in (self.trials, self.survived))
+        expected = sum(self.predicted[b] for b in told)
+        off, spread = abs(kept - expected), CLUSTERED * expected * (1 - min(expected / max(tests, 1), SURE))
+        return off > WRONG * tests and off * off > ODD * ODD * spread
 
     def sane(self) -> bool:
         """True if these can be counts: whole, non-negative, survivors within trials, no deeper trials without survivors above."""
@@ -108,13 +102,14 @@ def _count(n: object) -> bool:
 class SurvivalCurve:
     """keep[d-1]: probability that depth d is kept given that d-1 was, whatever the confidence; rates: the same by confidence.
 
-    evidence: trials (after forgetting) behind keep[0]. profiles: the latest drafts. error: the expected calibration error of the rates
-    (mean distance between what was predicted and what was kept, over bins, weighted by trials; Guo et al., arXiv 1706.04599).
+    forests: the latest drafts by width, for as many depths. evidence: trials (after forgetting) behind keep[0]. error: the expected
+    calibration error of the rates (mean distance between what was predicted and what was kept, over bins, weighted by trials; Guo et al.,
+    arXiv 1706.04599).
     """
 
     keep: tuple[float, ...]
     rates: Rates = ()
-    profiles: tuple[Profile, ...] = ()
+    forests: Mapping[int, Forest] = field(default_factory=dict, compare=False)
     evidence: float = 0.0
     error: float = 0.0
 
@@ -154,13 +149,18 @@ class Survival:
         self.survived = [[0.0] * BINS]
         self.predicted = [0.0] * BINS
         self.judged = [[0.0, 0.0] for _ in range(BINS)]  # trials and survivors that a prediction went with
-        self.profiles: dict[int, deque[Profile]] = {}  # by width
+        self.profiles: dict[int, deque[Profile]] = {}  # the latest drafts, by width
 
     def add(self, counts: DepthCounts, steps: int = 1) -> None:
-        """Forget as `steps` engine steps warrant, then take in counts. ValueError, and nothing changed, if they are not sane."""
+        """Forget as `steps` engine steps warrant, and most of it when the counts contradict what was expected, then take them in.
+
+        ValueError, and nothing changed, if they are not sane.
+        """
         if not counts.sane():
             raise ValueError("not the counts of real drafts")
         self.fade(0.5 ** (max(steps, 0) / self.half_life))
+        if counts.surprising:
+            self.fade(min(counts.tests / max(sum(map(sum, self.trials)), 1.0), SURPRISED))
         while len(self.trials) < len(counts.trials):
             self.trials.append([0.0] * BINS)
             self.survived.append([0.0] * BINS)
@@ -194,8 +194,7 @@ class Survival:
             trials, survived = self._at(d)
             prior = (sum(survived) + self.weight * prior) / (sum(trials) + self.weight)
             keep.append(prior)
-        profiles = tuple(profile for latest in self.profiles.values() for profile in latest)
-        return SurvivalCurve(tuple(keep), self._rates(keep), profiles, sum(self._at(1)[0]), self._error())
+        return SurvivalCurve(tuple(keep), self._rates(keep), forests([self.profiles], depth), sum(self._at(1)[0]), self._error())
 
     def _at(self, depth: int) -> tuple[list[float], list[float]]:
         return (self.trials[depth], self.survived[depth]) if depth < len(self.trials) else ([0.0] * BINS, [0.0] * BINS)
@@ -254,9 +253,16 @@ def pooled(estimates: Sequence[Survival], depth: int, tolerance: float = 0.15) -
     rates = tuple(
         tuple(_agreed([c.rates[d][b] for c in curves], [w[d][b] for w in weights], tolerance) for b in range(BINS)) for d in range(depth)
     )
-    share = max(PROFILES // len(curves), 1)
-    profiles = tuple(p for e in estimates for latest in e.profiles.values() for p in list(latest)[-share:])[: 4 * PROFILES]
-    return SurvivalCurve(keep, rates, profiles, sum(c.evidence for c in curves), median(c.error for c in curves))
+    found = forests([e.profiles for e in estimates], depth)
+    return SurvivalCurve(keep, rates, found, sum(c.evidence for c in curves), median(c.error for c in curves))
+
+
+def forests(drafts: Sequence[Mapping[int, Sequence[Profile]]], depth: int) -> dict[int, Forest]:
+    """The latest drafts of each replica, by width, as many of each; those widths left out of which too few were seen."""
+    share = max(PROFILES // max(len(drafts), 1), 1)
+    widths = {1, *(width for latest in drafts for width in latest)}
+    grown = {w: Forest.of([p for latest in drafts for p in list(latest.get(w, ()))[-share:]][:PROFILES], depth, w) for w in widths}
+    return {width: forest for width, forest in grown.items() if forest is not None}
 
 
 def _agreed(values: Sequence[float], weights: Iterable[float], tolerance: float) -> float:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from policies.drafts import DEEPEST
 from policies.load import Limits, Load
 from policies.step import StepSample
-from policies.survival import DEEPEST, DepthCounts
+from policies.survival import DepthCounts
 
 MOST_STEPS = 4096  # samples read of one report
 MOST_CLASSES = 16  # classes of requests read of one report

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from policies.decision import OFF, Decision
 from policies.knowledge import Knowledge
 from policies.load import Load, RequestView
+from policies.span import FOREVER
 
 
 class ThresholdStep(BaseModel):
@@ -46,3 +47,8 @@ class ThresholdPolicy(BaseModel):
         line = next((s for s in self.steps if running <= s.up_to_running), None)
         wish = Decision(line.depth, line.width) if line and line.depth else OFF
         return [wish] * len(requests)
+
+    def alike(self, running: int) -> tuple[int, int]:
+        """The least and most running requests that the same line covers."""
+        below = max((s.up_to_running for s in self.steps if s.up_to_running < running), default=-1)
+        return below + 1, next((s.up_to_running for s in self.steps if running <= s.up_to_running), FOREVER)

@@ -7,59 +7,64 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from engine.drafter import Draft, Drafter
-from engine.engine import Candidate, Load, StepReport
+from engine.engine import Candidate, Load, StepReport, Verified
 from engine.request import Request
-from engine.tree import Budget, Tree
-from policies import DepthCounts, GoodputPolicy, Limits, Plan, Profile, RequestView, StepSample, Telemetry, bin_of
+from engine.tree import Budget
+from policies import Decision, DepthCounts, GoodputPolicy, Limits, Plan, Profile, RequestView, StepSample, Telemetry, nodes_of
 from policies import Load as PolicyLoad
+from policies.span import Span
+from policies.survival import REPORTED
+from policies.tally import fared
 from services.protocol import Speculation
 
 MOST_SAMPLES = 1024  # steps remembered between two reports
-Nodes = tuple[tuple[int, int], ...]
+TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
+SELDOM = 8  # steps of which one draft is kept whole once there are enough
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
+Measured = tuple[StepReport, int, int, int]  # with how many requests drafted, and how deep and wide at most
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
-    """What a plan decided for some requests, and the step at which it has to be asked again."""
+    """What a plan settled: budgets by request, the deepest and widest of them, and how long that stands."""
 
     plan: Plan
-    names: list[str]
-    running: int
-    until: int
-    budgets: list[Budget]
-    drafting: int
-    depth: int
-    width: int
+    span: Span
+    budgets: dict[str, Budget]
+    depth: int = 0
+    width: int = 0
 
-    def stands(self, plan: Plan, step: int, running: int, names: list[str]) -> bool:
-        """Whether it is still what that plan decides for these requests."""
-        return plan is self.plan and step < self.until and running == self.running and names == self.names
+    def take(self, made: Mapping[str, Budget]) -> None:
+        self.budgets.update(made)
+        self.depth, self.width = largest((self.depth, self.width), made.values())
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry."""
+    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by."""
 
-    def __init__(self, replica: str, plan: Plan) -> None:
-        self.replica, self.plan = replica, plan
+    def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter) -> None:
+        self.replica, self.plan, self.clock = replica, plan, clock
         self.drafter_name, self.version = "none", ""
         self.limits = Limits(0, 0)
         self.lock = threading.Lock()
-        self.samples: deque[StepSample] = deque(maxlen=MOST_SAMPLES)
+        self.samples: deque[Measured] = deque(maxlen=MOST_SAMPLES)
         self.survival: dict[str, DepthCounts] = {}
         self.tokens = self.sequence = self.steps = self.switches = self.probes = 0
-        self.deciding = 0.0  # seconds
+        self.deciding = 0.0  # seconds, since the last report
+        self.tallying = self.elapsed = 0.0  # seconds of tallies and of steps, since the last report
+        self.seen = 0  # drafts remembered whole since the last report
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
         self.order: Order | None = None
+        self.made: dict[Decision, Budget] = {}  # budgets by decision
         self.drafting = self.depth = self.width = 0  # of this step: requests that draft, and how deep and wide at most
         self.last_depth = 0
-        self.drawn: list[tuple[str, Budget, Nodes]] = []  # of this step: class of request, budget, draft
+        self.probing = False  # whether this step tries what seems not to pay
 
     def take(self, drafter: Drafter | None) -> None:
         """Fly this drafter from now on."""
@@ -70,85 +75,127 @@ class Pilot:
     def adopt(self, plan: Plan | None) -> None:
         """Fly by a newer plan."""
         if plan is not None and plan.version >= self.plan.version:
+            plan.follow(self.plan)
             self.plan = plan
 
     # -- in the engine's thread ---------------------------------------------------------------------------------------------
 
     def budgets(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
-        """What the plan gives each request in this step. What was decided for the same requests holds for a few steps."""
-        begun = perf_counter()
-        names = [c.request.id for c in candidates]
-        order = self.order
-        if order is None or not order.stands(self.plan, self.steps, load.decoding, names):
-            order = self.order = self.decide(load, names, candidates)
-        self.drafting, self.depth, self.width = order.drafting, order.depth, order.width
-        self.deciding += perf_counter() - begun
-        return order.budgets
+        """What the plan gives each request in this step. What was settled stands for some steps, also for those who join."""
+        begun = self.clock()
+        order, step = self.order, self.steps
+        if order is None or order.plan is not self.plan or not order.span.covers(step, load.decoding):
+            order = self.order = self.settle(load, candidates)
+        self.probing = False
+        if step >= order.span.due and (tried := self.probe(load, candidates)):
+            self.depth, self.width = largest((0, 0), tried)
+        else:
+            try:
+                tried = [order.budgets[c.request.id] for c in candidates]
+            except KeyError:
+                tried = self.join(load, candidates)
+            self.depth, self.width = order.depth, order.width
+        self.deciding += self.clock() - begun
+        return tried
 
-    def decide(self, load: Load, names: list[str], candidates: Sequence[Candidate]) -> Order:
-        """Ask the plan."""
+    def settle(self, load: Load, candidates: Sequence[Candidate]) -> Order:
+        """Ask the plan anew."""
         plan = self.plan
         self.views = {c.request.id: self.view(c) for c in candidates}
-        decisions = plan.decide(seen(load), list(self.views.values()), self.steps)
-        budgets = [Budget.of(d.depth, d.width) for d in decisions]
-        depth, width = (max((getattr(d, name) for d in decisions), default=0) for name in ("depth", "width"))
-        until = plan.holds(self.steps, load.decoding)
-        return Order(plan, names, load.decoding, until, budgets, sum(d.depth > 0 for d in decisions), depth, width)
+        decisions = plan.settle(seen(load), list(self.views.values()), self.steps)
+        order = Order(plan, plan.span(self.steps, load.decoding), {})
+        order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
+        return order
+
+    def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
+        """Give those who came since the plan was asked what stands for them; where nothing does, ask anew."""
+        assert self.order is not None
+        order, known = self.order, self.order.budgets
+        new = {c.request.id: self.view(c) for c in candidates if c.request.id not in known}
+        decisions = order.plan.join(seen(load), list(new.values()), self.steps)
+        if decisions is None:
+            order = self.order = self.settle(load, candidates)
+        else:
+            self.views |= new
+            order.take(dict(zip(new, map(self.budget, decisions), strict=True)))
+        return [order.budgets[c.request.id] for c in candidates]
+
+    def probe(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget] | None:
+        """What the plan wants to try in this step, if anything."""
+        assert self.order is not None
+        plan, views = self.order.plan, {c.request.id: self.view(c) for c in candidates}
+        decisions = plan.probe(seen(load), list(views.values()), self.steps)
+        self.order.span = replace(self.order.span, due=plan.span(self.steps, load.decoding).due)
+        if decisions is None:
+            return None
+        self.views |= views
+        self.probing = True
+        return [self.budget(d) for d in decisions]
+
+    def budget(self, decision: Decision) -> Budget:
+        found = self.made.get(decision)
+        if found is None:
+            found = self.made[decision] = Budget.of(decision.depth, decision.width)
+        return found
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
         """Cut off the drafted nodes that the plan does not think worth verifying."""
-        begun = perf_counter()
-        views = [self.views[draft.request] for draft in drafts]
-        shapes = [shape(draft.tree) for draft in drafts]
-        for draft, nodes in zip(drafts, self.plan.prune(seen(load), views, shapes, self.steps), strict=True):
+        begun = self.clock()
+        views, trees = [self.views[draft.request] for draft in drafts], [draft.tree for draft in drafts]
+        counts = () if load.prompt else tuple(load.row_counts)
+        kept = self.plan.prune(load.decoding, views, trees, self.steps, counts)
+        self.drafting = len(drafts)
+        if self.steps % SELDOM == 0 or self.seen < REPORTED:
+            self.remember(views[self.steps % len(drafts)], drafts[self.steps % len(drafts)])
+        for tree, nodes in zip(trees, kept, strict=True):
             if nodes is not None:
-                draft.tree.cut([draft.tree.forced + node for node in nodes])
-        self.drawn = [(v.kind, d.budget, nodes) for v, d, nodes in zip(views, drafts, shapes, strict=True)]
-        self.deciding += perf_counter() - begun
+                tree.cut([tree.forced + node for node in nodes])
+        self.deciding += self.clock() - begun
+
+    def remember(self, view: RequestView, draft: Draft) -> None:
+        """Keep a draft as it was drawn: one of a step, another request's each time, and none of most steps once there are enough."""
+        with self.lock:
+            self.seen += 1
+            self.counts(view.kind).drew(Profile(draft.budget.depth, nodes_of(draft.tree), draft.budget.width, view.level))
 
     def observe(self, report: StepReport) -> None:
         """Remember what a step cost and how its drafts fared."""
-        drawn, drafting, depth, width = self.drawn, self.drafting, self.depth, self.width
-        self.drawn, self.drafting, self.depth, self.width = [], 0, 0, 0
+        drafting, depth, width = self.drafting, self.depth, self.width
+        self.drafting = self.depth = self.width = 0
         if not report.requests:
             return
+        begun = self.clock()
         with self.lock:
-            self.probes += self.plan.probes(self.steps)
             self.steps += 1
+            self.probes += self.probing
             self.switches += depth != self.last_depth
             self.last_depth = depth
             self.tokens += report.emitted
-            self.load = seen(report.load)
-            self.samples.append(sample(report, drafting, depth, width))
-            if drawn:
-                self.tally(report, drawn)
+            self.samples.append((report, drafting, depth, width))
+            if report.verified and (self.probing or self.tallying <= TALLYING * self.elapsed):
+                self.tally(report.verified)
+                self.tallying += self.clock() - begun
+            self.elapsed += report.seconds
+            self.deciding += self.clock() - begun
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
         """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
         with self.lock:
-            self.samples.append(sample(report, drafting, depth, 1))
+            self.samples.append((report, drafting, depth, 1))
 
-    def tally(self, report: StepReport, drawn: Sequence[tuple[str, Budget, Nodes]]) -> None:
+    def tally(self, verified: Sequence[Verified]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
         knowledge, policy = self.plan.knowledge, self.plan.policy
         shrinkage = policy.shrinkage if isinstance(policy, GoodputPolicy) else SHRINKAGE
-        for kind, budget, nodes in drawn:
-            counts = self.counts(kind)
-            if counts.curious:
-                counts.drew(Profile(budget.depth, nodes, budget.width))
-        for verified in report.verified:
-            view = self.views[verified.request]
-            counts, table = self.counts(view.kind), knowledge.table(view.kind, view.level)
-            for depth, confidence, kept in verified.nodes:
-                bin = bin_of(confidence)
-                expected = table[min(depth, len(table)) - 1][bin]
-                counts.test(depth, bin, kept, expected)
-                view.learn(expected, kept, shrinkage)
+        for draft in verified:
+            view = self.views[draft.request]
+            fared(view, draft.nodes, knowledge.rates(view.kind, view.level), self.counts(view.kind), shrinkage)
 
     def counts(self, kind: str) -> DepthCounts:
-        if kind not in self.survival:
-            self.survival[kind] = DepthCounts()
-        return self.survival[kind]
+        found = self.survival.get(kind)
+        if found is None:
+            found = self.survival[kind] = DepthCounts()
+        return found
 
     def view(self, candidate: Candidate) -> RequestView:
         """A request as a policy sees it, with what its own drafts taught."""
@@ -166,25 +213,23 @@ class Pilot:
         """Everything since the last report."""
         with self.lock:
             self.sequence += 1
-            telemetry = Telemetry(
-                replica=self.replica,
-                model=self.plan.model,
-                drafter=self.drafter_name,
-                speculator_version=self.version,
-                sequence=self.sequence,
-                load=self.load,
-                steps=tuple(self.samples),
-                survival=self.survival,
-                tokens=self.tokens,
-                deciding=self.deciding,
-                switches=self.switches,
-                probes=self.probes,
-                plan_version=self.plan.version,
-                limits=self.limits,
-            )
-            self.samples.clear()
+            samples, self.samples = self.samples, deque(maxlen=MOST_SAMPLES)
+            told = {name: getattr(self, name) for name in ("survival", "tokens", "deciding", "switches", "probes")}
             self.survival, self.tokens, self.deciding, self.switches, self.probes = {}, 0, 0.0, 0, 0
-        return telemetry
+            self.tallying, self.elapsed, self.seen = 0.0, 0.0, 0
+            self.load = seen(samples[-1][0].load) if samples else self.load
+        return Telemetry(
+            replica=self.replica,
+            model=self.plan.model,
+            drafter=self.drafter_name,
+            speculator_version=self.version,
+            sequence=self.sequence,
+            load=self.load,
+            steps=tuple(sample(*measured) for measured in samples),
+            plan_version=self.plan.version,
+            limits=self.limits,
+            **told,
+        )
 
     def rest(self) -> None:
         """Say that nothing runs; called when the engine is idle."""
@@ -192,9 +237,17 @@ class Pilot:
             self.load = PolicyLoad(free_slots=self.load.free_slots)
 
 
+def largest(least: tuple[int, int], budgets: Iterable[Budget]) -> tuple[int, int]:
+    """The largest depth and width of budgets, at least these."""
+    depth, width = least
+    for budget in budgets:
+        depth, width = max(depth, budget.depth), max(width, budget.width if budget.depth else 0)
+    return depth, width
+
+
 def seen(load: Load) -> PolicyLoad:
     """The engine's load as a policy sees it."""
-    return PolicyLoad(load.decoding, load.waiting, load.context, load.free, load.prompt)
+    return PolicyLoad(load.decoding, load.waiting, load.context, load.free, load.prompt, tuple(load.row_counts))
 
 
 def kind(request: Request) -> str:
@@ -203,21 +256,22 @@ def kind(request: Request) -> str:
     return f"{drawn}, predicted" if request.prediction else drawn
 
 
-def shape(tree: Tree) -> Nodes:
-    """A drafted tree's nodes as a policy sees them: parent among the drafted nodes, and bin of confidence."""
-    first = tree.forced
-    return tuple([(p - first if p >= first else -1, bin_of(c)) for p, c in zip(tree.parents[first:], tree.confidence, strict=True)])
-
-
 def sample(report: StepReport, drafting: int, depth: int, width: int) -> StepSample:
+    """A step as a policy sees it. Its rows are those that were computed."""
+    load = report.load
     return StepSample(
-        requests=report.load.decoding,
+        requests=load.decoding,
         drafting=drafting,
-        rows=report.rows,
+        rows=report.rows if load.prompt else rounded(report.rows, load.row_counts),
         context=report.context,
         depth=depth,
         seconds=report.seconds,
         draft_seconds=report.draft_seconds,
-        prefill=report.load.prompt,
+        prefill=load.prompt,
         width=width,
     )
+
+
+def rounded(rows: int, counts: Sequence[int]) -> int:
+    """The next of the numbers of rows that forwards are computed for."""
+    return next((count for count in counts if count >= rows), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 from engine.drafter import Draft
@@ -10,11 +10,13 @@ from engine.engine import Candidate, Engine, Load, StepReport
 from engine.request import Request
 from engine.sampling import SamplingParams
 from engine.tree import Budget
+from policies.step import SETTLING
 from services.pilot import Pilot
 
 SECONDS = 3.0  # for the whole profile
 TIMES = 6  # steps of each kind
-PROMPT, LONGEST = 8, 64  # tokens
+PROMPT, LONGEST = 8, 160  # tokens
+READING = 2  # steps in which prompts are read
 
 
 class Rehearsal:
@@ -36,12 +38,11 @@ class Rehearsal:
             params = SamplingParams(temperature=float(index % 2), seed=index, max_tokens=max(1, min(LONGEST, room)))
             self.engine.submit(Request(f"profile-{count}-{index}", [(index + i) % vocab for i in range(PROMPT)], params))
 
-    def steps(self, count: int, times: int) -> Iterator[StepReport]:
-        """Steps in which that many requests decode and no prompt is read."""
-        for _ in range(times):
-            report = self.engine.step()
-            if report.requests == count and not report.prefill:
-                yield report
+    def step(self, count: int, depth: int) -> StepReport | None:
+        """A step in which that many requests decode that deep; None if a prompt was read in it, or one of them has ended."""
+        self.depth = depth
+        report = self.engine.step()
+        return report if report.requests == count and not report.prefill else None
 
     def clear(self) -> None:
         """Nobody is left, and nothing in the cache. Raises RuntimeError if the model could not compute."""
@@ -75,15 +76,15 @@ def profile(engine: Engine, pilot: Pilot, seconds: float = SECONDS) -> None:
 
 
 def rehearse(rehearsal: Rehearsal, pilot: Pilot, count: int, tried: Sequence[int]) -> None:
-    """That many requests at every depth."""
-    for depth in tried:
-        rehearsal.submit(count)
-        rehearsal.depth = 0
-        list(rehearsal.steps(count, 2))  # read the prompts
-        rehearsal.depth = depth
-        for report in rehearsal.steps(count, TIMES):
+    """That many requests without drafts, and then at the other depths by turns, each time until the machine has settled into it."""
+    rehearsal.submit(count)
+    for _ in range(READING):
+        rehearsal.step(count, 0)
+    settling, drafts = SETTLING + 1, tried[1:]
+    for depth in [0] * (settling + TIMES) + [tried[-1]] * settling * bool(drafts) + [*drafts] * TIMES:
+        if report := rehearsal.step(count, depth):
             pilot.measured(report, count if depth else 0, depth)
-        rehearsal.clear()
+    rehearsal.clear()
 
 
 def sizes(most: int) -> list[int]:

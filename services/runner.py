@@ -93,7 +93,7 @@ class EngineRunner:
     """Runs an engine in a thread of its own from `start` to `stop`.
 
     on_step is called in that thread after every step; the seconds of its report are those of the thread's whole turn, since what a step
-    costs its users is not the engine alone but also commands, text and the hop to the event loop.
+    costs its users is not the engine alone but also commands, text, the hop to the event loop, and what on_step did with the last report.
     """
 
     def __init__(self, engine: Engine, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
@@ -105,7 +105,7 @@ class EngineRunner:
         self.death: BaseException | None = None
         self.closed = False
         self.gate = threading.Lock()
-        self.begun = 0.0  # when the present turn of the thread began: after the last one, or after waiting for work
+        self.begun = 0.0  # when the present turn of the thread began: when the last one was told, or after waiting for work
 
     def start(self) -> None:
         """Begin stepping; call from the event loop that will submit."""
@@ -162,7 +162,6 @@ class EngineRunner:
         try:
             while self.obey():
                 self.deliver(self.engine.step())
-                self.begun = time.perf_counter()
         except BaseException as error:
             log.exception("the engine thread died")
             self.death = error
@@ -211,8 +210,9 @@ class EngineRunner:
                 waiting[stream] = None
         if waiting:
             self.hop(wake, list(waiting))
+        begun, self.begun = self.begun, time.perf_counter()
         try:
-            self.on_step(replace(report, seconds=time.perf_counter() - self.begun))
+            self.on_step(replace(report, seconds=self.begun - begun))
         except Exception:
             log.exception("a step could not be recorded")
 

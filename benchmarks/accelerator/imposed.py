@@ -41,6 +41,10 @@ class Imposed:
             logits.index_put_((index[0], index[1]), logits.new_full((), CERTAIN))
         return logits, hidden
 
+    @property
+    def row_counts(self) -> Sequence[int]:
+        return self.inner.row_counts
+
     def impose(self, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[list[int], list[int]]:
         """Rows of the logits and the tokens that they must draw."""
         row_of = {token: row for row, token in enumerate(keep)}

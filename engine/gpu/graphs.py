@@ -23,7 +23,7 @@ from engine.gpu import triton
 from engine.gpu.attention import CannotAttend, DeviceStep, upload
 from engine.gpu.capture import Pool, Replay, on, seconds_of
 from engine.gpu.decoder import Decoder, NotFusable, read
-from engine.gpu.layout import Bucket, Cut, Geometry, Unmaskable, lay_out
+from engine.gpu.layout import TOKENS, Bucket, Cut, Geometry, Unmaskable, lay_out
 from engine.gpu.linear import tune
 from engine.gpu.staging import Staging
 from engine.tree import Tree
@@ -227,6 +227,11 @@ class Graphed:
             torch.cuda.empty_cache()
         except Exception as lost:
             raise DeviceLost(f"{self.device} does not answer: {lost}") from error
+
+    @property
+    def row_counts(self) -> Sequence[int]:
+        """The buckets that are captured."""
+        return TOKENS if self.way[1] and self.mode != "oracle" else ()
 
     def adopt(self, store: KVStore) -> None:
         if store is not self.store:

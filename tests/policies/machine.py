@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
 
-from policies import CostModel, DepthCounts, GoodputPolicy, Limits, Load, Plan, Profile, RequestView, StepSample, Survival, bin_of
+from engine.tree import Tree
+from policies import CostModel, DepthCounts, GoodputPolicy, Limits, Load, Plan, Profile, RequestView, StepSample, Survival, nodes_of
+from policies.tally import fared
 
 Seconds = Callable[[int, int], float]  # (rows, depth) -> seconds of the whole step
 
@@ -54,8 +56,11 @@ class Machine:
         """The keep rates of a drafted chain's tokens."""
         return [self.keep + rng.choice((-self.spread, self.spread)) for _ in range(depth)]
 
-    def bins(self, chain: list[float]) -> tuple[tuple[int, int], ...]:
-        return tuple((j - 1, bin_of(keep if self.spread else -1.0)) for j, keep in enumerate(chain))
+    def drawn(self, chain: list[float]) -> Tree:
+        """The chain as a drafter draws it."""
+        tree = Tree.chain([0])
+        tree.extend(range(1, len(chain) + 1), len(chain), [keep if self.spread else -1.0 for keep in chain])
+        return tree
 
 
 class Replica:
@@ -81,18 +86,21 @@ class Replica:
                 tokens, seconds = tokens + got, seconds + took
             self.survival.add(counts, 40)
             curves = {"": self.survival.curve(self.limits.max_depth)}
-            self.plan = Plan.of(self.plan.version + 1, "m", self.policy, self.cost.table(), curves, self.limits)
+            before = self.plan
+            self.plan = Plan.of(before.version + 1, "m", self.policy, self.cost.table(), curves, self.limits)
+            self.plan.follow(before)
         return tokens / seconds / self.machine.best(requests, self.limits.max_depth)
 
     def _step(self, views: list[RequestView], counts: DepthCounts) -> tuple[float, float]:
         requests, load = len(views), Load(len(views), 0, 100 * len(views))
         decisions = self.plan.decide(load, views, self.step)
         chains = {i: self.machine.chain(d.depth, self.random) for i, d in enumerate(decisions) if d.depth}
-        drafts = [self.machine.bins(chain) for chain in chains.values()]
-        kept = self.plan.prune(load, [views[i] for i in chains], drafts, self.step) if chains else []
-        for (i, chain), nodes, draft in zip(chains.items(), kept, drafts, strict=True):
-            if counts.curious:
-                counts.drew(Profile(len(chain), draft))
+        drafts = [self.machine.drawn(chain) for chain in chains.values()]
+        kept = self.plan.prune(requests, [views[i] for i in chains], drafts, self.step) if chains else []
+        if drafts:
+            turn = self.step % len(drafts)
+            counts.drew(Profile(drafts[turn].drafted, nodes_of(drafts[turn]), level=views[list(chains)[turn]].level))
+        for (i, chain), nodes in zip(chains.items(), kept, strict=True):
             chains[i] = chain if nodes is None else chain[: len(nodes)]
         depth, rows = max(d.depth for d in decisions), requests + sum(map(len, chains.values()))
         took = self.machine.seconds(rows, depth)
@@ -108,14 +116,11 @@ class Replica:
 
     def _fare(self, view: RequestView, chain: list[float], counts: DepthCounts) -> None:
         """Test a chain token by token."""
-        table = self.plan.knowledge.table(view.kind, view.level)
-        for depth, (_, bin) in enumerate(self.machine.bins(chain), 1):
-            kept = self.random.random() < chain[depth - 1]
-            expected = table[min(depth, len(table)) - 1][bin]
-            counts.test(depth, bin, kept, expected)
-            view.learn(expected, kept, self.policy.shrinkage)
-            if not kept:
-                return
+        kept = [self.random.random() < keep for keep in chain]
+        tested = min(kept.index(False) + 1, len(chain)) if False in kept else len(chain)
+        sure = self.machine.drawn(chain).confidence
+        nodes = [(depth, sure[depth - 1], kept[depth - 1]) for depth in range(1, tested + 1)]
+        fared(view, nodes, self.plan.knowledge.rates(view.kind, view.level), counts, self.policy.shrinkage)
 
     def _measure(self, true: StepSample) -> None:
         """With noise, and one stall in a hundred."""

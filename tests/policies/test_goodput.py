@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies import GoodputPolicy, Limits, Load, Plan, RequestView
+from policies.probes import RUN
 from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
 
 CASES = [
@@ -48,8 +49,8 @@ def test_is_off_when_drafting_does_not_pay(keep, requests):
     replica = Replica(Machine(compute_bound, keep))
     replica.run(requests, 1000)
     replica.depths.clear()
-    replica.run(requests, 400)
-    assert sum(d > 0 for d in replica.depths) <= 0.02 * len(replica.depths)
+    assert replica.run(requests, 2000) > 0.99, "what is tried now and then costs little"
+    assert sum(d > 0 for d in replica.depths) <= 0.06 * len(replica.depths)
 
 
 def test_recovers_when_the_drafter_gets_better_while_off():
@@ -78,29 +79,62 @@ def test_follows_a_load_step():
     assert replica.run(1, 400) > 0.97
 
 
-def test_probes_depth_0_at_the_stated_rate():
-    replica = Replica(Machine(memory_bound, 0.85), GoodputPolicy(probe_every=50))
+def probes(replica: Replica, steps: int, requests: int = 4) -> list[tuple[int, list[int]]]:
+    """The steps in which something else was tried than what stands, and the depths."""
+    views, load = [RequestView(str(i)) for i in range(requests)], Load(requests, 0, 100 * requests)
+    replica.plan.settle(load, views, replica.step)
+    found = [(step, replica.plan.probe(load, views, replica.step + step)) for step in range(steps)]
+    return [(step, [d.depth for d in made]) for step, made in found if made is not None]
+
+
+def runs(steps: list[int]) -> list[tuple[int, int]]:
+    """First step and length of steps in a row."""
+    starts = [step for step in steps if step - 1 not in steps]
+    return [(start, next(n for n in range(1, len(steps) + 2) if start + n not in steps)) for start in starts]
+
+
+def test_depth_0_is_probed_at_the_stated_rate_while_the_race_is_close():
+    """For some steps at a time, so that it is measured as it is when nothing is drafted for long."""
+    replica = Replica(Machine(lambda rows, depth: 0.01, 0.012, noise=0.0), GoodputPolicy(probe_every=200, margin=0.0))
     replica.run(4, 1200)
-    views, load = [RequestView(str(i)) for i in range(4)], Load(4, 0, 400)
-    off = [step for step in range(1000) if not any(d.depth for d in replica.plan.decide(load, views, step))]
-    assert off == list(range(0, 1000, 50))
+    off = runs([step for step, depths in probes(replica, 2000) if not any(depths)])
+    assert [start - off[0][0] for start, _ in off] == list(range(0, 2000, 200)) and {length for _, length in off} == {RUN}
 
 
-def test_probes_take_two_per_cent_of_the_steps_at_most():
+def test_probes_that_lose_much_are_rare():
+    """At 3.4 tokens in a step a step of depth 0 loses two thirds of one: what they cost is bounded, not how many they are."""
     replica = Replica(Machine(memory_bound, 0.85))
     replica.run(4, 1200)
-    views, load = [RequestView(str(i)) for i in range(4)], Load(4, 0, 400)
-    ordinary = replica.plan.decide(load, views, 1)
-    probes = [step for step in range(10_000) if replica.plan.decide(load, views, step) != ordinary]
-    assert 100 <= len(probes) <= 200
+    off = [step for step, depths in probes(replica, 40_000) if not any(depths)]
+    assert 40 <= len(off) <= 90 and 0.7 * len(off) <= 0.0015 * 40_000
 
 
-def test_while_off_small_depths_are_probed():
+def test_probes_take_three_per_cent_of_the_steps_at_most():
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(4, 1200)
+    assert 50 <= len(probes(replica, 10_000)) <= 300
+
+
+def test_while_off_drafts_are_probed_for_a_step_and_for_some():
+    """One to see what is kept, some to see what it costs."""
     replica = Replica(Machine(compute_bound, 0.02))
     replica.run(8, 1200)
-    views, load = [RequestView(str(i)) for i in range(8)], Load(8, 0, 800)
-    drafting = [step for step in range(1000) if any(d.depth for d in replica.plan.decide(load, views, step))]
-    assert drafting == list(range(50, 1000, 200))
+    found = probes(replica, 4000, 8)
+    assert {length for _, length in runs([step for step, _ in found])} >= {1, RUN} and {max(depths) for _, depths in found} == {1}
+
+
+def test_an_agenda_goes_on_from_plan_to_plan():
+    """Plans come more often than probes: each alone would begin anew with what is due first."""
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(4, 1200)
+    views, load, seen = [RequestView(str(i)) for i in range(4)], Load(4, 0, 400), 0
+    for step in range(replica.step, replica.step + 20_000):
+        if step % 40 == 0:
+            before = replica.plan
+            replica.plan = Plan.of(before.version + 1, "m", before.policy, before.cost, before.knowledge.curves, before.limits)
+            replica.plan.follow(before)
+        seen += not any(d.depth for d in replica.plan.decide(load, views, step))
+    assert 2 * RUN <= seen <= 4 * RUN
 
 
 def test_with_no_data_starts_at_a_moderate_depth_and_measures_depth_0_soon():
@@ -124,8 +158,8 @@ def test_a_request_whose_drafts_are_kept_gets_more_than_one_whose_are_not():
     good, bad = RequestView("good", level=4), RequestView("bad", level=-4)
     deep, shallow = replica.plan.decide(Load(2, 0, 200), [good, bad], 1)
     assert deep.depth >= shallow.depth
-    chain = ((-1, 0), (0, 0), (1, 0))
-    kept = [3 if nodes is None else len(nodes) for nodes in replica.plan.prune(Load(2, 0, 200), [good, bad], [chain, chain], 1)]
+    chain = replica.machine.drawn([0.6] * 3)
+    kept = [3 if nodes is None else len(nodes) for nodes in replica.plan.prune(2, [good, bad], [chain, chain], 1)]
     assert kept[0] > kept[1]
 
 
@@ -147,10 +181,10 @@ def test_under_load_batch_gives_way_to_interactive_and_alone_it_does_not():
     replica.run(16, 1600)
     classes = [RequestView(str(i), priority=p) for i, p in enumerate((0, 1, 2) * 6)][:16]
     by_class = [0, 0, 0]
-    for view, decided in zip(classes, replica.plan.decide(Load(16, 0, 1600), classes, 1), strict=True):
+    for view, decided in zip(classes, replica.plan.settle(Load(16, 0, 1600), classes, 1), strict=True):
         by_class[view.priority] = max(by_class[view.priority], decided.depth)
     assert by_class[0] >= by_class[1] >= by_class[2] and by_class[0] > by_class[2]
-    alone = [replica.plan.decide(Load(16, 0, 1600), [RequestView(str(i), priority=p) for i in range(16)], 51 + p) for p in (0, 1, 2)]
+    alone = [replica.plan.settle(Load(16, 0, 1600), [RequestView(str(i), priority=p) for i in range(16)], 300 * p) for p in (1, 2, 0)]
     assert alone[0] == alone[1] == alone[2], "a class among its own has nobody to give way to"
 
 

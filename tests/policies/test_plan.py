@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from engine.tree import Tree
 from policies import (
     OFF,
     CostModel,
@@ -25,8 +26,9 @@ from policies import (
     SurvivalCurve,
     ThresholdPolicy,
     ThresholdStep,
+    nodes_of,
 )
-from policies.survival import BINS
+from policies.drafts import CENTRES
 
 optional = st.none() | st.integers(0, 12)
 views = st.lists(
@@ -149,33 +151,57 @@ def test_a_forecast_states_the_gain_over_off():
     assert Plan.of(1, "m", FixedPolicy(depth=3)).forecast(Load(4), [RequestView("a")]).gain is None
 
 
-drafts = st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, BINS - 1)), max_size=8), max_size=6)
+confidence = st.sampled_from([-1.0, *CENTRES])
+drafts = st.lists(st.lists(st.tuples(st.integers(0, 9), confidence), max_size=8), max_size=6)
+
+
+def drawn(nodes) -> Tree:
+    """A tree of nodes given as (parent among them, 0 for the text, confidence)."""
+    tree = Tree.chain([0, 0])
+    for i, (parent, sure) in enumerate(nodes):
+        tree.child(tree.forced - 1 + min(parent, i), i + 1, sure)
+    return tree
 
 
 @settings(max_examples=150, deadline=None)
-@given(drafts, st.integers(0, 200), st.booleans(), st.lists(st.integers(0, 2), min_size=6, max_size=6))
-def test_pruned_drafts_are_whole_below_and_fixed_requests_keep_theirs(shapes, step, warm, priorities):
+@given(drafts, st.booleans(), st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_pruned_drafts_are_whole_below_and_fixed_requests_keep_theirs(shapes, warm, priorities):
     """Whatever tree was drawn: kept nodes ascend, come with their parents, and are not pruned where a request fixed its depth."""
-    trees = [tuple((min(p, i) - 1, b) for i, (p, b) in enumerate(nodes)) for nodes in shapes]
+    trees = [drawn(nodes) for nodes in shapes]
     requests = [RequestView(str(i), "fixed" if i == 0 else "auto", priority=p) for i, p in enumerate(priorities[: len(trees)])]
     plan = Plan.of(1, "m", GoodputPolicy(), measured().table() if warm else None, {"": SurvivalCurve((0.5,) * 8)}, Limits(8, 4))
-    for i, (tree, kept) in enumerate(zip(trees, plan.prune(Load(8), requests, trees, step), strict=True)):
+    plan.settle(Load(8), requests, 1)
+    for i, (tree, kept) in enumerate(zip(trees, plan.prune(8, requests, trees, 1), strict=True)):
         assert kept is None or i > 0
         if kept is not None:
-            assert list(kept) == sorted(set(kept)) and all(tree[n][0] == -1 or tree[n][0] in kept for n in kept)
+            parents = [parent for parent, _ in nodes_of(tree)]
+            assert list(kept) == sorted(set(kept)) and all(parents[n] == -1 or parents[n] in kept for n in kept)
 
 
-@pytest.mark.parametrize("policy", [GoodputPolicy(), GoodputPolicy(probe_every=21), FixedPolicy(depth=2), OffPolicy()])
-def test_a_decision_holds_until_it_is_said_to(policy):
+POLICIES = [
+    GoodputPolicy(),
+    GoodputPolicy(probe_every=21),
+    FixedPolicy(depth=2),
+    OffPolicy(),
+    ThresholdPolicy(steps=(ThresholdStep(up_to_running=3, depth=2), ThresholdStep(up_to_running=6, depth=1))),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_settled_stands_as_long_as_it_is_said_to(policy):
     plan = Plan.of(1, "m", policy, measured().table(), {"": SurvivalCurve((0.8, 0.7))}, Limits(4, 2))
     load, requests = Load(4), [RequestView(str(i)) for i in range(4)]
     step = 0
-    while step < 300:
-        made, until = plan.decide(load, requests, step), plan.holds(step, 4)
-        assert until > step
-        for later in range(step + 1, min(until, 300)):
+    while step < 600:
+        made, span = plan.settle(load, requests, step), plan.span(step, 4)
+        assert span.until > step and span.due > step and span.covers(step, 4)
+        for running in range(max(span.least, 4), min(span.most, 9) + 1):
+            more = [*requests, *(RequestView(f"new {i}") for i in range(4, running))]
+            assert plan.settle(Load(running), more, step) == [*made, *plan.join(Load(running), more[4:], step)]
+        for later in range(step + 1, min(span.until, span.due, 600)):
             assert plan.decide(load, requests, later) == made, (step, later)
-        step = until
+        plan.probe(load, requests, span.due)
+        step = min(span.until, span.due + 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies import DepthCounts, Profile, RequestView, Survival, SurvivalCurve, bin_of, pooled
-from policies.survival import BINS, EDGES, REPORTED
+from policies.drafts import BINS, EDGES
+from policies.forest import Forest
+from policies.survival import REPORTED
+from policies.tally import fared
 from policies.yields import PRICES, Yields
 
 
@@ -27,6 +30,10 @@ def totals(rows) -> list[int]:
 def wide(*firsts) -> list[list[int]]:
     """Rows of counts with these in the first bin."""
     return [[n, *[0] * (BINS - 1)] for n in firsts]
+
+
+def flat(rates) -> list[float]:
+    return [rate for row in rates for rate in row]
 
 
 def drafts(keep: float, depth: int, n: int, seed: int = 0) -> DepthCounts:
@@ -164,7 +171,7 @@ def test_the_calibration_error_tells_of_a_drafter_that_changed():
         bin = bin_of(0.9)
         made.test(1, bin, i % 2 == 0, table[0][bin])
     estimate.add(made)
-    assert estimate.curve(1).error == pytest.approx(0.2, abs=0.04)
+    assert estimate.curve(1).error > 0.2, "the newer half counts more, as soon as it contradicts the older"
 
 
 def test_a_bin_seldom_seen_at_a_depth_goes_by_the_other_depths():
@@ -179,7 +186,7 @@ def test_yields_by_price_are_those_of_the_drafts():
     sure, unsure = bin_of(0.97), bin_of(0.05)
     rates = tuple(tuple(0.9 if b == sure else 0.1 for b in range(BINS)) for _ in range(3))
     profiles = (Profile(3, ((-1, sure), (0, sure), (1, unsure))), Profile(3, ((-1, unsure),))) * 8
-    yields = Yields.of(SurvivalCurve((0.5,) * 3, rates, profiles), rates, 3)
+    yields = Yields.of(Forest.of(profiles, 3), flat(rates))
     assert yields.rows[0][0] == 1.0 and yields.tokens[0][0] == pytest.approx((0.9 + 0.1) / 2)
     assert yields.rows[2][0] == pytest.approx((3 + 1) / 2)
     dear = PRICES.index(0.55)
@@ -189,21 +196,20 @@ def test_yields_by_price_are_those_of_the_drafts():
 def test_a_draft_that_ended_by_itself_yields_nothing_deeper_one_that_had_to_does():
     rates = tuple((0.5,) * BINS for _ in range(4))
     for allowed, deep in ((4, 1.0), (1, 4.0)):
-        curve = SurvivalCurve((0.5,) * 4, rates, (Profile(allowed, ((-1, 0),)),) * 8)
-        assert Yields.of(curve, rates, 4).rows[3][0] == deep
+        assert Yields.of(Forest.of([Profile(allowed, ((-1, 0),))] * 8, 4), flat(rates)).rows[3][0] == deep
 
 
 def test_a_request_learns_its_own_keep_rate():
     rng, view, curve = random.Random(0), RequestView("a"), SurvivalCurve((0.5,))
     for _ in range(300):
-        view.learn(curve.table(view.shift)[0][0], rng.random() < 0.85, 16)
+        fared(view, [(1, -1.0, rng.random() < 0.85)], curve.table(view.shift)[0], DepthCounts(), 16)
     assert curve.table(view.shift)[0][0] == pytest.approx(0.85, abs=0.08) and view.level >= 2
     for _ in range(300):
-        view.learn(curve.table(view.shift)[0][0], rng.random() < 0.3, 16)
+        fared(view, [(1, -1.0, rng.random() < 0.3)], curve.table(view.shift)[0], DepthCounts(), 16)
     assert curve.table(view.shift)[0][0] == pytest.approx(0.3, abs=0.1), "and follows it"
 
 
 def test_one_token_says_little_of_a_request():
     view = RequestView("a")
-    view.learn(0.5, True, 16)
+    fared(view, [(1, -1.0, True)], [0.5], DepthCounts(), 16)
     assert 0 < view.shift < 0.2 and view.level == 0

@@ -103,7 +103,16 @@ def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
         if i % 5 == 4:
             pilot.adopt(keeper.report(pilot.report()))
     assert max(depths[:10]) > 0, "it tries"
-    assert sum(d > 0 for d in depths[-100:]) <= 12, "and gives up, but for a probe now and then"
+    assert sum(d > 0 for d in depths[-300:]) <= 36, "and gives up, but for a probe now and then"
+
+
+def test_rows_count_as_what_is_computed(base, monkeypatch):
+    """The executor says which numbers of rows it computes; the policy sees them, and steps are told by them."""
+    monkeypatch.setattr(type(base.executor), "row_counts", (1, 2, 8, 32))
+    pilot, _ = fly(base, {"kind": "fixed", "depth": 3, "width": 1}, [Speculation()])
+    report = pilot.report()
+    assert report.load.row_counts == (1, 2, 8, 32)
+    assert {s.rows for s in report.steps if s.drafting and not s.prefill} <= {2, 8, 32}
 
 
 class AlwaysWrong:

@@ -1,0 +1,61 @@
+"""A drawn draft as a policy sees it, and how sure its drafter is of each token.
+
+Confidence is binned, and every bin's keep rate is counted, so the drafter's word is calibrated whatever scale it speaks in; bin 0 holds
+drafters that say nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Protocol
+
+DEEPEST = WIDEST = 64
+EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidence
+BINS = len(EDGES) + 2
+FLOORS = (0.0, *EDGES)  # of the bins from 1 on
+CENTRES = tuple((low + high) / 2 for low, high in zip(FLOORS, (*EDGES, 1.0), strict=True))  # of the same
+
+Node = tuple[int, int]  # of a draft: parent (index among the drafted nodes, -1: the text) and bin
+
+
+def bin_of(confidence: float) -> int:
+    """The bin of a drafter's confidence; 0 for a negative one, which says nothing."""
+    return bisect_right(FLOORS, confidence)
+
+
+class Drawn(Protocol):
+    """A tree that a drafter has extended: its first `forced` nodes are a chain, the drafted ones follow, parents first.
+
+    parents: of every node; depths: from 0 on; confidence: of the drafted nodes only.
+    """
+
+    parents: list[int]
+    depths: list[int]
+    confidence: list[float]
+    forced: int
+
+
+def nodes_of(tree: Drawn) -> tuple[Node, ...]:
+    """The drafted nodes."""
+    first = tree.forced
+    parents = (parent - first if parent >= first else -1 for parent in tree.parents[first:])
+    return tuple(zip(parents, map(bin_of, tree.confidence), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One draft as it was drawn, before anything was pruned: how deep and wide it was allowed to be, and its nodes, parents first.
+
+    level: of its request at the time, see `RequestView`.
+    """
+
+    allowed: int
+    nodes: tuple[Node, ...] = ()
+    width: int = 1
+    level: int = 0
+
+    def sane(self) -> bool:
+        """True if this can be a draft."""
+        size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and len(self.nodes) <= 1024 and abs(self.level) <= DEEPEST
+        return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))
