@@ -178,6 +178,10 @@ class Cells:
     def add(self, key: Key, row: Row) -> None:
         self.window(key).add(row)
 
+    def later(self, key: Key, steps: int) -> list[Row]:
+        """The samples of a key as if each had been taken so many steps later."""
+        return [(*row[:4], row[4] + steps, *row[5:]) for row in self.windows[key].rows]
+
     def begun(self) -> Cells:
         """A copy in which everything was learned before the first step."""
         out = Cells()
@@ -185,11 +189,14 @@ class Cells:
         return out
 
     @classmethod
-    def merged(cls, tables: Sequence[Cells]) -> Cells:
-        """All windows together, the same number of latest samples at most from each table, so none outweighs the rest."""
+    def merged(cls, tables: Sequence[Cells], behind: Sequence[int]) -> Cells:
+        """All windows together, the same number of latest samples at most from each table, so none outweighs the rest.
+
+        behind: by how many steps each table counts fewer than the one that counts most, so that ages compare.
+        """
         out = cls()
         for key in {key: None for table in tables for key in table.windows}:
-            share = [list(t.windows[key].rows) for t in tables if key in t.windows]
+            share = [t.later(key, steps) for t, steps in zip(tables, behind, strict=True) if key in t.windows]
             most = max(WINDOW // len(share), 1)
             out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
@@ -269,9 +276,12 @@ class CostModel:
         """One model over replicas, each with the same weight in every cell."""
         if len(models) == 1:
             return models[0]
-        made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models]))
+        most = max((m.steps for m in models), default=0)
+        behind = [most - m.steps for m in models]
+        made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models], behind))
         if models:
             made.pace = Pace(median(m.pace.present for m in models))
+            made.pace.shaken = max(m.pace.shaken + steps if m.pace.shaken >= 0 else -1 for m, steps in zip(models, behind, strict=True))
             made.price = median(m.price for m in models)
         return made
 

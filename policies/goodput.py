@@ -112,8 +112,8 @@ class GoodputPolicy(BaseModel):
         trial = probes.trial(kind, turn, arena, best, self.widths(knowledge.limits)) if arena.groups else None
         if trial is None:
             agenda.skip(kind, step)
-        elif hurried or agenda.affords(kind, step, trial.lost(best)):
-            agenda.begin(kind, step, trial)
+        elif hurried or agenda.affords(kind, step, trial.lost(best), standing.requests):
+            agenda.begin(kind, step, trial, standing.requests)
             return trial
         return None
 
@@ -134,9 +134,10 @@ class GoodputPolicy(BaseModel):
         """How long what was decided in that step stands."""
         standing: Standing | None = knowledge.memo.get("standing")
         if standing is None:
-            return Span(step + HASTE, step - step % HASTE + HASTE, requests, requests)
+            due = step - step % HASTE + HASTE
+            return Span(due + 1, due, requests, requests)
         agenda = self.agenda(knowledge)
-        due = step + 1 if step + 1 < agenda.until else agenda.next(standing.choice.drafts, step + 1)[1]
+        due = step + 1 if step + 1 < agenda.until else max(step + 1, agenda.next(standing.choice.drafts, step + 1)[1])
         if standing.choice.drafts and knowledge.cost.off_count(requests) < ENOUGH:
             due = min(due, step + HASTE)
         slack = standing.requests // ALIKE

@@ -2,7 +2,8 @@
 
 A probe costs what it loses against the best choice. The more it is expected to lose, the rarer it is: every kind of probe may take a small
 part of all time, so where a race is close it is run often, and where probes keep confirming that one choice is far behind they are spaced
-out; as soon as the distance shrinks they come back. Between drafting and not drafting a probe lasts some steps, see `policies.cost`.
+out; as soon as the distance shrinks they come back. While off, the first drafts at a load come soon, whatever they are said to lose: what a
+profile or another machine told of them may be wrong. Between drafting and not drafting a probe lasts some steps, see `policies.cost`.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class Agenda:
     """When a replica looks at what next. It goes on from plan to plan.
 
     every: steps between probes of one kind at least. due: the step at which a kind is thought of; made: at which it was tried last, and
-    turns: how often. Depth 0 is first due at a multiple of `every`, the others in between. trial: the latest, which goes on until a step.
+    turns: how often; looks: how often at about so many requests. Depth 0 is first due at a multiple of `every`, the others in between.
+    trial: the latest, which goes on until a step.
     """
 
     every: int
     due: dict[str, int] = field(default_factory=dict)
     made: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
+    looks: dict[tuple[str, int], int] = field(default_factory=dict)
     trial: Trial | None = None
     until: int = 0
 
@@ -70,20 +73,23 @@ class Agenda:
         kinds = BESIDE if kind in BESIDE else DRAFTS
         return self.every * kinds.index(kind) + self.every // 2, self.every * len(kinds)
 
-    def affords(self, kind: str, step: int, lost: float) -> bool:
-        """Whether a probe that loses so many steps' worth of tokens is made now.
+    def affords(self, kind: str, step: int, lost: float, requests: int) -> bool:
+        """Whether a probe that loses so many steps' worth of tokens is made now. The first drafts at about so many requests come soon.
 
         Else it is thought of again when it may be, or when twice as much time has passed: what it loses may have changed by then.
         """
         usual, made = self.phase(kind)[1], self.made.get(kind)
-        wait = min(max(usual, round(lost / SHARE)), usual * RAREST)
+        seldom = min(1 + self.looks.get((kind, requests.bit_length()), 0), RAREST) if kind in DRAFTS else RAREST
+        wait = min(max(usual, round(lost / SHARE)), usual * seldom)
         if made is None or step - made >= wait:
             return True
         self.due[kind] = made + min(wait, 2 * (step - made))
         return False
 
-    def begin(self, kind: str, step: int, trial: Trial) -> None:
+    def begin(self, kind: str, step: int, trial: Trial, requests: int) -> None:
         self.trial, self.until = trial, step + trial.steps
+        look = kind, requests.bit_length()
+        self.looks[look] = self.looks.get(look, 0) + 1
         self.made[kind], self.turns[kind] = step, self.turns.get(kind, -1) + 1
         self.skip(kind, step)
 

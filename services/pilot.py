@@ -23,6 +23,7 @@ from policies.tally import fared
 from services.protocol import Speculation
 
 MOST_SAMPLES = 1024  # steps remembered between two reports
+MOST_KNOWN = 1000  # requests that an order remembers beside those that run
 TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
 SELDOM = 8  # steps of which one draft is kept whole once there are enough
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
@@ -111,6 +112,9 @@ class Pilot:
         """Give those who came since the plan was asked what stands for them; where nothing does, ask anew."""
         assert self.order is not None
         order, known = self.order, self.order.budgets
+        if len(known) > len(candidates) + MOST_KNOWN:  # most of them are gone
+            order = self.order = self.settle(load, candidates)
+            return [order.budgets[c.request.id] for c in candidates]
         new = {c.request.id: self.view(c) for c in candidates if c.request.id not in known}
         decisions = order.plan.join(seen(load), list(new.values()), self.steps)
         if decisions is None:

@@ -366,3 +366,16 @@ def test_telemetry_is_cleaned():
 def test_telemetry_must_name_its_sender(change):
     with pytest.raises(ValueError):
         replace(Telemetry("r", "m", "mlp", "1", 1, Load()), **change).validated()
+
+
+def test_a_young_replica_counts_as_much_as_an_old_one():
+    """Ages are of samples, not of the replicas that took them."""
+    old, young = CostModel(), CostModel()
+    old.steps = 1_000_000
+    for _ in range(8):
+        old.add(StepSample(requests=1, rows=1, prefill=0, context=10, seconds=0.01, drafting=0, depth=0, draft_seconds=0.0))
+        young.add(StepSample(requests=2, rows=2, prefill=0, context=10, seconds=0.02, drafting=0, depth=0, draft_seconds=0.0))
+    for model in (old, young):
+        model.settle()
+    cells = CostModel.merged([old, young]).table().off_cells
+    assert {cell.key[0]: cell.latest for cell in cells} == {1: 1_000_008, 2: 1_000_008}

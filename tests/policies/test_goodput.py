@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from policies import GoodputPolicy, Limits, Load, Plan, RequestView
-from policies.probes import RUN
+from policies.arena import Choice
+from policies.probes import RUN, Agenda, Trial
 from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
 
 CASES = [
@@ -58,7 +59,7 @@ def test_recovers_when_the_drafter_gets_better_while_off():
     replica.run(8, 2000)
     assert replica.depths[-1] == 0
     replica.machine = Machine(memory_bound, 0.85)
-    replica.run(8, 4800)
+    replica.run(8, 6000)
     assert replica.run(8, 400) > 0.97
 
 
@@ -121,6 +122,21 @@ def test_while_off_drafts_are_probed_for_a_step_and_for_some():
     replica.run(8, 1200)
     found = probes(replica, 4000, 8)
     assert {length for _, length in runs([step for step, _ in found])} >= {1, RUN} and {max(depths) for _, depths in found} == {1}
+
+
+def test_while_off_the_first_drafts_are_probed_soon_whatever_was_told_of_them():
+    """A profile that was disturbed makes drafts look hopeless; where they really pay, that is found out in some hundred steps."""
+    agenda = Agenda(100)
+    trial = Trial(Choice({}, 1.0, 1.0), RUN)
+    made = []
+    for step in range(20_000):
+        kind, due = agenda.next(False, step)
+        if step >= due and agenda.affords(kind, step, 1e9, 1):
+            agenda.begin(kind, step, trial, 1)
+            made.append((step, kind))
+    best = [step for step, kind in made if kind == "best"]
+    assert best[:4] == [150, 550, 1150, 1950] and 8 <= len(best) <= 16
+    assert agenda.affords("best", best[-1] + 200, 1e9, 64) and not agenda.affords("best", best[-1] + 200, 1e9, 1)
 
 
 def test_an_agenda_goes_on_from_plan_to_plan():

@@ -8,10 +8,10 @@ import pytest
 
 from actors.policy import PolicyKeeper, parse_policy
 from actors.store import open_state
-from engine.engine import Engine
-from engine.request import Request
+from engine.engine import Candidate, Engine, Load
+from engine.request import Request, Stats
 from engine.sampling import SamplingParams
-from policies import Plan
+from policies import FixedPolicy, Limits, Plan
 from services.pilot import Pilot
 from services.protocol import Speculation
 from tests.engine.toys import Oracle, run, texts, toy_base
@@ -118,3 +118,13 @@ def test_rows_count_as_what_is_computed(base, monkeypatch):
 class AlwaysWrong:
     def __getitem__(self, name):
         return [0] * 500
+
+
+def test_requests_that_are_gone_are_forgotten_while_no_new_plan_comes():
+    """A policy whose decisions stand for ever, and a policy actor that is away."""
+    pilot = Pilot("r", Plan.of(0, "m", FixedPolicy(depth=2), limits=Limits(8, 4)))
+    for number in range(3000):
+        one = Candidate(Request(f"q{number}", [5, 6], SamplingParams(max_tokens=8)), 8, Stats())
+        (budget,) = pilot.budgets(Load(1, 0, 10, 100, 1), [one])
+        assert budget.depth == 2
+    assert pilot.order is not None and len(pilot.order.budgets) < 1100 and len(pilot.views) < 1100
