@@ -155,7 +155,9 @@ def typical(live: Sequence[Replica]) -> tuple[Load, list[RequestView]]:
     context = round(sum(r.last.load.context for r in live) / count)
     waiting = round(sum(r.last.load.waiting for r in live) / count)
     slots = min((r.last.load.free_slots for r in live), default=1 << 30)
-    return Load(running, waiting, context, slots), [RequestView(str(i)) for i in range(min(running, 256))]
+    counts = Counter(r.last.load.row_counts for r in live).most_common(1)
+    load = Load(running, waiting, context, slots, row_counts=counts[0][0] if counts else ())
+    return load, [RequestView(str(i)) for i in range(min(running, 256))]
 
 
 def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ MINUTES = 5.0
 MOST = 4096  # moments remembered
 FINE = 256  # context tokens within which two moments are alike
 
-Likeness = tuple[int, int, int, str]
+Likeness = tuple[int, int, int, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Moment:
     """What one report told of one replica.
 
     at: seconds since the epoch; requests, context, depth: means over its steps, depth over requests; kind: the class of most tested drafts;
-    seconds: of all its steps, in which tokens were emitted.
+    seconds: of all its steps, in which tokens were emitted; row_counts: see `policies.Load`.
     """
 
     at: float
@@ -34,6 +34,7 @@ class Moment:
     tokens: int
     steps: int
     seconds: float
+    row_counts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, told: Telemetry, at: float) -> Moment | None:
@@ -44,12 +45,13 @@ class Moment:
         rows = sum(s.requests for s in told.steps)
         kind = max(told.survival, key=lambda name: sum(map(sum, told.survival[name].trials)), default=EVERYONE)
         depth, context = sum(s.depth * s.drafting for s in told.steps) / rows, sum(s.context for s in told.steps) / count
-        return cls(at, rows / count, told.load.waiting, context, told.load.free_slots, kind, depth, told.tokens, count, seconds)
+        load = told.load
+        return cls(at, rows / count, load.waiting, context, load.free_slots, kind, depth, told.tokens, count, seconds, load.row_counts)
 
     @property
     def likeness(self) -> Likeness:
         """Moments of the same are decided alike."""
-        return max(1, round(self.requests)), self.waiting, round(self.context / FINE) * FINE, self.kind
+        return max(1, round(self.requests)), self.waiting, round(self.context / FINE) * FINE, self.kind, self.row_counts
 
 
 class Hindsight:
@@ -106,9 +108,9 @@ class Hindsight:
 
 def foreseen(plan: Plan, moment: Moment) -> Forecast:
     """What the plan decides at such a moment, and what should come of it."""
-    running, waiting, context, kind = moment.likeness
+    running, waiting, context, kind, counts = moment.likeness
     views = [RequestView(str(i), kind=kind) for i in range(running)]
-    return plan.forecast(Load(running, waiting, context, moment.free_slots), views)
+    return plan.forecast(Load(running, waiting, context, moment.free_slots, row_counts=counts), views)
 
 
 def summary(depth: float, rate: float, latency: float) -> dict[str, Any]:

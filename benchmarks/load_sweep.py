@@ -3,7 +3,7 @@
 The promise is that nobody has to tune speculation: at no load is the default policy more than 3 % slower than the better of not
 speculating and the best fixed depth. Here one service holds the same model once for each policy, every policy learns from its own traffic
 alone, and all of them answer the same requests, round by round in a new order. A point is a model, a workload (predictable: greedy;
-high-entropy: temperature 1) and so many users in a closed loop. Requests of a round: 1.5 for each user, at least 12; counted is the
+high-entropy: temperature 1) and so many users in a closed loop. Requests of a round: 3 for each user, at least 24; counted is the
 time until the first user falls idle. Fixed depths that are surely more than --slack behind after three rounds or more sit
 out the rest of their point.
 

@@ -135,7 +135,7 @@ def told(whole: Portion, base: float) -> Cell:
     return {
         "tokens_per_second": round(rate, 1),
         "against_off": round(rate / base, 4),
-        "deciding_share": round(whole.deciding / whole.wall, 4),
+        "deciding_share": round(whole.deciding / whole.seconds, 4),
         "step_ms": round(1e3 * whole.seconds / whole.steps, 3),
         "tokens_per_step": round(whole.tokens / whole.steps, 3),
         "verified_depth": round(whole.depth / whole.steps, 3),

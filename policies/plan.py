@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from policies.cost import CostTable
 from policies.decision import OFF, Decision
 from policies.drafts import Drawn
 from policies.forecast import Forecast
 from policies.goodput import GoodputPolicy
 from policies.kinds import Policy
-from policies.knowledge import Knowledge
+from policies.knowledge import Knowledge, computed
 from policies.load import Limits, Load, RequestView, clip, settled
 from policies.off import OffPolicy
 from policies.span import FOREVER, Span
@@ -112,7 +114,8 @@ class Plan:
         depth, drafting = max((d.depth for d in decisions), default=0), sum(d.depth > 0 for d in decisions)
         seconds = off = self.cost.off(running, load.context)
         if drafting:
-            seconds = self.cost.forward(running, running + rows, load.context)
+            computing = float(computed(np.array(running + rows), load.row_counts))
+            seconds = self.cost.forward(running, computing, load.context)
             seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth, max(d.width for d in decisions))
         return Forecast(tuple(decisions), tokens, running + rows, seconds, float(running), off)
 

@@ -238,7 +238,7 @@ class Pilot:
     def rest(self) -> None:
         """Say that nothing runs; called when the engine is idle."""
         with self.lock:
-            self.load = PolicyLoad(free_slots=self.load.free_slots)
+            self.load = PolicyLoad(free_slots=self.load.free_slots, row_counts=self.load.row_counts)
 
 
 def largest(least: tuple[int, int], budgets: Iterable[Budget]) -> tuple[int, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.simulation.costs import DEVICES, Costs, costs, profiled
 from benchmarks.simulation.flyers import Flyer, Oracle, Piloted
 from benchmarks.simulation.replica import Findings, Replica, Room, Sums
 from benchmarks.simulation.traffic import CACHED, Day, answered, asked, mix, texts
-from policies import Limits
+from policies import Limits, Plan
 from services.pilot import Pilot
 
 REPORT_S = 0.25  # seconds between two reports of a replica, as in the service
@@ -135,7 +136,7 @@ class Fleet:
         if job.policy is None:
             return Oracle(self.costs)
         limits = Limits(self.costs.depth, 1)
-        pilot = Pilot(f"replica-{number}", self.keeper.register(job.model, job.policy, limits))
+        pilot = Pilot(f"replica-{number}", sent(self.keeper.register(job.model, job.policy, limits)))
         pilot.drafter_name, pilot.version, pilot.limits = "simulated", "1", limits
         self.pilots.append(pilot)
         return Piloted(pilot)
@@ -155,8 +156,14 @@ class Fleet:
                 pilot.rest()
             telemetry = pilot.report()
             self.deciding += telemetry.deciding
-            pilot.adopt(self.keeper.report(telemetry))
+            plan = self.keeper.report(telemetry)
+            pilot.adopt(plan and sent(plan))
         self.keeping += time.process_time() - begun
+
+
+def sent(plan: Plan) -> Plan:
+    """A plan as a replica gets it in a message: what the replica notes in it is its own."""
+    return replace(plan, knowledge=copy.copy(plan.knowledge))
 
 
 def told(replicas: Sequence[Replica]) -> dict[str, Any]:

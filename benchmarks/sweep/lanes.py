@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter, thread_time
+from time import thread_time
 
 from actors.policy import PolicyKeeper
 from benchmarks.simulation.fleet import REPORT_S, MemoryState
@@ -32,13 +32,12 @@ CHUNK = 64  # prompt tokens of a step, as there
 class Portion:
     """What a lane did in one turn.
 
-    seconds: of the processor; wall: by the clock on the wall, and deciding: those of them that its pilot took; depth: sum over steps of the
-    mean verified depth; drafting: steps that drafted.
+    seconds: of the processor; deciding: those of them that its pilot took; depth: sum over steps of the mean verified depth; drafting:
+    steps that drafted.
     """
 
     tokens: int = 0
     seconds: float = 0.0
-    wall: float = 0.0
     deciding: float = 0.0
     steps: int = 0
     depth: float = 0.0
@@ -60,7 +59,7 @@ class Lane:
     """One policy at one load.
 
     told: when it last reported; begun: when its present turn began, by the processor's clock; decided: seconds that its pilot reported
-    it took; away: seconds that its reports took; texts: answers by request.
+    it took; texts: answers by request.
     """
 
     arm: Arm
@@ -73,7 +72,6 @@ class Lane:
     told: float = 0.0
     begun: float = 0.0
     decided: float = 0.0
-    away: float = 0.0
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, tokens: int) -> Portion:
@@ -82,7 +80,7 @@ class Lane:
         As in the service, what is told of a step is the thread's whole turn, which ends before the step is told and begins where the last
         one ended.
         """
-        found, decided, begun = Portion(), self.decided + self.pilot.deciding, perf_counter() - self.away
+        found, decided = Portion(), self.decided + self.pilot.deciding
         self.turn()
         while found.tokens < tokens:
             for _ in range(self.users - len(self.engine.texts)):
@@ -94,7 +92,6 @@ class Lane:
             if self.watch.seconds - self.told >= REPORT_S:
                 self.exchange()
         found.seconds += self.turn()
-        found.wall = perf_counter() - self.away - begun
         found.deciding = self.decided + self.pilot.deciding - decided
         return found
 
@@ -114,13 +111,12 @@ class Lane:
 
     def exchange(self) -> None:
         """What a replica does beside serving, in another thread: telemetry out, plans in. It takes none of the lane's time."""
-        begun, wall = thread_time(), perf_counter()
+        begun = thread_time()
         self.told = self.watch.seconds
         telemetry = self.pilot.report()
         self.decided += telemetry.deciding
         self.pilot.adopt(self.keeper.report(telemetry))
         self.begun += thread_time() - begun
-        self.away += perf_counter() - wall
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +134,7 @@ class Course:
         """A new lane whose engine has measured itself, as a replica does before it serves."""
         watch = Watch()
         keeper = PolicyKeeper(MemoryState(), watch)
-        pilot = Pilot(arm.name, keeper.register(arm.name, dict(arm.policy)))
+        pilot = Pilot(arm.name, keeper.register(arm.name, dict(arm.policy)), thread_time)
         drafter = self.drafter()
         pilot.take(drafter)
         running = max(RUNNING, self.users)

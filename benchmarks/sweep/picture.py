@@ -43,13 +43,13 @@ def draw(cells: Sequence[Entry], file: Path) -> None:
 
 def throughput(axis: Axes, entries: Sequence[Entry]) -> None:
     """A line for each arm, relative to off; an arm that fell behind ends where it did."""
-    names = [name for name in entries[0]["arms"] if any(entry["arms"].get(name) for entry in entries)]
+    names = list(dict.fromkeys(name for entry in entries for name in entry["arms"]))
     depths = [name for name in names if name not in LOOKS]
     for name in [*depths, *(name for name in LOOKS if name in names)]:
         color, line = LOOKS[name] if name in LOOKS else (shade(depths, name), "-")
         width = 2.4 if name == "goodput" else 1.2
-        rates = [entry["against_off"][name] for entry in entries]
-        axis.plot([entry["users"] for entry in entries], rates, line, color=color, linewidth=width, label=label(name), marker=".")
+        rates = {entry["users"]: entry["against_off"][name] for entry in entries if name in entry["arms"]}
+        axis.plot(list(rates), list(rates.values()), line, color=color, linewidth=width, label=label(name), marker=".")
     for entry in entries:
         rate = mean(entry["arms"]["off"]["tokens_per_second"])
         axis.annotate(f"{rate:.0f}", (entry["users"], 1.0), (0, -11), textcoords="offset points", fontsize=6.5, ha="center")

@@ -18,8 +18,8 @@ from services.cli.load_loops import Load
 from services.cli.load_stream import Streams
 from services.cli.measurement import Cell, Shape, Subject, one
 
-LEAST = 12  # requests of a round
-PER_USER = 1.5  # requests of a round for each user
+LEAST = 24  # requests of a round
+PER_USER = 3  # requests of a round for each user
 CROWD = 32  # users from which a round is long enough for half as many of them to do
 LEARNING = 4.0  # seconds that a policy which learns is given at a new load before it is counted
 ANSWERS = Uniform(48, 96)  # tokens, at most

@@ -134,6 +134,17 @@ def test_a_dry_run_replays_the_last_minutes(keeper, clock):
     assert keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]["reports"] == 1, "minutes, not hours"
 
 
+def test_a_dry_run_reckons_with_the_rows_that_are_computed(keeper, clock):
+    """Where forwards are rounded up to 16 rows, one token deep is computed as three deep, now and in the last minutes."""
+    feed(keeper, clock, 30, load=Load(4, 2, 400, row_counts=(4, 16)))
+    shallow = keeper.put_policy("m", {"kind": "fixed", "depth": 1}, "ann", "", dry_run=True)
+    assert shallow["forecast"]["step_seconds"] == pytest.approx(0.010 + 0.001 / 3, rel=0.02), "a forward of 10 ms and one drafted token"
+    seconds = shallow["replay"]["proposed"]["seconds_per_token"] * shallow["forecast"]["tokens_per_step"] / 4
+    assert seconds == pytest.approx(shallow["forecast"]["step_seconds"], rel=0.02)
+    feed(keeper, clock, 1, load=Load(4, 2, 400, row_counts=(4, 8, 16)))
+    assert len({moment.row_counts for moment in keeper._entry("m").past.moments}) == 2
+
+
 def test_a_dry_run_with_nothing_measured_says_so(keeper):
     replay = keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]
     assert replay == {"seconds": 0.0, "reports": 0, "measured": None, "in_force": None, "proposed": None}

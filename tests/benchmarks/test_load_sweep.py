@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -105,9 +105,9 @@ def test_counted_is_the_time_when_all_users_are_busy() -> None:
 POINT = Point("demo-code", WORKLOADS[0], 2)
 
 
-def measured() -> dict[str, object]:
+def measured(depths: Sequence[int] = (1,)) -> dict[str, object]:
     """A point of two rounds in which all are alike fast."""
-    compared = arms([1])
+    compared = arms(depths)
     cells = [cell(arm.name, number, [2.0 if arm.name == "off" else 1.0] * 3) for number in (1, 2) for arm in compared]
     return entry(POINT, compared, cells)
 
@@ -168,10 +168,10 @@ async def test_rounds_hold_every_arm_once_and_then_only_those_that_may_be_best()
 def test_requests_are_the_same_for_all_and_new_in_every_round() -> None:
     habits = Habits()
     shapes = [habits.shape(POINT, number) for number in (1, 2, WARMING)]
-    assert len({shape.seed for shape in shapes}) == 3 and {shape.requests for shape in shapes} == {12}
+    assert len({shape.seed for shape in shapes}) == 3 and {shape.requests for shape in shapes} == {24}
     assert all(shape.options("server", 3, 50).speculation is None for shape in shapes), "the service's policy decides"
     assert habits.counted(POINT) == 8 and habits.counted(replace(POINT, users=64)) == 4 and LEARNING > 2
-    assert replace(POINT, users=64).requests == 96
+    assert replace(POINT, users=64).requests == 192
 
 
 def test_a_sheet_keeps_what_it_had(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_sheet_keeps_what_it_had(tmp_path: Path) -> None:
     sheet = load_sweep.Sheet(out, tmp_path / "sweep.png", {"seed": 1})
     sheet.add({**measured(), "took_seconds": 1.0})
     later = load_sweep.Sheet(out, tmp_path / "sweep.png", {"seed": 2})
-    later.add({**measured(), "users": 4, "took_seconds": 1.0})
+    later.add({**measured((2, 3)), "users": 4, "took_seconds": 1.0})
     later.add({**measured(), "took_seconds": 2.0})
     kept = json.loads(out.read_text())
     assert [(c["users"], c["settings"]["seed"]) for c in kept["cells"]] == [(4, 2), (2, 2)]

@@ -13,7 +13,7 @@ import pytest
 from actors.policy import PolicyKeeper
 from benchmarks import simulator
 from benchmarks.simulation.costs import DEVICES, SHAPES, Measured, Roofline, along, costs, profiled
-from benchmarks.simulation.fleet import Job, MemoryState, capacity, curves, simulate
+from benchmarks.simulation.fleet import Fleet, Job, MemoryState, capacity, curves, simulate
 from benchmarks.simulation.flyers import Drafts, Oracle, Piloted, Step, flat, foreseen
 from benchmarks.simulation.picture import draw
 from benchmarks.simulation.replica import Replica, Room, band
@@ -243,6 +243,16 @@ def test_the_pilot_is_asked_as_the_engine_asks_it() -> None:
     now = situation([3, 3, 3])
     now.decoding[0].at, now.decoding[1].at = 8, 7
     assert Piloted(Pilot("r", plan)).drafts(now) == Drafts([0, 1, 3], 2, 3)
+
+
+def test_what_a_replica_notes_in_a_plan_is_its_own() -> None:
+    fleet = Fleet(replace(JOB, compare=False))
+    fleet.now = 0.25
+    for replica in fleet.replicas:
+        replica.until(fleet.now)
+    fleet.exchange()
+    first, second = (pilot.plan for pilot in fleet.pilots)
+    assert first == second and first.version > 0 and first.knowledge.memo is not second.knowledge.memo
 
 
 def test_a_seed_gives_the_same_day_again(flown: dict[str, dict[str, Any]]) -> None:

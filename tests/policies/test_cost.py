@@ -379,3 +379,16 @@ def test_a_young_replica_counts_as_much_as_an_old_one():
         model.settle()
     cells = CostModel.merged([old, young]).table().off_cells
     assert {cell.key[0]: cell.latest for cell in cells} == {1: 1_000_008, 2: 1_000_008}
+
+
+def test_a_change_of_pace_on_one_replica_is_known_of_them_all():
+    """Cells that were measured before it are told apart from those measured since."""
+    shaken, steady = CostModel(), CostModel()
+    for _ in range(10):
+        drift(shaken, 200, 1.0, 1.0)
+        drift(steady, 200, 1.0, 1.0)
+    drift(shaken, 200, 2.0, 2.0)
+    assert shaken.pace.shaken > 2000 and steady.pace.shaken == -1
+    assert CostModel.merged([steady, shaken]).pace.shaken == shaken.pace.shaken
+    steady.steps += 1000
+    assert CostModel.merged([steady, shaken]).pace.shaken == shaken.pace.shaken + steady.steps - shaken.steps, "by the oldest's count"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from policies import GoodputPolicy, Limits, Load, Plan, RequestView
@@ -234,3 +236,17 @@ def test_a_decision_is_quick():
             replica.plan.decide(load, views, 1)
         best = min(best, (time.process_time() - start) / 50)
     assert best < 3e-4
+
+
+@pytest.mark.parametrize("settled", [0, 20, 40, 45])
+def test_depth_0_is_tried_while_nothing_is_measured_whenever_it_was_settled(settled):
+    plan, requests = Plan.of(1, "m", GoodputPolicy(), limits=Limits(4, 1)), [RequestView("a")]
+    tried, span = [], None
+    for step in range(settled, settled + 60):
+        if span is None or not span.covers(step, 1):
+            plan.settle(Load(1), requests, step)
+            span = plan.span(step, 1)
+        if step >= span.due:
+            tried += [step] * bool(plan.probe(Load(1), requests, step))
+            span = replace(span, due=plan.span(step, 1).due)
+    assert len(tried) >= 2 and all(step % 20 == 0 for step in tried)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.tree import Tree
-from policies import CostTable, GoodputPolicy, Knowledge, Limits, Load, Plan, RequestView, SurvivalCurve
+from policies import CostTable, FixedPolicy, GoodputPolicy, Knowledge, Limits, Load, Plan, RequestView, SurvivalCurve
 from policies.cost import Cell
 from policies.drafts import BINS
 from policies.knowledge import computed
@@ -75,3 +75,11 @@ def test_depth_is_chosen_by_what_is_computed():
     found = plan(5e-4)
     rounded, exact = (found.settle(Load(4, row_counts=counts), requests(4), 1000 * i) for i, counts in enumerate((COUNTS, ()), 1))
     assert ({d.depth for d in rounded}, {d.depth for d in exact}) == ({1}, {2})
+
+
+def test_a_forecast_reckons_with_the_rows_that_are_computed():
+    """Four requests one deep: eight rows fill the bucket of eight; two deep, twelve rows are computed as sixteen."""
+    curves, limits = {"": SurvivalCurve((0.5,) * 4)}, Limits(4, 1)
+    for depth, rows in ((1, 8), (2, 16)):
+        made = Plan.of(1, "m", FixedPolicy(depth=depth), stairs(1e-3), curves, limits)
+        assert made.forecast(Load(4, row_counts=COUNTS), requests(4)).seconds == pytest.approx(0.01 + 1e-3 * rows)
