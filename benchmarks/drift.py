@@ -67,7 +67,9 @@ class Plan:
 def main(
     model: Annotated[Path, typer.Option("--model", help="Folder of a demo base with its speculator.")] = ROOT / "models" / "demo-chat",
     cold: Annotated[bool, typer.Option("--cold", help="Begin with random weights, and stay with the first kind.")] = False,
-    before: Annotated[str, typer.Option("--from", help=f"Kind of the first traffic: {', '.join(KINDS)}.")] = "chat",
+    before: Annotated[
+        str | None, typer.Option("--from", help=f"Kind of the first traffic: {', '.join(KINDS)}. Chat, or code with --cold.")
+    ] = None,
     after: Annotated[str, typer.Option("--to", help="Kind of the traffic after the shift.")] = "tables",
     first: Annotated[int | None, typer.Option("--first", min=1, help="Requests before the shift, or all with --cold: 150, 2000.")] = None,
     second: Annotated[int, typer.Option("--second", min=1, help="Requests after the shift.")] = 900,
@@ -84,7 +86,7 @@ def main(
     """Train beforehand, serve, drive, and judge."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the service ends with this process
     torch.set_num_threads(1)  # more wait for each other on cores that do something else besides
-    kinds, counts = ((before,), (first or 2000,)) if cold else ((before, after), (first or 150, second))
+    kinds, counts = ((before or "code",), (first or 2000,)) if cold else ((before or "chat", after), (first or 150, second))
     plan = Plan(model, cold, kinds, counts, Habits(users, temperature, max_tokens, think), lesson, window, seed)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ MOST_SAMPLES = 1024  # steps remembered between two reports
 MOST_KNOWN = 1000  # requests that an order remembers beside those that run
 TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
 SELDOM = 8  # steps of which one draft is kept whole once there are enough
+UNCUT = 16  # steps in a row from which nothing was pruned, after which one of SELDOM is looked at
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
 Measured = tuple[StepReport, int, int, int]  # with how many requests drafted, and how deep and wide at most
 
@@ -59,6 +60,7 @@ class Pilot:
         self.deciding = 0.0  # seconds, since the last report
         self.tallying = self.elapsed = 0.0  # seconds of tallies and of steps, since the last report
         self.seen = 0  # drafts remembered whole since the last report
+        self.uncut = 0  # steps in a row, since the plan was asked, from whose drafts nothing was pruned
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
         self.order: Order | None = None
@@ -106,6 +108,7 @@ class Pilot:
         decisions = plan.settle(seen(load), list(self.views.values()), self.steps)
         order = Order(plan, plan.span(self.steps, load.decoding), {})
         order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
+        self.uncut = 0
         return order
 
     def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
@@ -143,18 +146,26 @@ class Pilot:
         return found
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
-        """Cut off the drafted nodes that the plan does not think worth verifying."""
+        """Cut off the drafted nodes that the plan does not think worth verifying. Where all were worth it for long, few steps are looked at."""
         begun = self.clock()
+        self.drafting = len(drafts)
+        seldom = self.steps % SELDOM == 0
+        if seldom or self.seen < REPORTED:
+            draft = drafts[self.steps % len(drafts)]
+            self.remember(self.views[draft.request], draft)
+        if seldom or self.uncut < UNCUT:
+            self.cut(load, drafts)
+        self.deciding += self.clock() - begun
+
+    def cut(self, load: Load, drafts: Sequence[Draft]) -> None:
         views, trees = [self.views[draft.request] for draft in drafts], [draft.tree for draft in drafts]
         counts = () if load.prompt else tuple(load.row_counts)
         kept = self.plan.prune(load.decoding, views, trees, self.steps, counts)
-        self.drafting = len(drafts)
-        if self.steps % SELDOM == 0 or self.seen < REPORTED:
-            self.remember(views[self.steps % len(drafts)], drafts[self.steps % len(drafts)])
+        self.uncut += 1
         for tree, nodes in zip(trees, kept, strict=True):
             if nodes is not None:
                 tree.cut([tree.forced + node for node in nodes])
-        self.deciding += self.clock() - begun
+                self.uncut = 0
 
     def remember(self, view: RequestView, draft: Draft) -> None:
         """Keep a draft as it was drawn: one of a step, another request's each time, and none of most steps once there are enough."""

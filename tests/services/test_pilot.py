@@ -12,7 +12,7 @@ from engine.engine import Candidate, Engine, Load
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
 from policies import FixedPolicy, Limits, Plan
-from services.pilot import Pilot
+from services.pilot import UNCUT, Pilot
 from services.protocol import Speculation
 from tests.engine.toys import Oracle, run, texts, toy_base
 
@@ -128,3 +128,16 @@ def test_requests_that_are_gone_are_forgotten_while_no_new_plan_comes():
         (budget,) = pilot.budgets(Load(1, 0, 10, 100, 1), [one])
         assert budget.depth == 2
     assert pilot.order is not None and len(pilot.order.budgets) < 1100 and len(pilot.views) < 1100
+
+
+def test_where_nothing_was_pruned_for_long_few_steps_are_looked_at(base, monkeypatch):
+    """Until something is pruned again."""
+    looked: list[int] = []
+
+    def prune(plan, running, views, drafts, step, counts=()):
+        looked.append(step)
+        return [[] if step == 24 else None] * len(drafts)
+
+    monkeypatch.setattr(Plan, "prune", prune)
+    fly(base, {"kind": "fixed", "depth": 3}, [Speculation()], right=0.0)
+    assert UNCUT == 16 and looked[:20] == [*range(UNCUT), 16, 24, 25, 26]
