@@ -146,7 +146,7 @@ class Pilot:
         return found
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
-        """Cut off the drafted nodes that the plan does not think worth verifying. Where all were worth it for long, few steps are looked at."""
+        """Cut off the drafted nodes that the plan does not think worth verifying; where all were for long, few steps are looked at."""
         begun = self.clock()
         self.drafting = len(drafts)
         seldom = self.steps % SELDOM == 0
