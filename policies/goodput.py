@@ -76,12 +76,16 @@ class GoodputPolicy(BaseModel):
         if not knowledge.measured:
             arena = Arena(self, load, requests, knowledge)
             return arena.decisions(arena.start(self.start_depth), 1)
-        standing: Standing | None = knowledge.memo.get("standing")
-        if standing and standing.holds(step, running) and (made := self.join(requests, knowledge)):
-            return made
+        memo = knowledge.memo
+        standings: dict[int, Standing] = knowledge.recalled("standings", dict)  # by the number of requests, which comes and goes
+        for standing in (memo.get("standing"), standings.get(running)):
+            if standing and standing.holds(step, running):
+                memo["standing"] = standing
+                if made := self.join(requests, knowledge):
+                    return made
         arena = Arena(self, load, requests, knowledge)
         best = arena.best()
-        knowledge.memo["standing"] = Standing(best, step, running, best.rate)
+        memo["standing"] = standings[running] = Standing(best, step, running, best.rate)
         return arena.decisions(best.depths, best.width)
 
     def probe(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision] | None:

@@ -107,6 +107,13 @@ class Plan:
             return [None] * len(drafts)
         return self.policy.prune(running, requests, drafts, self.knowledge, step, row_counts)
 
+    def saved(self, running: int, drawn: int, kept: int, row_counts: tuple[int, ...] = ()) -> float:
+        """Seconds that a step of so many requests takes less when only `kept` of the `drawn` nodes are verified; 0 while unmeasured."""
+        if kept >= drawn or not self.knowledge.measured:
+            return 0.0
+        seconds = self.knowledge.forwards(running, running + drawn, row_counts)
+        return seconds[drawn] - seconds[kept]
+
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""
         running = max(load.running, len(requests), 1)

@@ -26,7 +26,7 @@ MOST_SAMPLES = 1024  # steps remembered between two reports
 MOST_KNOWN = 1000  # requests that an order remembers beside those that run
 TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
 SELDOM = 8  # steps of which one draft is kept whole once there are enough
-UNCUT = 16  # steps in a row from which nothing was pruned, after which one of SELDOM is looked at
+LOOKS = 8  # over which what pruning is worth is averaged
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
 Measured = tuple[StepReport, int, int, int]  # with how many requests drafted, and how deep and wide at most
 
@@ -60,7 +60,7 @@ class Pilot:
         self.deciding = 0.0  # seconds, since the last report
         self.tallying = self.elapsed = 0.0  # seconds of tallies and of steps, since the last report
         self.seen = 0  # drafts remembered whole since the last report
-        self.uncut = 0  # steps in a row, since the plan was asked, from whose drafts nothing was pruned
+        self.worth = 0.0  # seconds that looking for what to prune saves in a step more than it takes
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
         self.order: Order | None = None
@@ -108,7 +108,6 @@ class Pilot:
         decisions = plan.settle(seen(load), list(self.views.values()), self.steps)
         order = Order(plan, plan.span(self.steps, load.decoding), {})
         order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
-        self.uncut = 0
         return order
 
     def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
@@ -146,26 +145,30 @@ class Pilot:
         return found
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
-        """Cut off the drafted nodes that the plan does not think worth verifying; where all were for long, few steps are looked at."""
+        """Cut off the drafted nodes that the plan does not think worth verifying. Where looking for them saves less than it takes, few steps are."""
         begun = self.clock()
         self.drafting = len(drafts)
         seldom = self.steps % SELDOM == 0
         if seldom or self.seen < REPORTED:
             draft = drafts[self.steps % len(drafts)]
             self.remember(self.views[draft.request], draft)
-        if seldom or self.uncut < UNCUT:
-            self.cut(load, drafts)
+        if seldom or self.worth >= 0:
+            saved = self.cut(load, drafts)
+            self.worth += (saved - (self.clock() - begun) - self.worth) / LOOKS
         self.deciding += self.clock() - begun
 
-    def cut(self, load: Load, drafts: Sequence[Draft]) -> None:
+    def cut(self, load: Load, drafts: Sequence[Draft]) -> float:
+        """Seconds of the step that it saves."""
         views, trees = [self.views[draft.request] for draft in drafts], [draft.tree for draft in drafts]
         counts = () if load.prompt else tuple(load.row_counts)
         kept = self.plan.prune(load.decoding, views, trees, self.steps, counts)
-        self.uncut += 1
+        drawn = left = 0
         for tree, nodes in zip(trees, kept, strict=True):
+            drawn += tree.drafted
             if nodes is not None:
                 tree.cut([tree.forced + node for node in nodes])
-                self.uncut = 0
+            left += tree.drafted
+        return self.plan.saved(load.decoding, drawn, left, counts)
 
     def remember(self, view: RequestView, draft: Draft) -> None:
         """Keep a draft as it was drawn: one of a step, another request's each time, and none of most steps once there are enough."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from policies import GoodputPolicy, Limits, Load, Plan, RequestView
-from policies.arena import Choice
+from policies.arena import Arena, Choice
 from policies.probes import RUN, Agenda, Trial
 from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
 
@@ -250,3 +250,19 @@ def test_depth_0_is_tried_while_nothing_is_measured_whenever_it_was_settled(sett
             tried += [step] * bool(plan.probe(Load(1), requests, step))
             span = replace(span, due=plan.span(step, 1).due)
     assert len(tried) >= 2 and all(step % 20 == 0 for step in tried)
+
+
+def test_a_load_that_comes_and_goes_is_not_thought_about_anew(monkeypatch):
+    """What was chosen for so many requests is known while the plan lasts."""
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(4, 1200)
+    thought, think = [], Arena.best
+    monkeypatch.setattr(Arena, "best", lambda self, drafting=False: thought.append(self.requests) or think(self, drafting))
+    plan = Plan.of(2, "m", replica.plan.policy, replica.plan.cost, replica.plan.knowledge.curves, replica.plan.limits)
+    decided = [
+        plan.settle(Load(n, 0, 100 * n), [RequestView(str(i)) for i in range(n)], step)
+        for step, n in enumerate([1, 4, 2, 4, 1, 2, 4] * 30)
+    ]
+    assert thought == [1, 4, 2] and decided[-7:] == decided[:7]
+    plan.settle(Load(4, 0, 400), [RequestView("a", kind="other")] * 4, 210)
+    assert thought == [1, 4, 2, 4], "but for requests of which nothing is known"

@@ -12,7 +12,7 @@ from engine.engine import Candidate, Engine, Load
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
 from policies import FixedPolicy, Limits, Plan
-from services.pilot import UNCUT, Pilot
+from services.pilot import Pilot
 from services.protocol import Speculation
 from tests.engine.toys import Oracle, run, texts, toy_base
 
@@ -130,14 +130,15 @@ def test_requests_that_are_gone_are_forgotten_while_no_new_plan_comes():
     assert pilot.order is not None and len(pilot.order.budgets) < 1100 and len(pilot.views) < 1100
 
 
-def test_where_nothing_was_pruned_for_long_few_steps_are_looked_at(base, monkeypatch):
-    """Until something is pruned again."""
+@pytest.mark.parametrize(("saved", "steps"), [(0.0, 4), (1.0, 29)])
+def test_where_looking_for_what_to_prune_does_not_pay_few_steps_are_looked_at(base, monkeypatch, saved, steps):
     looked: list[int] = []
 
     def prune(plan, running, views, drafts, step, counts=()):
         looked.append(step)
-        return [[] if step == 24 else None] * len(drafts)
+        return [[0]] * len(drafts)
 
     monkeypatch.setattr(Plan, "prune", prune)
+    monkeypatch.setattr(Plan, "saved", lambda plan, running, drawn, kept, counts: saved * (drawn > kept))
     fly(base, {"kind": "fixed", "depth": 3}, [Speculation()], right=0.0)
-    assert UNCUT == 16 and looked[:20] == [*range(UNCUT), 16, 24, 25, 26]
+    assert len(looked) == steps and looked[-1] >= 24
