@@ -75,6 +75,12 @@ class Fleet:
         known.learn(telemetry)
         return True
 
+    def tells(self, telemetry: Telemetry) -> bool:
+        """Whether there is more in it than that an idle replica is still there."""
+        known = self.replicas.get(telemetry.replica)
+        same = known and (known.last.limits, _kind(known.last)) == (telemetry.limits, _kind(telemetry))
+        return bool(telemetry.steps) or not same
+
     def live(self, since: float) -> list[Replica]:
         """Replicas heard of since then."""
         return [r for r in self.replicas.values() if r.seen >= since]

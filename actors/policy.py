@@ -53,7 +53,7 @@ class PolicyConflict(Exception):
 @dataclass(frozen=True, slots=True)
 class KeeperSettings:
     """stale: seconds without telemetry after which a replica is left out of load and estimates; gone: after which it is forgotten;
-    publish: seconds between plans of a model at least; save: seconds between saves of what was learned at least."""
+    publish: seconds between plans of a model at least, if there is any news; save: seconds between saves of what was learned at least."""
 
     stale: float = 5.0
     gone: float = 60.0
@@ -63,7 +63,10 @@ class KeeperSettings:
 
 @dataclass(slots=True)
 class Entry:
-    """One model: its policy, the version of that (0: never changed), its replicas and the plan in force."""
+    """One model: its policy, the version of that (0: never changed), its replicas and the plan in force.
+
+    news: whether anything was told since the plan that could change it.
+    """
 
     name: str
     policy: BaseModel
@@ -72,6 +75,7 @@ class Entry:
     fleet: Fleet = field(default_factory=Fleet)
     past: Hindsight = field(default_factory=Hindsight)
     plan: Plan | None = None
+    news: bool = False
     saved: float = 0.0
 
 
@@ -147,9 +151,11 @@ class PolicyKeeper:
             return entry.plan
         behind = clean.plan_version > self._version
         self._version = max(self._version, clean.plan_version)
+        news = entry.fleet.tells(clean)
         fresh = entry.fleet.take(clean, now)
         if fresh:
             entry.past.add(clean, now)
+            entry.news |= news
         if fresh or behind:
             self._refresh(entry, now, at_once=behind)
         plan = self.plan(entry.name)
@@ -248,7 +254,7 @@ class PolicyKeeper:
     def _refresh(self, entry: Entry, now: float, at_once: bool) -> None:
         """Publish and save if it is time to; `at_once` when a replica follows a later plan than any known here, as after a loss."""
         try:
-            if at_once or entry.plan is None or not 0 <= now - entry.plan.published < self._settings.publish:
+            if at_once or entry.plan is None or (entry.news and not 0 <= now - entry.plan.published < self._settings.publish):
                 self._publish(entry)
             if not 0 <= now - entry.saved < self._settings.save:
                 entry.saved = now
@@ -264,7 +270,7 @@ class PolicyKeeper:
         survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
         cost = entry.fleet.cost(now - self._settings.stale)
         policy: Any = entry.policy
-        entry.plan = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now)
+        entry.plan, entry.news = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now), False
         return entry.plan
 
     def _next_version(self) -> int:

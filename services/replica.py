@@ -31,6 +31,7 @@ from services.vitals import VitalSigns
 
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
+IDLE = 4  # as many times as seldom while there is nothing to tell
 FIRST_PLAN_S = 20.0  # seconds to wait for a policy actor that is just starting
 RETRY_S = 15.0  # seconds between attempts to load
 MOST_RECORDS = 4096  # finished requests kept while the request log is away
@@ -127,9 +128,14 @@ class ModelReplica:
 
     async def report(self) -> None:
         """Telemetry out, plans in."""
+        idle = 0
         while True:
             await asyncio.sleep(REPORT_S)
             if self.host.runner is None:
+                continue
+            if self.host.runner.engine.busy or self.pilot.samples:
+                idle = 0
+            elif (idle := idle + 1) % IDLE != 1:
                 continue
             if not self.host.runner.engine.busy:
                 self.pilot.rest()

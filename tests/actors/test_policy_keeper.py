@@ -45,7 +45,7 @@ def kept(keep: float, n: int = 50, seed: int = 0) -> DepthCounts:
 
 def telemetry(replica: str = "r1", sequence: int = 1, **more) -> Telemetry:
     fields = {"load": Load(4, 2, 400), "steps": samples(), "survival": {"greedy": kept(0.7)}, "tokens": 60}
-    return Telemetry(replica, "m", "mlp", "v1", sequence, **(fields | more))
+    return Telemetry(replica, "m", "mlp", **({"speculator_version": "v1", "sequence": sequence} | fields | more))
 
 
 def feed(keeper, clock, reports: int = 10, **more) -> None:
@@ -238,6 +238,22 @@ def test_plans_are_published_a_few_times_a_second_at_most(keeper, clock):
         keeper.report(telemetry(sequence=i + 1))
         versions.add(keeper.plan("m").version)
     assert 8 <= len(versions) <= 12
+
+
+def test_no_plan_is_published_for_want_of_news(keeper, clock):
+    """Idle replicas say that they are there; a new replica, or one with another speculator, is news."""
+
+    def told(replica: str, sequence: int, **more) -> int:
+        clock.now += 1
+        keeper.report(telemetry(replica, sequence, **({"steps": (), "survival": {}, "tokens": 0} | more)))
+        return keeper.plan("m").version
+
+    first = told("r1", 1)
+    assert [told("r1", i) for i in range(2, 6)] == [first] * 4
+    second = told("r2", 1)
+    assert second > first and told("r2", 2) == second
+    third = told("r2", 3, speculator_version="v2")
+    assert third > second and told("r1", 6, steps=samples(), tokens=60) > third
 
 
 def test_stale_replicas_drop_out_of_load(keeper, clock):

@@ -260,8 +260,7 @@ def test_a_load_that_comes_and_goes_is_not_thought_about_anew(monkeypatch):
     monkeypatch.setattr(Arena, "best", lambda self, drafting=False: thought.append(self.requests) or think(self, drafting))
     plan = Plan.of(2, "m", replica.plan.policy, replica.plan.cost, replica.plan.knowledge.curves, replica.plan.limits)
     decided = [
-        plan.settle(Load(n, 0, 100 * n), [RequestView(str(i)) for i in range(n)], step)
-        for step, n in enumerate([1, 4, 2, 4, 1, 2, 4] * 30)
+        plan.settle(Load(n, 0, 100 * n), [RequestView(str(i)) for i in range(n)], step) for step, n in enumerate([1, 4, 2, 4, 1, 2, 4] * 30)
     ]
     assert thought == [1, 4, 2] and decided[-7:] == decided[:7]
     plan.settle(Load(4, 0, 400), [RequestView("a", kind="other")] * 4, 210)
