@@ -3,8 +3,7 @@
 Depth 0 is measured: only steps in which nothing drafted speak for it. The forward of a drafting step (its seconds less the drafting) is
 kept by (requests, rows); drafting by (drafting requests, depth, width). A cell is the median of its window, so outliers do not count and
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
-prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's usual pace, and
-what is published is at its present one.
+prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's present pace.
 
 What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
 step without drafts among others is dearer than one of many, and a single one with drafts is cheaper. Windows hold steps that came after
@@ -24,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.curve import Curve, Point
-from policies.pace import REACH, Pace
+from policies.pace import Pace
+from policies.smooth import smooth
 from policies.step import SETTLING, SHORTEST, StepSample
 
 T = TypeVar("T")
@@ -33,16 +33,14 @@ WINDOW = 64  # samples a cell remembers
 FRESH = 2000  # steps after which a sample gives way to newer ones, however few
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
-SETTLED, LATELY = 8, 200  # samples, and steps in which they were taken, for a cell to tell the machine's pace
 CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
-CLEAR = 0.1  # and by that part of it
+CLEAR = 0.1  # and by about that part of it
 FAINT = 1e-3  # least weight of a cell
 NEAR = 1.5  # how many times as many requests are still about as many
 OWN = 8.0  # weight from which what drafting takes at some number of requests counts more than what the line through all of them says
 
-RECKONED = 0.05  # change of the price of prompt rows from which medians are taken anew
-
-# x (rows, requests or depth), context, seconds, prompt rows, step, its pace, and whether steps like it came before
+# x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at the pace in question, and whether steps like it
+# came before
 Row = tuple[float, float, float, float, int, float, bool]
 Moments = tuple[float, float, float]
 Key = tuple[int, ...]
@@ -61,6 +59,7 @@ class Cell:
     """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
     changed much, and the step of the latest. Seconds are those without prompt rows.
 
+    spread: usual deviation of a sample's seconds from their median, as a part of it.
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
     """
@@ -72,24 +71,25 @@ class Cell:
     count: int
     since: int = field(default=0, compare=False)
     latest: int = field(default=0, compare=False)
+    spread: float = field(default=0.0, compare=False)
     context_moments: Moments = (0.0, 0.0, 0.0)
     prompt_moments: Moments = (0.0, 0.0, 0.0)
 
     @classmethod
     def of(cls, key: Key, rows: Sequence[Row], price: float, shaken: int = -1) -> Cell:
         """price: seconds that a prompt row adds; shaken: the step at which the machine's pace last changed much."""
-        usual = [row[2] / row[5] for row in rows]
+        usual = [row[2] * row[5] for row in rows]
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
-        made = cls(
-            key, median(r[0] for r in rows), context, max(seconds, 0.0), len(rows), sum(row[4] > shaken for row in rows), rows[-1][4]
-        )
-        if len(rows) < 4:
+        count, since = len(rows), sum(row[4] > shaken for row in rows)
+        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4])
+        if count < 4:
             return made
+        spread = 1.4826 * median(abs(t - seconds) for t in plain) / max(seconds, SHORTEST)
         usually = median(row[5] for row in rows)  # context grows slowly: at the pace of its time nothing of it would be left
-        by_context = _moments([r[1] for r in rows], [row[2] / usually - price * row[3] for row in rows], 0.0)
+        by_context = _moments([r[1] for r in rows], [row[2] * usually - price * row[3] for row in rows], 0.0)
         by_prompt = _moments([r[3] for r in rows], usual, price) if any(r[3] for r in rows) else (0.0, 0.0, 0.0)
-        return replace(made, context_moments=by_context, prompt_moments=by_prompt)
+        return replace(made, spread=spread, context_moments=by_context, prompt_moments=by_prompt)
 
 
 def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) -> Moments:
@@ -102,13 +102,10 @@ def _moments(causes: Sequence[float], seconds: Sequence[float], slope: float) ->
 
 
 class Window:
-    """The latest samples of one cell, and what they come to while that stands."""
+    """The latest samples of one cell."""
 
     def __init__(self, key: Key, rows: Iterable[Row] = (), size: int = WINDOW) -> None:
         self.key, self.rows = key, deque(rows, maxlen=size)
-        self.cell: Cell | None = None
-        self.middle: tuple[float, float] | None = None
-        self.price, self.shaken = 0.0, -1  # price of prompt rows, and last change of pace, when the medians were taken
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,42 +120,26 @@ class Window:
             self.rows = deque([*firm, row], maxlen=self.rows.maxlen)
         while len(self.rows) > TRUSTED and self.rows[0][4] < row[4] - FRESH:
             self.rows.popleft()
-        if len(self.rows) > 2 * CHANGED and self.changed():
+
+    def now(self, price: float, pace: Pace) -> list[Row]:
+        """The samples at the present pace; those before the cell changed are forgotten."""
+        found = [(*row[:5], row[5] * pace.since(row[4]), row[6]) for row in self.rows]
+        if len(found) > 2 * CHANGED and changed([row[2] * row[5] - price * row[3] for row in found]):
+            del found[:-CHANGED]
             self.rows = deque(list(self.rows)[-CHANGED:], maxlen=self.rows.maxlen)
-        self.cell = self.middle = None
+        return found
 
-    def changed(self) -> bool:
-        """Whether the latest samples all lie on one side of what the others were, clearly and beyond their spread."""
-        usual = self.plain(self.price)
-        before, latest = usual[:-CHANGED], usual[-CHANGED:]
-        middle = median(before)
-        low, high = min(latest), max(latest)
-        if low <= middle * (1 + CLEAR) and high >= middle * (1 - CLEAR):
-            return False
-        bound = BEYOND * 1.4826 * median(abs(t - middle) for t in before)
-        return low > middle + bound or high < middle - bound
 
-    def plain(self, price: float) -> list[float]:
-        """Seconds at the usual pace and without prompt rows, each of which takes `price`."""
-        return [row[2] / row[5] - price * row[3] for row in self.rows]
-
-    def usual(self, price: float) -> tuple[float, float]:
-        """Median seconds of a sample without prompt rows, and median context."""
-        self.heed(price)
-        if self.middle is None:
-            self.middle = max(median(self.plain(price)), 0.0), median(row[1] for row in self.rows)
-        return self.middle
-
-    def median(self, price: float, shaken: int = -1) -> Cell:
-        self.heed(price)
-        if self.cell is None or shaken != self.shaken:
-            self.cell, self.shaken = Cell.of(self.key, self.rows, price, shaken), shaken
-        return self.cell
-
-    def heed(self, price: float) -> None:
-        """Take medians anew if the price of a prompt row is another now."""
-        if abs(price - self.price) > RECKONED * self.price:
-            self.cell, self.middle, self.price = None, None, price
+def changed(seconds: Sequence[float]) -> bool:
+    """Whether the latest samples all lie on one side of what the others were, clearly and beyond their spread."""
+    logs = [math.log(max(t, SHORTEST)) for t in seconds]
+    before, latest = logs[:-CHANGED], logs[-CHANGED:]
+    middle = median(before)
+    low, high = min(latest) - middle, max(latest) - middle
+    if low <= CLEAR and high >= -CLEAR:
+        return False
+    bound = BEYOND * 1.4826 * median(abs(t - middle) for t in before)
+    return low > bound or high < -bound
 
 
 class Cells:
@@ -178,14 +159,16 @@ class Cells:
     def add(self, key: Key, row: Row) -> None:
         self.window(key).add(row)
 
-    def later(self, key: Key, steps: int) -> list[Row]:
-        """The samples of a key as if each had been taken so many steps later."""
-        return [(*row[:4], row[4] + steps, *row[5:]) for row in self.windows[key].rows]
-
     def begun(self) -> Cells:
         """A copy in which everything was learned before the first step."""
         out = Cells()
         out.windows = {key: Window(key, ((*row[:4], 0, *row[5:]) for row in window.rows)) for key, window in self.windows.items()}
+        return out
+
+    def now(self, price: float, pace: Pace) -> Cells:
+        """A copy at the present pace, see `Window.now`."""
+        out = Cells()
+        out.windows = {key: Window(key, window.now(price, pace)) for key, window in self.windows.items()}
         return out
 
     @classmethod
@@ -201,12 +184,16 @@ class Cells:
             out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
 
+    def later(self, key: Key, steps: int) -> list[Row]:
+        """The samples of a key as if each had been taken so many steps later."""
+        return [(*row[:4], row[4] + steps, *row[5:]) for row in self.windows[key].rows]
+
     def cells(self, price: float, shaken: int) -> list[Cell]:
-        return [window.median(price, shaken) for _, window in sorted(self.windows.items()) if window.rows]
+        return [Cell.of(key, window.rows, price, shaken) for key, window in sorted(self.windows.items()) if window.rows]
 
     def to_list(self) -> list[Any]:
         filled = {key: window.rows for key, window in self.windows.items() if window.rows}
-        return [[list(key), [[x, c, t / pace, p] for x, c, t, p, _, pace, _ in rows]] for key, rows in filled.items()]
+        return [[list(key), [[x, c, t * pace, p] for x, c, t, p, _, pace, _ in rows]] for key, rows in filled.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any], numbers: int) -> Cells:
@@ -231,7 +218,7 @@ class CostModel:
         self.drafted = False
         self.price = self.slope = 0.0  # seconds that a prompt row adds, and a token of context
         self.pace = Pace()
-        self.pending: deque[tuple[Window, Row]] = deque()  # the latest: they wait for the votes of the steps after them
+        self.shaken = -1  # the step at which the pace last changed much, once samples are at the present pace
 
     def add(self, sample: StepSample) -> bool:
         """Learn from one step. False, and nothing learned, if it cannot be true."""
@@ -240,7 +227,6 @@ class CostModel:
         self.steps += 1
         self.run = self.run + 1 if bool(sample.depth) == self.drafted else 0
         self.drafted = bool(sample.depth)
-        self.settle(self.steps - REACH)
         if sample.drafting:
             self._add_drafting(sample)
         elif not sample.depth:
@@ -248,28 +234,16 @@ class CostModel:
         return True
 
     def _add_drafting(self, s: StepSample) -> None:
-        drafting = self.draft.window((bucket(s.drafting), s.depth, s.width))
-        self.pending.append((drafting, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, 1.0, self.run >= SETTLING)))
+        key = bucket(s.drafting), s.depth, s.width
+        self.draft.add(key, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, 1.0, self.run >= SETTLING))
         rows = s.rows - s.prefill
         self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
 
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
-        window = cells.window(key)
-        self.pace.vote(self.steps, self._vote(window, s, seconds))
-        self.pending.append((window, (x, s.context, seconds, s.prefill, self.steps, 1.0, self.run >= SETTLING)))
-
-    def _vote(self, window: Window, s: StepSample, seconds: float) -> float:
-        """What the step took over what such steps took lately; not a number where too few were measured lately to tell."""
-        if self.run < SETTLING or len(window) < SETTLED or window.rows[-SETTLED][4] < self.steps - LATELY:
-            return math.nan
-        usual, context = window.usual(self.price)
-        return seconds / max(usual + self.slope * (s.context - context) + self.price * s.prefill, SHORTEST)
-
-    def settle(self, until: int | None = None) -> None:
-        """What was measured to that step, or at all, counts from now on, at the pace of its time."""
-        while self.pending and (until is None or self.pending[0][1][4] <= until):
-            window, row = self.pending.popleft()
-            window.add((*row[:5], self.pace.at(row[4]), row[6]))
+        if self.run >= SETTLING:
+            beside = self.price * s.prefill + self.slope * s.context
+            self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - beside, 0.1 * seconds))
+        cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, self.run >= SETTLING))
 
     @classmethod
     def merged(cls, models: Sequence[CostModel]) -> CostModel:
@@ -277,12 +251,20 @@ class CostModel:
         if len(models) == 1:
             return models[0]
         most = max((m.steps for m in models), default=0)
-        behind = [most - m.steps for m in models]
-        made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in models], behind))
+        behind, present = [most - m.steps for m in models], [m.now() for m in models]
+        made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in present], behind))
         if models:
-            made.pace = Pace(median(m.pace.present for m in models))
-            made.pace.shaken = max(m.pace.shaken + steps if m.pace.shaken >= 0 else -1 for m, steps in zip(models, behind, strict=True))
+            made.shaken = max(m.shaken + steps if m.shaken >= 0 else -1 for m, steps in zip(present, behind, strict=True))
             made.price = median(m.price for m in models)
+        return made
+
+    def now(self) -> CostModel:
+        """A copy at the present pace of the machine; this one, where samples are already."""
+        if not self.steps:
+            return self
+        made = self._by_table(lambda name: getattr(self, name).now(self.price, self.pace))
+        made.shaken = self.pace.shaken
+        made.heed(self)
         return made
 
     def heed(self, other: CostModel) -> None:
@@ -291,7 +273,8 @@ class CostModel:
 
     def heir(self) -> CostModel:
         """A copy for another replica."""
-        made = self._by_table(lambda name: getattr(self, name).begun())
+        present = self.now()
+        made = self._by_table(lambda name: getattr(present, name).begun())
         made.heed(self)
         return made
 
@@ -303,16 +286,17 @@ class CostModel:
 
     def table(self) -> CostTable:
         """The medians, to publish."""
-        off, forward, draft = (getattr(self, name).cells(self.price, self.pace.shaken) for name in TABLES)
-        both, pace = [*off, *forward], self.pace.present
+        present = self.now()
+        off, forward, draft = (getattr(present, name).cells(self.price, present.shaken) for name in TABLES)
+        both = [*off, *forward]
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
-        off, forward, draft = (tuple(replace(cell, seconds=cell.seconds * pace) for cell in cells) for cells in (off, forward, draft))
-        return CostTable(off, forward, draft, self.slope * pace, self.price * pace)
+        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).to_list() for name in TABLES}
+        present = self.now()
+        return {name: getattr(present, name).to_list() for name in TABLES}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:

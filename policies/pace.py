@@ -1,49 +1,100 @@
-"""How fast a machine is at the moment, so that steps measured at different times can be compared.
+"""How fast a machine was in every stretch of steps, so that steps measured at different times can be compared.
 
-A neighbour or a clock makes all steps dearer at once. Every step whose kind is known votes with what it took over what such steps usually
-take, and the pace at a step is the median vote around it. If it was the kind of most steps that changed, and not the machine, the other
-kinds are found to have changed the other way as soon as they are measured: it is their relation that decisions rest on.
+A neighbour or a clock makes all steps dearer at once. What a kind of step took in a stretch is, in logarithms, what the kind takes plus how
+slow the machine was then: two unknowns of which one is shared by all kinds of a stretch and the other by all stretches of a kind, so that
+both are found by least squares over the latest stretches together. Nothing is handed on from stretch to stretch, and so no error grows with
+time. If it was the kind of most steps that changed and not the machine, the other kinds are found to have changed the other way as soon as
+they are measured: it is their relation that decisions rest on.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from itertools import takewhile
+from collections.abc import Hashable
 from statistics import median
 
-REACH = 4  # steps before and after one whose votes tell its pace
-FEWEST = 3  # votes that it takes
+import numpy as np
+from numpy.typing import NDArray
+
+STRETCH = 16  # steps
+STRETCHES = 256  # remembered
+FEWEST = 2  # steps of a kind in a stretch that say something
+STEADY = 1e-6  # variance of the log pace from stretch to stretch, at least
+ROUNDS = 20  # of alternating least squares
+LATEST = 8  # stretches that are the present
 MUCH = 0.3  # change of the log pace that counts as much
-PRESENT = 64  # latest votes whose median is the present pace
+
+OF_MEDIAN = 1.57  # variance of the median of normal samples, over that of their mean
+
+Told = tuple[float, int, float]  # of a kind in a stretch: median log seconds, steps, and their deviation
+Numbers = NDArray[np.float64]
+
+
+def told(logs: list[float]) -> Told:
+    middle = median(logs)
+    return middle, len(logs), 1.4826 * median(abs(log - middle) for log in logs)
 
 
 class Pace:
-    """The votes of the latest steps.
+    """Steps by kind and stretch. Steps come in order."""
 
-    shaken: the step at which the present pace last turned out to have changed much. Whether the machine changed then or the kind of most
-    steps, only other kinds can tell.
-    """
+    def __init__(self) -> None:
+        self.until = STRETCH
+        self.open: dict[Hashable, list[float]] = {}
+        self.ends: deque[int] = deque(maxlen=STRETCHES)  # last step of each stretch
+        self.stretches: deque[dict[Hashable, Told]] = deque(maxlen=STRETCHES)
+        self.found: Numbers | None = None
 
-    def __init__(self, present: float = 1.0) -> None:
-        self.known = self.steady = present  # when votes last told it; as it was when it last changed much
-        self.shaken = -1
-        self.votes: deque[tuple[int, float]] = deque(maxlen=PRESENT)
+    def add(self, step: int, kind: Hashable, seconds: float) -> None:
+        """What a step of that kind took."""
+        if step > self.until:
+            self.close()
+            self.until = step - step % STRETCH + STRETCH
+        if seconds > 0 and math.isfinite(seconds):
+            self.open.setdefault(kind, []).append(math.log(seconds))
 
-    def vote(self, step: int, ratio: float) -> None:
-        """What a step took over what its kind usually takes; steps come in order."""
-        if ratio > 0 and math.isfinite(ratio):
-            self.votes.append((step, ratio))
-        if step % REACH == 0 and len(self.votes) >= FEWEST and abs(math.log(self.present / self.steady)) > MUCH:
-            self.steady, self.shaken = self.present, step
+    def close(self) -> None:
+        self.ends.append(self.until)
+        self.stretches.append({kind: told(logs) for kind, logs in self.open.items() if len(logs) >= FEWEST})
+        self.open, self.found = {}, None
 
-    def at(self, step: int) -> float:
-        """The pace at a step not long ago; as last known where too few voted."""
-        near = [ratio for at, ratio in takewhile(lambda vote: vote[0] >= step - REACH, reversed(self.votes)) if at <= step + REACH]
-        if len(near) >= FEWEST:
-            self.known = median(near)
-        return self.known
+    def levels(self) -> Numbers:
+        """Log pace of each stretch, 0 at present."""
+        if self.found is None:
+            levels = self.solved()
+            self.found = levels - levels[-LATEST:].mean() if len(levels) else levels
+        return self.found
+
+    def solved(self) -> Numbers:
+        """Up to a constant. What the paces of stretches would differ by for the scatter of steps alone is taken off (empirical Bayes)."""
+        kinds: dict[Hashable, int] = {}
+        found = [(kinds.setdefault(kind, len(kinds)), at, *part[kind]) for at, part in enumerate(self.stretches) for kind in part]
+        levels = np.zeros(len(self.stretches))
+        if not found:
+            return levels
+        kind, at, logs, counts, spreads = (np.array(column) for column in zip(*found, strict=True))
+        noise = OF_MEDIAN * float(np.median(spreads)) ** 2  # variance of what one step says
+        by_kind, by_stretch = np.bincount(kind, counts), np.bincount(at, counts, len(levels))
+        doubt = 1.0  # steps that would have to speak for the usual pace
+        for _ in range(2):
+            for _ in range(ROUNDS):
+                usual = np.bincount(kind, counts * (logs - levels[at])) / by_kind
+                levels = np.bincount(at, counts * (logs - usual[kind]), len(levels)) / (by_stretch + doubt)
+            differ = levels[by_stretch > 0].var() - noise * (1.0 / by_stretch[by_stretch > 0]).mean()
+            doubt = noise / max(differ, STEADY)
+        return levels
+
+    def since(self, step: int) -> float:
+        """Seconds now of what took one second in that step."""
+        levels = self.levels()
+        place = int(np.searchsorted(np.array(self.ends), step))
+        return math.exp(-levels[place]) if place < len(levels) else 1.0
 
     @property
-    def present(self) -> float:
-        return median(ratio for _, ratio in self.votes) if len(self.votes) >= FEWEST else self.known
+    def shaken(self) -> int:
+        """The end of the latest stretch whose pace was much another than the present one; -1 if there is none.
+
+        Whether the machine has changed since or the kind of most steps, only other kinds can tell.
+        """
+        return next((end for end, level in zip(reversed(self.ends), reversed(self.levels()), strict=True) if abs(level) > MUCH), -1)

@@ -145,7 +145,7 @@ class Pilot:
         return found
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
-        """Cut off the drafted nodes that the plan does not think worth verifying. Few steps are looked at where that saves less than it takes."""
+        """Cut off the drafted nodes that the plan does not find worth it. Few steps are looked at where that takes more than it saves."""
         begun = self.clock()
         self.drafting = len(drafts)
         seldom = self.steps % SELDOM == 0

@@ -53,7 +53,7 @@ def test_is_off_when_drafting_does_not_pay(keep, requests):
     replica.run(requests, 1000)
     replica.depths.clear()
     assert replica.run(requests, 2000) > 0.99, "what is tried now and then costs little"
-    assert sum(d > 0 for d in replica.depths) <= 0.06 * len(replica.depths)
+    assert sum(d > 0 for d in replica.depths) <= 0.1 * len(replica.depths)
 
 
 def test_recovers_when_the_drafter_gets_better_while_off():

@@ -1,0 +1,69 @@
+"""What a cell's few noisy samples say, beside what all cells say together.
+
+Steps of a busy machine scatter by half, and most cells of a table are seldom visited: the least of many medians is then the luckiest. All
+cells together lie near a plane over requests and rows. Each is drawn towards it, the more the less is known of it beside how far cells
+lie off the plane (empirical Bayes: Efron and Morris 1973, doi:10.2307/2284155). Where steps hardly scatter, cells stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.pace import OF_MEDIAN
+from policies.step import SHORTEST
+
+Numbers = NDArray[np.float64]
+FEWEST = 4  # cells that a plane goes through
+LEAST = 0.05  # by which part cells lie off the plane, at least
+FAR = 2.0  # deviations from the plane from which a cell says less and less of it
+ROUNDS = 4
+HALF = 0.455  # median of the square of a normal number of variance 1
+
+
+class Measured(Protocol):
+    """A cell: requests first in its key, x (requests or rows), seconds, samples, and the relative deviation of one."""
+
+    key: tuple[int, ...]
+    x: float
+    seconds: float
+    count: int
+    spread: float
+
+
+C = TypeVar("C", bound=Any)
+
+
+def smooth(cells: Sequence[C]) -> list[C]:
+    """The cells with seconds drawn towards their plane."""
+    known = [cell.spread for cell in cells if cell.spread > 0]
+    if len(cells) < FEWEST or not known:
+        return list(cells)
+    logs = np.log([max(cell.seconds, SHORTEST) for cell in cells])
+    at = np.array([[1.0, cell.x, cell.key[0]] for cell in cells])
+    noise = OF_MEDIAN * median(known) ** 2 / np.array([float(cell.count) for cell in cells])  # of a median, relative
+    off, far = LEAST**2, np.ones(len(cells))
+    for _ in range(ROUNDS):
+        plane = np.log(np.maximum(at @ coefficients(at, np.exp(logs), 1.0 / (noise + off) / far), SHORTEST))
+        off = max(float(np.median((logs - plane) ** 2 / HALF - noise)), LEAST**2)
+        far = np.maximum(np.abs(logs - plane) / np.sqrt(noise + off) / FAR, 1.0)
+    found = np.exp(plane + (logs - plane) * off / (off + noise))
+    return [replace(cell, seconds=float(s)) for cell, s in zip(cells, found, strict=True)]
+
+
+def coefficients(at: Numbers, seconds: Numbers, weights: Numbers) -> Numbers:
+    """Of the plane that fits best, none of them negative; errors count as parts of what was measured."""
+    scale = np.sqrt(weights) / seconds
+    found, free = np.zeros(at.shape[1]), list(range(at.shape[1]))
+    while free:
+        fitted = np.linalg.lstsq(at[:, free] * scale[:, None], seconds * scale, rcond=None)[0]
+        if fitted.min() >= 0:
+            found[free] = fitted
+            break
+        free = [i for i, value in zip(free, fitted, strict=True) if value > 0]
+    return found
