@@ -75,11 +75,10 @@ class Fleet:
         known.learn(telemetry)
         return True
 
-    def tells(self, telemetry: Telemetry) -> bool:
-        """Whether there is more in it than that an idle replica is still there."""
+    def unlike(self, telemetry: Telemetry) -> bool:
+        """Whether it is the first of its replica, or the first with its drafter, version and limits."""
         known = self.replicas.get(telemetry.replica)
-        same = known and (known.last.limits, _kind(known.last)) == (telemetry.limits, _kind(telemetry))
-        return bool(telemetry.steps) or not same
+        return known is None or (known.last.limits, _kind(known.last)) != (telemetry.limits, _kind(telemetry))
 
     def live(self, since: float) -> list[Replica]:
         """Replicas heard of since then."""

@@ -16,13 +16,15 @@ from typing import Any
 import ray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from actors.fleet import Fleet, load_now, typical
+from actors.fleet import MOST, Fleet, load_now, typical
 from actors.hindsight import Hindsight
 from actors.store import StateStore, StoreError, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
 
 NAME = "specfleet-policy"
 BLOCK = 1000  # plan versions reserved at a time
+PART, MANY = 0.1, 256  # of all steps told of, and steps of each replica, that are worth a new plan
+SELDOM = 4  # times the least distance of plans after which any news are
 
 
 class PolicyError(Exception):
@@ -53,7 +55,8 @@ class PolicyConflict(Exception):
 @dataclass(frozen=True, slots=True)
 class KeeperSettings:
     """stale: seconds without telemetry after which a replica is left out of load and estimates; gone: after which it is forgotten;
-    publish: seconds between plans of a model at least, if there is any news; save: seconds between saves of what was learned at least."""
+    publish: seconds between plans of a model at least, and a few times that while there is little news; save: seconds between saves of
+    what was learned at least."""
 
     stale: float = 5.0
     gone: float = 60.0
@@ -65,7 +68,7 @@ class KeeperSettings:
 class Entry:
     """One model: its policy, the version of that (0: never changed), its replicas and the plan in force.
 
-    news: whether anything was told since the plan that could change it.
+    steps, news: told of in all, and since the plan.
     """
 
     name: str
@@ -75,7 +78,8 @@ class Entry:
     fleet: Fleet = field(default_factory=Fleet)
     past: Hindsight = field(default_factory=Hindsight)
     plan: Plan | None = None
-    news: bool = False
+    steps: int = 0
+    news: int = 0
     saved: float = 0.0
 
 
@@ -151,11 +155,11 @@ class PolicyKeeper:
             return entry.plan
         behind = clean.plan_version > self._version
         self._version = max(self._version, clean.plan_version)
-        news = entry.fleet.tells(clean)
+        news = len(clean.steps) + MANY * MOST * entry.fleet.unlike(clean)
         fresh = entry.fleet.take(clean, now)
         if fresh:
             entry.past.add(clean, now)
-            entry.news |= news
+            entry.steps, entry.news = entry.steps + len(clean.steps), entry.news + news
         if fresh or behind:
             self._refresh(entry, now, at_once=behind)
         plan = self.plan(entry.name)
@@ -254,13 +258,21 @@ class PolicyKeeper:
     def _refresh(self, entry: Entry, now: float, at_once: bool) -> None:
         """Publish and save if it is time to; `at_once` when a replica follows a later plan than any known here, as after a loss."""
         try:
-            if at_once or entry.plan is None or (entry.news and not 0 <= now - entry.plan.published < self._settings.publish):
+            if at_once or self._due(entry, now):
                 self._publish(entry)
             if not 0 <= now - entry.saved < self._settings.save:
                 entry.saved = now
                 self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
         except StoreError:
             self._unsaved += 1
+
+    def _due(self, entry: Entry, now: float) -> bool:
+        """Whether there is news enough for a plan: soon while little is known, seldom later, as replicas think anew with each."""
+        if entry.plan is None or now < entry.plan.published:
+            return True
+        age, least = now - entry.plan.published, self._settings.publish
+        enough = min(PART * entry.steps, MANY * len(entry.fleet.replicas))
+        return entry.news > 0 and age >= least and (entry.news >= enough or age >= SELDOM * least)
 
     def _publish(self, entry: Entry, reserved: int | None = None) -> Plan:
         """A new plan of what is known now, under the version reserved for it or else the next."""
@@ -270,7 +282,7 @@ class PolicyKeeper:
         survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
         cost = entry.fleet.cost(now - self._settings.stale)
         policy: Any = entry.policy
-        entry.plan, entry.news = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now), False
+        entry.plan, entry.news = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now), 0
         return entry.plan
 
     def _next_version(self) -> int:

@@ -39,10 +39,10 @@ FAINT = 1e-3  # least weight of a cell
 NEAR = 1.5  # how many times as many requests are still about as many
 OWN = 8.0  # weight from which what drafting takes at some number of requests counts more than what the line through all of them says
 
-# x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at the pace in question, and whether steps like it
-# came before
+# x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, whether steps like it came first
 Row = tuple[float, float, float, float, int, float, bool]
 Moments = tuple[float, float, float]
+Line = tuple[tuple[float, float], list[Point]]  # drafting seconds at no request and what each adds; the cells it goes through
 Key = tuple[int, ...]
 Numbers = NDArray[np.float64]
 
@@ -372,23 +372,23 @@ class CostTable:
         return curve.at(depth) if curve else 0.0
 
     def _drafting(self, drafting: int, width: int) -> Curve | None:
-        """Seconds by depth for that many requests.
+        """Seconds by depth for that many requests: of each depth its line, and the cells near that many say together how far it is off."""
+        lines: dict[int, Line] = self._recalled(("lines", width), lambda: self._lines(width))
+        total = off = OWN
+        for (base, each), cells in lines.values():
+            for n, seconds, weight in cells:
+                if drafting <= n * NEAR and n <= drafting * NEAR:
+                    total, off = total + weight, off + weight * seconds / max(base + each * n, SHORTEST)
+        points = [(d, (base + each * drafting) * off / total, sum(p[2] for p in cells)) for d, ((base, each), cells) in lines.items()]
+        return Curve.through([(0.0, 0.0, 1.0), *points]) if points else None
 
-        Of each depth a line over requests, so that no single cell is believed for its luck; the cells near that many requests say together
-        how far the lines are off there.
-        """
+    def _lines(self, width: int) -> dict[int, Line]:
+        """Of each depth a line over requests, so that no single cell is believed for its luck."""
         cells = [c for c in self.draft_cells if c.key[2] == width] or [c for c in self.draft_cells if c.key[2] == 1]
         by_depth: dict[int, list[Point]] = {}
         for c, weight in zip(cells, self._weights(cells), strict=True):
             by_depth.setdefault(c.key[1], []).append((c.key[0], c.seconds, weight))
-        lines = {depth: line(points) for depth, points in by_depth.items()}
-        total = off = OWN
-        for depth, (base, each) in lines.items():
-            for n, seconds, weight in by_depth[depth]:
-                if drafting <= n * NEAR and n <= drafting * NEAR:
-                    total, off = total + weight, off + weight * seconds / max(base + each * n, SHORTEST)
-        points = [(d, (base + each * drafting) * off / total, sum(p[2] for p in by_depth[d])) for d, (base, each) in lines.items()]
-        return Curve.through([(0.0, 0.0, 1.0), *points]) if points else None
+        return {depth: (line(points), points) for depth, points in by_depth.items()}
 
     def _weights(self, cells: Sequence[Cell]) -> list[float]:
         """How much cells count beside others: by their samples, less the older they are."""
