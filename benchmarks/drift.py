@@ -98,14 +98,17 @@ def main(
             exchanges = asyncio.run(driven(url, wanted(plan, list(speculators)), plan.habits, lambda found: tick(begun, found)))
             changes = history(url)
         found = document(plan, learned, exchanges, changes, Replays(model, plan.habits, changes).answers)
-        written(found | {"took_seconds": round(time.monotonic() - begun, 1)}, out)
+        written(found | {"took_seconds": round(time.monotonic() - begun, 1)}, out, (Path(folder), ROOT))
         said(begun, json.dumps(found["outcome"]))
 
 
-def written(found: dict[str, Any], out: Path) -> None:
-    """The JSON and its picture."""
+def written(found: dict[str, Any], out: Path, places: Sequence[Path] = ()) -> None:
+    """The JSON and its picture. places: folders that names of files are told without."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=2)
+    for place in places:
+        text = text.replace(f"{place}/", "")
+    out.write_text(text + "\n", encoding="utf-8")
     draw(found, out.with_suffix(".png"))
 
 
