@@ -39,8 +39,9 @@ FAINT = 1e-3  # least weight of a cell
 NEAR = 1.5  # how many times as many requests are still about as many
 OWN = 8.0  # weight from which what drafting takes at some number of requests counts more than what the line through all of them says
 
-# x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, whether steps like it came first
-Row = tuple[float, float, float, float, int, float, bool]
+# x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, and how far it is to be believed
+Row = tuple[float, float, float, float, int, float, int]
+REHEARSED, SINGLE, FIRM = range(3)  # before the replica served, when others may have started too; alone, or after others of its like
 Moments = tuple[float, float, float]
 Line = tuple[tuple[float, float], list[Point]]  # drafting seconds at no request and what each adds; the cells it goes through
 Key = tuple[int, ...]
@@ -111,13 +112,15 @@ class Window:
         return len(self.rows)
 
     def add(self, row: Row) -> None:
-        """Remember a sample. One that did not come after others of its like only stands in until there are some that did."""
-        firm = [r for r in self.rows if r[6]]
-        if not row[6] and len(firm) >= TRUSTED and firm[-1][4] > row[4] - FRESH:
+        """Remember a sample. Those that are less to be believed only stand in until there are some of the better ones."""
+        better = [r for r in self.rows if r[6] > row[6]]
+        if len(better) >= TRUSTED and better[-1][4] > row[4] - FRESH:
             return
         self.rows.append(row)
-        if row[6] and len(firm) < len(self.rows) - 1 and len(firm) + 1 >= TRUSTED:
-            self.rows = deque([*firm, row], maxlen=self.rows.maxlen)
+        if any(r[6] < row[6] for r in self.rows):
+            good = [r for r in self.rows if r[6] >= row[6]]
+            if len(good) >= TRUSTED:
+                self.rows = deque(good, maxlen=self.rows.maxlen)
         while len(self.rows) > TRUSTED and self.rows[0][4] < row[4] - FRESH:
             self.rows.popleft()
 
@@ -205,7 +208,7 @@ class Cells:
             for x, context, seconds, prompt in rows:
                 if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
                     raise ValueError("not a cost table")
-                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, True))
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, FIRM))
         return made
 
 
@@ -235,15 +238,19 @@ class CostModel:
 
     def _add_drafting(self, s: StepSample) -> None:
         key = bucket(s.drafting), s.depth, s.width
-        self.draft.add(key, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, 1.0, self.run >= SETTLING))
+        self.draft.add(key, (s.depth, 0.0, s.draft_seconds, 0.0, self.steps, 1.0, self.belief(s)))
         rows = s.rows - s.prefill
         self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
 
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
-        if self.run >= SETTLING:
+        belief = self.belief(s)
+        if belief == FIRM:
             beside = self.price * s.prefill + self.slope * s.context
             self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - beside, 0.1 * seconds))
-        cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, self.run >= SETTLING))
+        cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, belief))
+
+    def belief(self, s: StepSample) -> int:
+        return REHEARSED if s.rehearsed else FIRM if self.run >= SETTLING else SINGLE
 
     @classmethod
     def merged(cls, models: Sequence[CostModel]) -> CostModel:

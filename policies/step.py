@@ -17,7 +17,7 @@ class StepSample:
     requests: that drew a token; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
     tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: wall time of the whole step, drafting
     included; draft_seconds: drafting alone; prefill: rows of prompts among the rows, 0 for a pure decoding step; width: most candidate
-    paths allowed to any request.
+    paths allowed to any request; rehearsed: for requests of nobody, before the replica served.
     """
 
     requests: int
@@ -29,6 +29,7 @@ class StepSample:
     draft_seconds: float = 0.0
     prefill: int = 0
     width: int = 1
+    rehearsed: bool = False
 
     def sane(self) -> bool:
         """True if the numbers can belong to one real step: finite, ordered, consistent."""

@@ -28,7 +28,7 @@ TALLYING = 0.003  # of the time of steps that counting how drafts fared may take
 SELDOM = 8  # steps of which one draft is kept whole once there are enough
 LOOKS = 8  # over which what pruning is worth is averaged
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
-Measured = tuple[StepReport, int, int, int]  # with how many requests drafted, and how deep and wide at most
+Measured = tuple[StepReport, int, int, int, bool]  # with how many requests drafted, how deep and wide at most, and if it was rehearsed
 
 
 @dataclass(slots=True)
@@ -189,7 +189,7 @@ class Pilot:
             self.switches += depth != self.last_depth
             self.last_depth = depth
             self.tokens += report.emitted
-            self.samples.append((report, drafting, depth, width))
+            self.samples.append((report, drafting, depth, width, False))
             if report.verified and (self.probing or self.tallying <= TALLYING * self.elapsed):
                 self.tally(report.verified)
                 self.tallying += self.clock() - begun
@@ -199,7 +199,7 @@ class Pilot:
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
         """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
         with self.lock:
-            self.samples.append((report, drafting, depth, 1))
+            self.samples.append((report, drafting, depth, 1, True))
 
     def tally(self, verified: Sequence[Verified]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
@@ -274,7 +274,7 @@ def kind(request: Request) -> str:
     return f"{drawn}, predicted" if request.prediction else drawn
 
 
-def sample(report: StepReport, drafting: int, depth: int, width: int) -> StepSample:
+def sample(report: StepReport, drafting: int, depth: int, width: int, rehearsed: bool) -> StepSample:
     """A step as a policy sees it. Its rows are those that were computed."""
     load = report.load
     return StepSample(
@@ -287,6 +287,7 @@ def sample(report: StepReport, drafting: int, depth: int, width: int) -> StepSam
         draft_seconds=report.draft_seconds,
         prefill=load.prompt,
         width=width,
+        rehearsed=rehearsed,
     )
 
 

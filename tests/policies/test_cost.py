@@ -404,3 +404,16 @@ def test_a_change_of_pace_on_one_replica_is_known_of_them_all():
     assert CostModel.merged([steady, shaken]).shaken == shaken.pace.shaken
     steady.steps += 1000
     assert CostModel.merged([steady, shaken]).shaken == shaken.pace.shaken + steady.steps - shaken.steps, "by the oldest's count"
+
+
+def test_what_was_rehearsed_stands_in_until_something_was_measured_in_service():
+    """Many replicas that start at once make their profiles dear; single steps in service are believed before them."""
+    model = CostModel()
+    for _ in range(8):
+        model.add(replace(drafting(1, 8, 0.006), rehearsed=True))
+    assert model.table().forward(1, 9) == pytest.approx(0.005)
+    for i in range(300):
+        model.add(drafting(1, 8, 0.003) if i % 100 == 50 else drafting(1, 2, 0.002))
+    assert model.table().forward(1, 9) == pytest.approx(0.002)
+    model.add(replace(drafting(1, 8, 0.006), rehearsed=True))
+    assert model.table().forward(1, 9) == pytest.approx(0.002)
