@@ -126,7 +126,8 @@ class Window:
 
     def now(self, price: float, pace: Pace) -> list[Row]:
         """The samples at the present pace; those before the cell changed are forgotten."""
-        found = [(*row[:5], row[5] * pace.since(row[4]), row[6]) for row in self.rows]
+        factors = pace.since([row[4] for row in self.rows])
+        found = [(x, c, t, p, step, f * now, belief) for (x, c, t, p, step, f, belief), now in zip(self.rows, factors, strict=True)]
         if len(found) > 2 * CHANGED and changed([row[2] * row[5] - price * row[3] for row in found]):
             del found[:-CHANGED]
             self.rows = deque(list(self.rows)[-CHANGED:], maxlen=self.rows.maxlen)

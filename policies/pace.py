@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from statistics import median
 
 import numpy as np
@@ -31,6 +31,11 @@ Told = tuple[float, int, float]  # of a kind in a stretch: median log seconds, s
 Numbers = NDArray[np.float64]
 
 
+def ended(step: int) -> int:
+    """The last step of a step's stretch."""
+    return -(-step // STRETCH) * STRETCH
+
+
 def told(logs: list[float]) -> Told:
     middle = median(logs)
     return middle, len(logs), 1.4826 * median(abs(log - middle) for log in logs)
@@ -44,13 +49,13 @@ class Pace:
         self.open: dict[Hashable, list[float]] = {}
         self.ends: deque[int] = deque(maxlen=STRETCHES)  # last step of each stretch
         self.stretches: deque[dict[Hashable, Told]] = deque(maxlen=STRETCHES)
-        self.found: Numbers | None = None
+        self.found: dict[int, float] | None = None  # log pace by the last step of a stretch
 
     def add(self, step: int, kind: Hashable, seconds: float) -> None:
         """What a step of that kind took."""
         if step > self.until:
             self.close()
-            self.until = step - step % STRETCH + STRETCH
+            self.until = ended(step)
         if seconds > 0 and math.isfinite(seconds):
             self.open.setdefault(kind, []).append(math.log(seconds))
 
@@ -59,11 +64,12 @@ class Pace:
         self.stretches.append({kind: told(logs) for kind, logs in self.open.items() if len(logs) >= FEWEST})
         self.open, self.found = {}, None
 
-    def levels(self) -> Numbers:
-        """Log pace of each stretch, 0 at present."""
+    def levels(self) -> dict[int, float]:
+        """Log pace of each stretch by its last step, 0 at present."""
         if self.found is None:
             levels = self.solved()
-            self.found = levels - levels[-LATEST:].mean() if len(levels) else levels
+            present = float(levels[-LATEST:].mean()) if len(levels) else 0.0
+            self.found = dict(zip(self.ends, (levels - present).tolist(), strict=True))
         return self.found
 
     def solved(self) -> Numbers:
@@ -85,11 +91,10 @@ class Pace:
             doubt = noise / max(differ, STEADY)
         return levels
 
-    def since(self, step: int) -> float:
-        """Seconds now of what took one second in that step."""
+    def since(self, steps: Sequence[int]) -> list[float]:
+        """Seconds now of what took one second in each of those steps; 1 where that is not remembered."""
         levels = self.levels()
-        place = int(np.searchsorted(np.array(self.ends), step))
-        return math.exp(-levels[place]) if place < len(levels) else 1.0
+        return [math.exp(-levels.get(ended(step), 0.0)) for step in steps]
 
     @property
     def shaken(self) -> int:
@@ -97,4 +102,4 @@ class Pace:
 
         Whether the machine has changed since or the kind of most steps, only other kinds can tell.
         """
-        return next((end for end, level in zip(reversed(self.ends), reversed(self.levels()), strict=True) if abs(level) > MUCH), -1)
+        return next((end for end, level in reversed(self.levels().items()) if abs(level) > MUCH), -1)

@@ -152,8 +152,8 @@ def test_the_pace_of_a_stretch_is_what_all_kinds_of_its_steps_say():
         slow = 3.0 if 8 * STRETCH < step <= 16 * STRETCH else 1.0
         pace.add(step, kind, usual[kind] * slow * rng.lognormvariate(0, 0.05) * (9 if step % 7 == 0 else 1))
     pace.add(40 * STRETCH + 1, "short", 0.01)
-    assert pace.since(12 * STRETCH) == pytest.approx(1 / 3, rel=0.1) and pace.since(30 * STRETCH) == pytest.approx(1, rel=0.1)
-    assert pace.since(50 * STRETCH) == 1.0 and pace.shaken == 16 * STRETCH
+    assert pace.since([12 * STRETCH])[0] == pytest.approx(1 / 3, rel=0.1) and pace.since([30 * STRETCH])[0] == pytest.approx(1, rel=0.1)
+    assert pace.since([50 * STRETCH])[0] == 1.0 and pace.shaken == 16 * STRETCH
 
 
 def test_noise_is_not_taken_for_a_pace():
