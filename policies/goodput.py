@@ -88,6 +88,18 @@ class GoodputPolicy(BaseModel):
         memo["standing"] = standings[running] = Standing(best, step, running, best.rate)
         return arena.decisions(best.depths, best.width)
 
+    def moves(self, requests: int, knowledge: Knowledge, step: int) -> bool:
+        """Whether what stands for so many requests decides as what stood until now; if so, it stands from now on."""
+        standing: Standing | None = knowledge.memo.get("standing")
+        standings: dict[int, Standing] = knowledge.recalled("standings", dict)
+        other = standings.get(requests)
+        if standing is None or other is None or not other.holds(step, requests):
+            return False
+        alike = (other.choice.depths, other.choice.width) == (standing.choice.depths, standing.choice.width)
+        if alike:
+            knowledge.memo["standing"] = other
+        return alike
+
     def probe(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision] | None:
         """What is tried in that step instead of what stands; None if it is an ordinary one."""
         standing: Standing | None = knowledge.memo.get("standing")

@@ -68,6 +68,10 @@ class Plan:
             return [OFF] * len(requests)
         return self._within(self.policy.decide(load, requests, self.knowledge, step), load, requests)
 
+    def moves(self, running: int, step: int) -> bool:
+        """Whether what was settled stands for another number of requests too, as long as its nodes fit in the free slots."""
+        return isinstance(self.policy, GoodputPolicy) and self.policy.moves(running, self.knowledge, step)
+
     def probe(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision] | None:
         """What is tried in that step instead, so that nothing is judged by old samples; None if it is no step to try anything in."""
         if not isinstance(self.policy, GoodputPolicy):

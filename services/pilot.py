@@ -87,7 +87,7 @@ class Pilot:
         """What the plan gives each request in this step. What was settled stands for some steps, also for those who join."""
         begun = self.clock()
         order, step = self.order, self.steps
-        if order is None or order.plan is not self.plan or not order.span.covers(step, load.decoding):
+        if order is None or order.plan is not self.plan or not (order.span.covers(step, load.decoding) or self.moves(load, order)):
             order = self.order = self.settle(load, candidates)
         self.probing = False
         if step >= order.span.due and (tried := self.probe(load, candidates)):
@@ -100,6 +100,14 @@ class Pilot:
             self.depth, self.width = order.depth, order.width
         self.deciding += self.clock() - begun
         return tried
+
+    def moves(self, load: Load, order: Order) -> bool:
+        """Whether the order stands for a load that has changed; if so, as long as the plan says."""
+        room = load.decoding * order.depth * max(order.width, 1) <= load.free
+        if room and self.steps < order.span.until and order.plan.moves(load.decoding, self.steps):
+            order.span = order.plan.span(self.steps, load.decoding)
+            return True
+        return False
 
     def settle(self, load: Load, candidates: Sequence[Candidate]) -> Order:
         """Ask the plan anew."""

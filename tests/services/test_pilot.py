@@ -12,7 +12,8 @@ from actors.store import open_state
 from engine.engine import Candidate, Engine, Load
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
-from policies import FixedPolicy, Limits, Plan
+from policies import CostTable, FixedPolicy, GoodputPolicy, Limits, Plan, SurvivalCurve
+from policies.cost import Cell
 from services.pilot import Pilot
 from services.protocol import Speculation
 from tests.engine.toys import Oracle, run, texts, toy_base
@@ -143,3 +144,25 @@ def test_where_looking_for_what_to_prune_does_not_pay_few_steps_are_looked_at(ba
     monkeypatch.setattr(Plan, "saved", lambda plan, running, drawn, kept, counts: saved * (drawn > kept))
     fly(base, {"kind": "fixed", "depth": 3}, [Speculation()], right=0.0)
     assert len(looked) == steps and looked[-1] >= 24
+
+
+def test_an_order_stands_for_a_load_that_comes_back_if_the_same_is_decided_for_it():
+    """Only numbers of requests that were not seen under the plan are thought about; those who join get what stands."""
+    curves = {"": SurvivalCurve((0.9,) * 4)}
+    pilot = Pilot("r", Plan.of(0, "m", GoodputPolicy(max_width=1), free_rows(), curves, Limits(4, 1)))
+    settled, settle = [], pilot.settle
+    pilot.settle = lambda load, candidates: settled.append(load.decoding) or settle(load, candidates)  # type: ignore[method-assign]
+    given = []
+    for turn in range(40):
+        count = (1, 4, 2, 4)[turn % 4]
+        asked = [Candidate(Request(f"q{turn // 7}-{i}", [5], SamplingParams(max_tokens=20)), 20, Stats()) for i in range(count)]
+        given += [b.depth for b in pilot.budgets(Load(count, 0, 10, 100, count), asked)]
+    assert settled == [1, 4, 2] and set(given) == {4}
+    (tight,) = pilot.budgets(Load(1, 0, 10, 2, 1), asked[:1])
+    assert settled[-1] == 1 and tight.depth == 2, "but for want of room"
+
+
+def free_rows() -> CostTable:
+    """Ten milliseconds, whatever is drafted."""
+    off = tuple(Cell((n, 0), n, 0.0, 0.01, 64) for n in (1, 2, 4))
+    return CostTable(off, tuple(Cell((n, n * (1 + d)), n * (1 + d), 0.0, 0.01, 64) for n in (1, 2, 4) for d in (1, 2, 4)))
