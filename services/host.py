@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import time
@@ -82,6 +83,7 @@ class ModelHost:
             self.failure = f"{type(error).__name__}: {error}"
             raise
         self.failure = None
+        stays()
         runner = EngineRunner(engine, self.pilot.observe)
         runner.start()
         self.runner = runner
@@ -430,6 +432,13 @@ def affordable(kv_bytes: int, each: int) -> int:
             f"at least {LEAST_TOKENS * each} bytes ({LEAST_TOKENS} tokens) are needed"
         )
     return kv_bytes // each
+
+
+def stays() -> None:
+    """What is there now stays: the garbage collector need not look at libraries and weights again, which stops all threads for half a
+    second whenever it does."""
+    gc.collect()
+    gc.freeze()
 
 
 def warm_up(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import aclosing
 
 import pytest
@@ -302,3 +303,8 @@ def test_pieces_of_a_choice_join_and_keep_how_it_ended() -> None:
 
 def test_the_more_streams_the_wider_chunks_are_apart_within_a_bound() -> None:
     assert 0 < spacing(1) < spacing(2) < spacing(8) <= spacing(1000) == MOST_CHUNK_S
+
+
+async def test_what_is_loaded_is_not_searched_for_garbage_while_serving(host) -> None:
+    """A full collection stops every thread: it passes over what was there when the model was ready."""
+    assert gc.get_freeze_count() > 10_000
