@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +26,11 @@ ROUNDS = 4
 HALF = 0.455  # median of the square of a normal number of variance 1
 
 
-class Measured(Protocol):
-    """A cell: requests first in its key, x (requests or rows), seconds, samples, and the relative deviation of one."""
-
-    key: tuple[int, ...]
-    x: float
-    seconds: float
-    count: int
-    spread: float
-
-
-C = TypeVar("C", bound=Any)
+C = TypeVar("C", bound=Any)  # a `policies.cost.Cell`: that module imports this one
 
 
 def smooth(cells: Sequence[C]) -> list[C]:
-    """The cells with seconds drawn towards their plane."""
+    """The cells with seconds drawn towards their plane over x (rows, or requests) and requests, which come first in their keys."""
     known = [cell.spread for cell in cells if cell.spread > 0]
     if len(cells) < FEWEST or not known:
         return list(cells)

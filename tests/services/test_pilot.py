@@ -146,12 +146,12 @@ def test_where_looking_for_what_to_prune_does_not_pay_few_steps_are_looked_at(ba
     assert len(looked) == steps and looked[-1] >= 24
 
 
-def test_an_order_stands_for_a_load_that_comes_back_if_the_same_is_decided_for_it():
+def test_an_order_stands_for_a_load_that_comes_back_if_the_same_is_decided_for_it(monkeypatch):
     """Only numbers of requests that were not seen under the plan are thought about; those who join get what stands."""
     curves = {"": SurvivalCurve((0.9,) * 4)}
     pilot = Pilot("r", Plan.of(0, "m", GoodputPolicy(max_width=1), free_rows(), curves, Limits(4, 1)))
-    settled, settle = [], pilot.settle
-    pilot.settle = lambda load, candidates: settled.append(load.decoding) or settle(load, candidates)  # type: ignore[method-assign]
+    settled, settle = [], Plan.settle
+    monkeypatch.setattr(Plan, "settle", lambda plan, load, *more: settled.append(load.running) or settle(plan, load, *more))
     given = []
     for turn in range(40):
         count = (1, 4, 2, 4)[turn % 4]
