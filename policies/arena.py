@@ -15,6 +15,7 @@ from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, deepest, settled
 from policies.yields import Yields
 
+DOUBT = 1.5  # times that off must be better than drafts that were never measured in service
 Group = tuple[str, int, int, int]  # requests alike: class, deepest allowed, level, priority
 
 
@@ -109,9 +110,14 @@ class Arena:
         return self.outlook(dict.fromkeys(self.groups, 0))
 
     def best(self, drafting: bool = False) -> Choice:
-        """Depths and width of highest goodput; off unless drafting beats it by the margin (never off if `drafting`)."""
+        """Depths and width of highest goodput; off unless drafting beats it by the margin (never off if `drafting`).
+
+        What drafts were before the replica served, while others may have been starting beside it, keeps nobody from trying them unless off
+        is far better.
+        """
         off = self.off()
-        rate, depths, price, best = 0.0 if drafting else off.rate * (1 + self.terms.margin), off.depths, 0, 1
+        enough = 1 / DOUBT if self.knowledge.cost.rehearsed else 1 + self.terms.margin
+        rate, depths, price, best = 0.0 if drafting else off.rate * enough, off.depths, 0, 1
         for width in self.terms.widths(self.knowledge.limits):
             order = self._order(width)
             if order:

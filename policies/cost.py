@@ -60,7 +60,8 @@ class Cell:
     """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
     changed much, and the step of the latest. Seconds are those without prompt rows.
 
-    spread: usual deviation of a sample's seconds from their median, as a part of it.
+    rehearsed: whether all samples are from before the replica served. spread: usual deviation of a sample's seconds from their median, as
+    a part of it.
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
     """
@@ -72,6 +73,7 @@ class Cell:
     count: int
     since: int = field(default=0, compare=False)
     latest: int = field(default=0, compare=False)
+    rehearsed: bool = field(default=False, compare=False)
     spread: float = field(default=0.0, compare=False)
     context_moments: Moments = (0.0, 0.0, 0.0)
     prompt_moments: Moments = (0.0, 0.0, 0.0)
@@ -83,7 +85,8 @@ class Cell:
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
         count, since = len(rows), sum(row[4] > shaken for row in rows)
-        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4])
+        rehearsed = all(row[6] == REHEARSED for row in rows)
+        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4], rehearsed)
         if count < 4:
             return made
         spread = 1.4826 * median(abs(t - seconds) for t in plain) / max(seconds, SHORTEST)
@@ -351,6 +354,11 @@ class CostTable:
     def beside(self, context: float, prompt: float) -> float:
         """What context and the prompts read in it add to a step."""
         return self.slope * context + self.prompt * prompt
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether no draft was measured in service yet."""
+        return self._recalled("rehearsed", lambda: all(c.rehearsed for c in self.forward_cells))
 
     def off_count(self, requests: int) -> int:
         """Samples of depth 0 at about that many requests (within a quarter) since the machine's pace last changed much."""

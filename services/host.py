@@ -29,7 +29,7 @@ from engine.sampling import InvalidRequest, SamplingParams
 from policies import in_canary
 from services.hub import local_copy
 from services.pilot import Pilot
-from services.profile import profile
+from services.profile import profile, warm_up
 from services.protocol import Accepted, Failure, Finish, Item, Job, ModelStatus, Piece, SpeculationReport, TokenLogprob, Usage
 from services.runner import EngineDied, EngineRunner, Stream
 from services.text import Answer, Tokenizer
@@ -439,17 +439,6 @@ def stays() -> None:
     second whenever it does."""
     gc.collect()
     gc.freeze()
-
-
-def warm_up(engine: Engine) -> None:
-    """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
-    for number in range(2):
-        engine.submit(Request(f"warm-{number}", [1 + number] * 8, SamplingParams(temperature=float(number), max_tokens=8)))
-        while engine.busy:
-            for outcome in engine.step().outcomes:
-                if outcome.finish == "error":
-                    raise RuntimeError(f"the model cannot compute: {outcome.error}")
-    engine.pool.clear()
 
 
 def device(name: str) -> str:

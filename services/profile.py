@@ -1,4 +1,5 @@
-"""What steps cost on this machine, measured before the first request: without it a new service would have to try depths on its users."""
+"""What an engine does before the first request: a few tokens to warm it up, and a profile of what steps cost on this machine, without which
+a new service would have to try depths on its users."""
 
 from __future__ import annotations
 
@@ -14,16 +15,28 @@ from policies.step import SETTLING
 from services.pilot import Pilot
 
 SECONDS = 3.0  # for the whole profile
-TIMES = 6  # steps of each kind
+PASSES = 3  # through all numbers of requests: what else the machine does comes in bursts
+TIMES = 3  # steps of each kind in a pass
 PROMPT, LONGEST = 8, 160  # tokens
 READING = 2  # steps in which prompts are read
 
 
 class Rehearsal:
-    """An engine that drafts as it is told, for requests of nobody."""
+    """An engine that drafts as it is told, for requests of nobody, until the block is left; then nobody is in it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.depth = engine, 0
+        self.usual = engine.budgets, engine.prune
+
+    def __enter__(self) -> Rehearsal:
+        self.engine.budgets, self.engine.prune = self.budgets, self.prune
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.clear()
+        finally:
+            self.engine.budgets, self.engine.prune = self.usual
 
     def budgets(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
         return [Budget.of(self.depth)] * len(candidates)
@@ -48,11 +61,24 @@ class Rehearsal:
         """Nobody is left, and nothing in the cache. Raises RuntimeError if the model could not compute."""
         for name in list(self.engine.texts):
             self.engine.cancel(name)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until all have their answers, and leave nothing in the cache. Raises RuntimeError if the model could not compute."""
         while self.engine.busy or self.engine.cancelled:
             for outcome in self.engine.step().outcomes:
                 if outcome.finish == "error":
                     raise RuntimeError(f"the model cannot compute: {outcome.error}")
         self.engine.pool.clear()
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
+    with Rehearsal(engine) as rehearsal:
+        rehearsal.depth = engine.drafter.max_depth if engine.drafter else 0
+        for number in range(2):
+            engine.submit(Request(f"warm-{number}", [1 + number] * 8, SamplingParams(temperature=float(number), max_tokens=8)))
+            rehearsal.finish()
 
 
 def profile(engine: Engine, pilot: Pilot, seconds: float = SECONDS) -> None:
@@ -62,28 +88,25 @@ def profile(engine: Engine, pilot: Pilot, seconds: float = SECONDS) -> None:
     """
     if engine.drafter is None:
         return
-    rehearsal, usual = Rehearsal(engine), (engine.budgets, engine.prune)
-    engine.budgets, engine.prune = rehearsal.budgets, rehearsal.prune
     deadline = perf_counter() + seconds
-    try:
-        for count in sizes(engine.max_running):
+    with Rehearsal(engine) as rehearsal:
+        for count in sizes(engine.max_running) * PASSES:
             if perf_counter() > deadline:
                 return
             rehearse(rehearsal, pilot, count, depths(engine.drafter.max_depth))
-    finally:
-        rehearsal.clear()
-        engine.budgets, engine.prune = usual
 
 
-def rehearse(rehearsal: Rehearsal, pilot: Pilot, count: int, tried: Sequence[int]) -> None:
+def rehearse(rehearsal: Rehearsal, pilot: Pilot, count: int, tried: list[int]) -> None:
     """That many requests without drafts, and then at the other depths by turns, each time until the machine has settled into it."""
     rehearsal.submit(count)
     for _ in range(READING):
         rehearsal.step(count, 0)
-    settling, drafts = SETTLING + 1, tried[1:]
-    for depth in [0] * (settling + TIMES) + [tried[-1]] * settling * bool(drafts) + [*drafts] * TIMES:
-        if report := rehearsal.step(count, depth):
-            pilot.measured(report, count if depth else 0, depth)
+    for settled, taken in (tried[0], tried[:1]), (tried[-1], tried[1:]):
+        for _ in range(SETTLING * bool(taken)):
+            rehearsal.step(count, settled)
+        for depth in taken * TIMES:
+            if report := rehearsal.step(count, depth):
+                pilot.measured(report, count if depth else 0, depth)
     rehearsal.clear()
 
 

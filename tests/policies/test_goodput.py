@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from policies import GoodputPolicy, Limits, Load, Plan, RequestView
+from policies import CostModel, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample
 from policies.arena import Arena, Choice
 from policies.probes import RUN, Agenda, Trial
 from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
@@ -265,3 +265,21 @@ def test_a_load_that_comes_and_goes_is_not_thought_about_anew(monkeypatch):
     assert thought == [1, 4, 2] and decided[-7:] == decided[:7]
     plan.settle(Load(4, 0, 400), [RequestView("a", kind="other")] * 4, 210)
     assert thought == [1, 4, 2, 4], "but for requests of which nothing is known"
+
+
+def rehearsed(seconds, requests=(1, 2, 4, 8)) -> Plan:
+    """A plan that rests on a profile alone, in which a step with drafts took so many seconds; one without took 1 ms."""
+    model = CostModel()
+    for _ in range(6):
+        for n in requests:
+            model.add(StepSample(n, 0, n, 10, 0, 0.001, rehearsed=True))
+            for depth in (1, 2, 4, 8):
+                model.add(StepSample(n, n, n * (1 + depth), 10, depth, seconds, 0.1 * seconds, rehearsed=True))
+    return Plan.of(1, "m", GoodputPolicy(), model.table(), limits=Limits(8, 1))
+
+
+@pytest.mark.parametrize(("seconds", "drafts"), [(0.003, True), (0.006, False)])
+def test_a_profile_alone_does_not_keep_anybody_from_drafting_unless_off_is_far_better(seconds, drafts):
+    """Models that start at once make each other's profiles dear, and who never drafts never learns better."""
+    decided = rehearsed(seconds).decide(Load(1, 0, 10, 1000), [RequestView("a")], 1)
+    assert (decided[0].depth > 0) is drafts

@@ -13,7 +13,7 @@ from engine.request import Request
 from engine.sampling import SamplingParams
 from policies import GoodputPolicy, Plan
 from services.pilot import Pilot
-from services.profile import depths, profile, sizes
+from services.profile import PASSES, TIMES, depths, profile, sizes, warm_up
 from tests.engine.toys import Oracle, run, texts, toy_base
 
 
@@ -52,7 +52,8 @@ def test_a_profile_lets_the_first_plan_choose(base, tmp_path) -> None:
     engine.check()
     report = pilot.report().validated()
     assert {(s.requests, s.depth) for s in report.steps} == {(n, d) for n in (1, 2, 4) for d in (0, 1, 2, 4, 8)}
-    assert not report.survival and report.tokens == 0
+    assert all(s.rehearsed for s in report.steps) and not report.survival and report.tokens == 0
+    assert len(report.steps) == PASSES * TIMES * 3 * 5, "steps in which the machine settles are not told"
     plan = keeper.report(report)
     assert plan.knowledge.measured and all(plan.cost.off_count(n) >= 3 for n in (1, 2, 4))
 
@@ -76,3 +77,14 @@ def test_without_a_drafter_there_is_nothing_to_measure(base) -> None:
     pilot = Pilot("r", Plan.of(0, "m", GoodputPolicy()))
     profile(Engine(base, slots=1024), pilot)
     assert not pilot.samples
+
+
+def test_warming_up_teaches_nothing(base) -> None:
+    """Its prompts are of nobody, and repeat themselves: drafts of theirs would promise what no user's keep."""
+    pilot, drafter = Pilot("r", Plan.of(0, "m", GoodputPolicy())), Guesser()
+    pilot.take(drafter)
+    engine = Engine(base, drafter, pilot.budgets, pilot.prune, slots=1024, max_running=4)
+    warm_up(engine)
+    report = pilot.report().validated()
+    assert not engine.busy and not report.survival and not report.steps
+    assert (engine.budgets, engine.prune) == (pilot.budgets, pilot.prune)
