@@ -81,8 +81,10 @@ async def test_an_engine_that_dies_wakes_all_who_sleep_after_what_came_before(ba
 
     engine.step = dying
     runner = EngineRunner(engine)
+    asked = [asyncio.ensure_future(runner.submit([request], itself)) for request in requests(2)]
+    await asyncio.sleep(0)  # both are queued: an engine this fast may be dead before another can be
     runner.start()
-    streams = [await runner.submit([request], itself) for request in requests(2)]
+    streams = await asyncio.gather(*asked)
     until = asyncio.get_running_loop().time() + earliest
     async with asyncio.timeout(10):
         found = await asyncio.gather(*(ends(stream, until) for stream in streams))
