@@ -191,7 +191,7 @@ class ModelRefreshSettings(Section):
     window: int = Field(default=64, ge=1, le=2**16, description="Places of each request in one training step.")
     steps: int = Field(default=200, ge=1, le=2**20, description="Training steps of a round at most.")
     interval: int = Field(default=40, ge=1, le=2**20, description="Training steps between two measurements.")
-    patience: int = Field(default=2, ge=1, le=1024, description="Measurements without gain that end a round.")
+    patience: int = Field(default=2, ge=1, le=1024, description="Measurements in which the copy got no better that end a round.")
     least_gain: AtLeast0 = Field(default=0.02, description="Tokens per step that a candidate must gain.")
     least_tokens: int = Field(default=8192, ge=0, le=2**40, description="Fresh answer tokens that a round waits for.")
     least_held: int = Field(default=8, ge=1, le=2**20, description="Held-out requests that a round needs to choose by.")

@@ -52,7 +52,8 @@ class RefreshSettings:
     `benchmarks/objectives.py`. rate: the learning rate after
     `warmup` steps, falling to a tenth of it by a cosine. requests, window: a step trains on up to `window` places of so many requests.
     recent: share of them among the latest traces. steps: of a round at most; every `interval` of them the copy is measured, and after
-    `patience` measurements without gain the round ends. least_gain: tokens per step that a candidate must gain on held-out requests.
+    `patience` measurements in which it got no better the round ends: a copy that is well trained already first loses at the full rate, and
+    gains as that falls. least_gain: tokens per step that a candidate must gain on held-out requests.
     margin: by which share the loss may rise above what it was before it counts as diverged. least_tokens: fresh answer tokens that a round
     waits for, and least_held the held-out requests it needs.
     """
@@ -189,7 +190,8 @@ class Round:
     before: HeldOut | None = None
     best: HeldOut | None = None
     weights: dict[str, Tensor] | None = None  # of the best
-    stale: int = 0  # measurements since
+    peak: float = 0.0  # tokens per step of the best copy of this round, which at first may be worth less than what serves
+    stale: int = 0  # measurements since it was reached
     done: bool = False  # a candidate that waits to be taken
 
 
@@ -386,10 +388,9 @@ class Refresher:
             r.before = found
             r.measurement = Measurement(as_saved(r.speculator), r.held) if r.step else None
             return
+        r.peak, r.stale = (found.per_step, 0) if found.per_step > r.peak else (r.peak, r.stale + 1)
         if found.per_step > (r.best or r.before).per_step:
-            r.best, r.weights, r.stale = found, tensors(subject), 0
-        else:
-            r.stale += 1
+            r.best, r.weights = found, tensors(subject)
         if r.step >= self.settings.steps or r.stale >= self.settings.patience:
             self.finish(r)
 
@@ -457,7 +458,7 @@ class Refresher:
             r.measurement = Measurement(self.live, r.held)
             return r
         r.before, r.best = (HeldOut(**found) if found else None for found in (state["before"], state["best"]))
-        r.weights, r.stale = state["weights"], state["stale"]
+        r.weights, r.peak, r.stale = state["weights"], state["peak"], state["stale"]
         subject = self.live if r.before is None else as_saved(r.speculator)
         r.measurement = Measurement(subject, r.held) if state["measuring"] else None
         if state["done"]:
@@ -473,7 +474,7 @@ def round_state(r: Round | None) -> dict[str, Any] | None:
     if r is None:
         return None
     found = {name: asdict(held) if held else None for name, held in (("before", r.before), ("best", r.best))}
-    state = {name: getattr(r, name) for name in ("step", "first", "losses", "stale", "weights", "done")}
+    state = {name: getattr(r, name) for name in ("step", "first", "losses", "peak", "stale", "weights", "done")}
     held = [trace.request for trace in r.held]
     own = {"speculator": r.speculator.state_dict(), "optimizer": r.optimizer.state_dict()}
     return {**found, **state, **own, "held": held, "measuring": r.measurement is not None}

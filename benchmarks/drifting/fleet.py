@@ -24,7 +24,8 @@ REFRESH = {
     "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},
 }
-COLD_REFRESH = REFRESH | {"buffer_bytes": "64MiB", "held_out": 0.2}  # nothing that was learned is to be forgotten
+# Nothing that was learned is to be forgotten, and there is much to learn.
+COLD_REFRESH = REFRESH | {"buffer_bytes": "64MiB", "held_out": 0.2, "steps": 400}
 CANARY = {"share": 0.5, "least": 12, "most": 40, "tolerance": 0.02, "effect": 0.5}
 
 

@@ -20,7 +20,7 @@ import torch
 
 from drafters.config import MLPSpeculatorConfig
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import Refresher, RefreshSettings
+from drafters.refresh import Measurement, Refresher, RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.traces import Trace
 from drafters.walk import HeldOut, walk
@@ -185,7 +185,21 @@ def test_the_stop_rule_ends_before_all_steps() -> None:
     steps = 0
     while (standing := refresher.advance(units=1)).round and standing.phase != "waiting":
         steps = max(steps, standing.step)
-    assert steps == 2 * SETTINGS.interval
+    assert steps == 3 * SETTINGS.interval
+
+
+@pytest.mark.parametrize(("course", "kept"), [((1.4, 1.38, 1.5, 1.6, 1.55, 1.59), 1.6), ((1.3, 1.4, 1.35, 1.39), None)])
+def test_a_copy_that_loses_before_it_gains_is_not_given_up(course: tuple[float, ...], kept: float | None) -> None:
+    """At the full rate a copy of a good speculator first gets worse: a round goes on for as long as its own copies get better."""
+    refresher = Refresher(speculator(), "v1", filled(), replace(SETTINGS, steps=1000, patience=2))
+    r = refresher.round = refresher.begin()
+    for worth in (1.5, *course):
+        assert refresher.round is r and refresher.candidate is None
+        r.step += SETTINGS.interval * (r.before is not None)
+        r.measurement = Measurement(refresher.live, r.held)
+        refresher.measured(r, HeldOut(10, 100, 50, worth))
+    assert refresher.candidate is not None if kept else refresher.round is None
+    assert kept is None or refresher.take().after.per_step == kept
 
 
 def test_a_diverging_round_is_refused() -> None:
