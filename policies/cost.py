@@ -6,8 +6,8 @@ old samples leave. Between cells a monotone curve is the prior; the pull of cont
 prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's present pace.
 
 What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
-step without drafts among others is dearer than one of many, and a single one with drafts is cheaper. Windows hold steps that came after
-others of their like.
+step without drafts among others is dearer than one of many, and a drafter that has not run for a while is slow at first, up to twice what
+it takes later. Windows hold steps that came after others of their like, and those of a profile until there are some.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ OWN = 8.0  # weight from which what drafting takes at some number of requests co
 
 # x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, and how far it is to be believed
 Row = tuple[float, float, float, float, int, float, int]
-REHEARSED, SINGLE, FIRM = range(3)  # before the replica served, when others may have started too; alone, or after others of its like
+# Among steps of the other kind; before the replica served, when others may have started too; in service, after others of its like.
+SINGLE, REHEARSED, FIRM = range(3)
 Moments = tuple[float, float, float]
 Line = tuple[tuple[float, float], list[Point]]  # drafting seconds at no request and what each adds; the cells it goes through
 Key = tuple[int, ...]

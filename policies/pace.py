@@ -21,6 +21,7 @@ STRETCH = 16  # steps
 STRETCHES = 256  # remembered
 FEWEST = 2  # steps of a kind in a stretch that say something
 STEADY = 1e-6  # variance of the log pace from stretch to stretch, at least
+FAINT = 1e-9  # steps
 ROUNDS = 20  # of alternating least squares
 LATEST = 8  # stretches that are the present
 MUCH = 0.3  # change of the log pace that counts as much
@@ -88,7 +89,7 @@ class Pace:
                 usual = np.bincount(kind, counts * (logs - levels[at])) / by_kind
                 levels = np.bincount(at, counts * (logs - usual[kind]), len(levels)) / (by_stretch + doubt)
             differ = levels[by_stretch > 0].var() - noise * (1.0 / by_stretch[by_stretch > 0]).mean()
-            doubt = noise / max(differ, STEADY)
+            doubt = max(noise / max(differ, STEADY), FAINT)  # where nothing speaks of a stretch its pace is the usual one
         return levels
 
     def since(self, steps: Sequence[int]) -> list[float]:

@@ -58,6 +58,7 @@ class Pilot:
         self.survival: dict[str, DepthCounts] = {}
         self.tokens = self.sequence = self.steps = self.switches = self.probes = 0
         self.deciding = 0.0  # seconds, since the last report
+        self.asking = 0.0  # seconds of this step in which the plan was asked anew: they are not what its depth costs
         self.tallying = self.elapsed = 0.0  # seconds of tallies and of steps, since the last report
         self.seen = 0  # drafts remembered whole since the last report
         self.worth = 0.0  # seconds that looking for what to prune saves in a step more than it takes
@@ -111,11 +112,12 @@ class Pilot:
 
     def settle(self, load: Load, candidates: Sequence[Candidate]) -> Order:
         """Ask the plan anew."""
-        plan = self.plan
+        begun, plan = self.clock(), self.plan
         self.views = {c.request.id: self.view(c) for c in candidates}
         decisions = plan.settle(seen(load), list(self.views.values()), self.steps)
         order = Order(plan, plan.span(self.steps, load.decoding), {})
         order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
+        self.asking += self.clock() - begun
         return order
 
     def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
@@ -137,9 +139,10 @@ class Pilot:
     def probe(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget] | None:
         """What the plan wants to try in this step, if anything."""
         assert self.order is not None
-        plan, views = self.order.plan, {c.request.id: self.view(c) for c in candidates}
+        begun, plan, views = self.clock(), self.order.plan, {c.request.id: self.view(c) for c in candidates}
         decisions = plan.probe(seen(load), list(views.values()), self.steps)
         self.order.span = replace(self.order.span, due=plan.span(self.steps, load.decoding).due)
+        self.asking += self.clock() - begun
         if decisions is None:
             return None
         self.views |= views
@@ -186,18 +189,19 @@ class Pilot:
 
     def observe(self, report: StepReport) -> None:
         """Remember what a step cost and how its drafts fared."""
-        drafting, depth, width = self.drafting, self.depth, self.width
-        self.drafting = self.depth = self.width = 0
+        drafting, depth, width, asking = self.drafting, self.depth, self.width, self.asking
+        self.drafting, self.depth, self.width, self.asking = 0, 0, 0, 0.0
         if not report.requests:
             return
         begun = self.clock()
+        cost = replace(report, seconds=report.seconds - asking, draft_seconds=max(report.draft_seconds - asking, 0.0)) if asking else report
         with self.lock:
             self.steps += 1
             self.probes += self.probing
             self.switches += depth != self.last_depth
             self.last_depth = depth
             self.tokens += report.emitted
-            self.samples.append((report, drafting, depth, width, False))
+            self.samples.append((cost, drafting, depth, width, False))
             if report.verified and (self.probing or self.tallying <= TALLYING * self.elapsed):
                 self.tally(report.verified)
                 self.tallying += self.clock() - begun

@@ -25,7 +25,7 @@ class Rehearsal:
     """An engine that drafts as it is told, for requests of nobody, until the block is left; then nobody is in it."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.depth = engine, 0
+        self.engine, self.depth, self.width = engine, 0, 1
         self.usual = engine.budgets, engine.prune
 
     def __enter__(self) -> Rehearsal:
@@ -39,7 +39,7 @@ class Rehearsal:
             self.engine.budgets, self.engine.prune = self.usual
 
     def budgets(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
-        return [Budget.of(self.depth)] * len(candidates)
+        return [Budget.of(self.depth, self.width)] * len(candidates)
 
     def prune(self, load: Load, drafts: Sequence[Draft]) -> None:
         """Nothing is pruned."""
@@ -75,9 +75,12 @@ class Rehearsal:
 def warm_up(engine: Engine) -> None:
     """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
     with Rehearsal(engine) as rehearsal:
-        rehearsal.depth = engine.drafter.max_depth if engine.drafter else 0
-        for number in range(2):
-            engine.submit(Request(f"warm-{number}", [1 + number] * 8, SamplingParams(temperature=float(number), max_tokens=8)))
+        if engine.drafter:
+            rehearsal.depth, rehearsal.width = engine.drafter.max_depth, engine.drafter.max_width
+        for width, temperature in {(width, temperature): None for width in (1, rehearsal.width) for temperature in (0.0, 1.0)}:
+            rehearsal.width = width
+            params = SamplingParams(temperature=temperature, max_tokens=8)
+            engine.submit(Request(f"warm-{width}-{temperature}", [1 + int(temperature)] * 8, params))
             rehearsal.finish()
 
 

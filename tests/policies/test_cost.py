@@ -407,7 +407,7 @@ def test_a_change_of_pace_on_one_replica_is_known_of_them_all():
 
 
 def test_what_was_rehearsed_stands_in_until_something_was_measured_in_service():
-    """Many replicas that start at once make their profiles dear; single steps in service are believed before them."""
+    """Many replicas that start at once make their profiles dear; steps in service, among their like, are believed before them."""
     model = CostModel()
     for _ in range(8):
         model.add(replace(drafting(1, 8, 0.006), rehearsed=True))
@@ -417,3 +417,13 @@ def test_what_was_rehearsed_stands_in_until_something_was_measured_in_service():
     assert model.table().forward(1, 9) == pytest.approx(0.002)
     model.add(replace(drafting(1, 8, 0.006), rehearsed=True))
     assert model.table().forward(1, 9) == pytest.approx(0.002)
+
+
+def test_a_drafter_that_has_not_run_for_a_while_is_slow_and_says_nothing_against_a_profile():
+    model = CostModel()
+    for _ in range(8):
+        model.add(replace(drafting(1, 2, 0.002), rehearsed=True))
+        model.add(StepSample(1, 0, 1, 10, 0, 0.001, rehearsed=True))
+    for i in range(600):
+        model.add(drafting(1, 2, 0.005) if i % 50 == 49 else StepSample(1, 0, 1, 10, 0, 0.001))
+    assert model.table().draft(1, 2) + model.table().forward(1, 3) == pytest.approx(0.002, rel=0.05)

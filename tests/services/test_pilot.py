@@ -9,7 +9,7 @@ import pytest
 
 from actors.policy import PolicyKeeper, parse_policy
 from actors.store import open_state
-from engine.engine import Candidate, Engine, Load
+from engine.engine import Candidate, Engine, Load, StepReport
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
 from policies import CostTable, FixedPolicy, GoodputPolicy, Limits, Plan, SurvivalCurve
@@ -160,6 +160,27 @@ def test_an_order_stands_for_a_load_that_comes_back_if_the_same_is_decided_for_i
     assert settled == [1, 4, 2] and set(given) == {4}
     (tight,) = pilot.budgets(Load(1, 0, 10, 2, 1), asked[:1])
     assert settled[-1] == 1 and tight.depth == 2, "but for want of room"
+
+
+def test_what_asking_the_plan_takes_is_not_what_a_depth_costs(monkeypatch):
+    """Probes are rare, and each is asked for: their depths would look dear for good."""
+    now = [0.0]
+    pilot = Pilot(
+        "r", Plan.of(0, "m", GoodputPolicy(max_width=1), free_rows(), {"": SurvivalCurve((0.9,) * 4)}, Limits(4, 1)), lambda: now[0]
+    )
+    for name in ("settle", "probe"):
+        asked = getattr(Plan, name)
+        monkeypatch.setattr(Plan, name, lambda plan, *at, asked=asked: now.__setitem__(0, now[0] + 0.5) or asked(plan, *at))
+    one = Candidate(Request("q", [5], SamplingParams(max_tokens=500)), 500, Stats())
+    for step in range(60):
+        before = now[0]
+        pilot.budgets(Load(1, 0, 10, 100, 1), [one])
+        asking = now[0] - before
+        assert asking == (0.5 if step == 0 else asking)
+        pilot.observe(StepReport(requests=1, rows=5, seconds=0.01 + asking, draft_seconds=0.001 + asking))
+    steps = pilot.report().steps
+    assert now[0] > 0.5, "something was tried"
+    assert {round(s.seconds, 9) for s in steps} == {0.01} and {round(s.draft_seconds, 9) for s in steps} == {0.001}
 
 
 def free_rows() -> CostTable:
