@@ -33,6 +33,7 @@ from drafters.registry import build_drafter  # noqa: E402
 from engine.loading import load_base  # noqa: E402
 from services.cli.bench import make_room  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
+from services.host import stays  # noqa: E402
 from services.text import Tokenizer  # noqa: E402
 
 PROMPT = 32  # tokens
@@ -97,6 +98,7 @@ def measured(at: Course, compared: Sequence[Arm], rounds: int, seconds: float, l
     begun = time.perf_counter()
     lanes = [at.lane(arm) for arm in compared]
     rate = learned(lanes, learning)
+    stays()  # as in a replica: a search of all that is there for garbage takes longer than a turn, and whoever is at it pays
     portions: dict[str, list[Portion]] = {arm.name: [] for arm in compared}
     for _ in range(rounds):
         order.shuffle(lanes)

@@ -21,7 +21,7 @@ from engine.loading import Base
 from engine.request import Request
 from engine.sampling import SamplingParams
 from services.pilot import Pilot
-from services.profile import profile
+from services.profile import profile, warm_up
 
 TOKENS = (48, 96)  # of an answer at most: shortest, longest
 RUNNING = 16  # requests that an engine is made for at least, as in the demo fleet
@@ -141,6 +141,7 @@ class Course:
         engine = Engine(
             self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running, clock=thread_time
         )
+        warm_up(engine)
         profile(engine, pilot)
         made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests())
         made.exchange()
