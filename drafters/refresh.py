@@ -281,10 +281,8 @@ class Refresher:
     def ready(self) -> bool:
         """Whether there is work; begins a round when it may."""
         if self.able() and self.round is None:
-            before, self.former = self.former, self.pace()
-            if self.former < before - CHANGED:  # other traffic: soon is better than well
-                self.longer = 0
-            self.rounds, self.used = self.rounds + 1, self.buffer.counts(self.tag).tokens
+            self.hurry()
+            self.rounds, self.used, self.former = self.rounds + 1, self.buffer.counts(self.tag).tokens, self.pace()
             self.round = self.begin()
         return self.able()
 
@@ -299,6 +297,12 @@ class Refresher:
     def fresh(self) -> int:
         """Answer tokens that came since the last round began."""
         return self.buffer.counts(self.tag).tokens - self.used
+
+    def hurry(self) -> None:
+        """Make rounds as short as usual if serving is below the pace that it had when the last one began: other traffic is there, and a
+        speculator that knows it soon is worth more than a better one later."""
+        if self.pace() < self.former - CHANGED:
+            self.longer = 0
 
     def changed(self) -> bool:
         """Whether serving is off the pace that it had when the last round began: then that there was nothing to gain says little."""
@@ -397,6 +401,7 @@ class Refresher:
         r.peak, r.stale = (found.per_step, 0) if found.per_step > r.peak else (r.peak, r.stale + 1)
         if found.per_step > (r.best or r.before).per_step:
             r.best, r.weights = found, tensors(subject)
+        self.hurry()
         if r.step >= self.steps or r.stale >= self.settings.patience:
             self.finish(r)
 

@@ -228,6 +228,19 @@ def test_rounds_that_gain_to_their_end_make_the_next_ones_longer() -> None:
     assert refresher.ready() and refresher.steps == 40
 
 
+@pytest.mark.parametrize(("former", "ended"), [(5.0, True), (1.0, False)])
+def test_a_long_round_ends_sooner_when_the_traffic_changes(former: float, ended: bool) -> None:
+    refresher = Refresher(speculator(), "v1", filled(), replace(SETTINGS, steps=40))
+    refresher.longer = 2
+    r = refresher.round = refresher.begin()
+    refresher.former = former  # tokens per step that serving made when it began
+    for worth in (1.0, 1.2):
+        r.step = 40 if r.before else 0
+        r.measurement = Measurement(refresher.live, r.held)
+        refresher.measured(r, HeldOut(10, 100, 50, worth))
+    assert (refresher.candidate is not None) is ended
+
+
 def test_a_diverging_round_is_refused() -> None:
     refresher = Refresher(speculator(), "v1", filled(), replace(SETTINGS, rate=30.0, clip=1e9))
     standing = refresher.advance()
