@@ -312,7 +312,7 @@ class CanarySettings(Section):
 
     share: Share = Field(default=0.1, description="Share of requests that it serves.")
     least: int = Field(default=50, ge=2, le=2**30, description="Requests of either version before anything is decided.")
-    most: int = Field(default=2000, ge=2, le=2**30, description="Its requests after which the better mean decides.")
+    most: int = Field(default=2000, ge=2, le=2**30, description="Its requests after which the means decide, with the tolerance.")
     confidence: Confidence = Field(default=0.95, description="That no decision before that is wrong.")
     tolerance: AtLeast0 = Field(default=0.02, description="Kept tokens per draft by which it may be worse and still be promoted.")
     effect: float = Field(default=0.1, gt=0, le=1e6, allow_inf_nan=False, description="Difference in them that is found soonest.")

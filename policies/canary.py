@@ -83,7 +83,7 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class CanaryRule:
     """share: of requests that the canary serves. least: requests of either version before anything is decided. most: requests of the canary
-    after which the better mean decides. confidence: that no decision before that is wrong, however often it is looked at. tolerance: kept
+    after which the means decide. confidence: that no decision before that is wrong, however often it is looked at. tolerance: kept
     tokens per draft by which the canary may be worse and still be promoted. effect: difference, in kept tokens per draft, that the test
     finds soonest. ValueError for what cannot be."""
 
@@ -154,9 +154,10 @@ def decided(difference: float, low: float, high: float, requests: int, rule: Can
         return "promote", "better than the live version" if low > 0 else f"not worse than the live version by {rule.tolerance:g} or more"
     if requests < rule.most:
         return "continue", "not decided yet"
-    if difference >= 0:
-        return "promote", f"no worse than the live version after the {rule.most} requests that it was given"
-    return "roll_back", f"no better than the live version after the {rule.most} requests that it was given"
+    after, by = f"after the {rule.most} requests that it was given", f" by more than {rule.tolerance:g}" if rule.tolerance else ""
+    if difference >= -rule.tolerance:
+        return "promote", f"not worse than the live version{by} {after}"
+    return "roll_back", f"worse than the live version{by} {after}"
 
 
 def radius(variance: float, rule: CanaryRule) -> float:

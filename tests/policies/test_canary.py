@@ -98,12 +98,15 @@ def test_nothing_is_decided_on_too_few_requests():
     assert judge(arm(rng, 49, 0.55), arm(rng, 5000, 0.0), rule).outcome == "continue"
 
 
-def test_after_the_last_request_the_better_mean_decides():
+def test_after_the_last_request_the_means_decide():
     few = CanaryRule(least=5, most=10, tolerance=0.0)
     a, b = (sum((Arm.of(10, k + i % 5) for i in range(10)), Arm()) for k in (10, 11))
     assert judge(a, b, replace(few, most=11)).outcome == "continue"
     assert judge(a, b, few).outcome == "promote" and judge(b, a, few).outcome == "roll_back"
     assert judge(a, a, few).outcome == "promote" and "after the 10 requests" in judge(a, a, few).reason
+    worse = a.rate - b.rate
+    assert judge(b, a, replace(few, tolerance=1.1 * -worse)).outcome == "promote", "it may be worse by so much"
+    assert judge(b, a, replace(few, tolerance=0.9 * -worse)).outcome == "roll_back"
 
 
 def test_looked_at_all_the_time_equal_versions_are_seldom_found_worse():
