@@ -189,12 +189,7 @@ class ModelRefreshSettings(Section):
     rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="Learning rate.")
     requests: int = Field(default=16, ge=1, le=4096, description="Requests in one training step.")
     window: int = Field(default=64, ge=1, le=2**16, description="Places of each request in one training step.")
-    steps: int = Field(
-        default=200,
-        ge=1,
-        le=2**20,
-        description="Training steps of a round at most; up to 4 times as many after rounds that gained to their end.",
-    )
+    steps: int = Field(default=200, ge=1, le=2**20, description="Training steps of a round at most.")
     interval: int = Field(default=40, ge=1, le=2**20, description="Training steps between two measurements.")
     patience: int = Field(default=2, ge=1, le=1024, description="Measurements in which the copy got no better that end a round.")
     least_gain: AtLeast0 = Field(default=0.02, description="Tokens per step that a candidate must gain.")

@@ -34,7 +34,6 @@ from drafters.walk import HeldOut, Replay, Walk
 log = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "measuring", "training", "candidate"]
-LONGEST_ROUND = 2  # rounds that gain to their end double the next one this often at most
 LONGEST_WAIT = 6  # fruitless rounds double the wait this often at most
 CHANGED = 0.1  # tokens per step by which serving must be off its former pace for the traffic to count as another
 SMOOTH = 0.1  # share of the latest loss in the smoothed one
@@ -52,8 +51,7 @@ class RefreshSettings:
     objective, positions: what heads are trained on, see `drafters.objectives` and `drafters.places`; the defaults are the best of
     `benchmarks/objectives.py`. rate: the learning rate after
     `warmup` steps, falling to a tenth of it by a cosine. requests, window: a step trains on up to `window` places of so many requests.
-    recent: share of them among the latest traces. steps: of a round at most; where rounds gain until they are over, the next ones are twice
-    and four times as long (warm restarts, arXiv 1608.03983). Every `interval` of them the copy is measured, and after
+    recent: share of them among the latest traces. steps: of a round at most; every `interval` of them the copy is measured, and after
     `patience` measurements in which it got no better the round ends: a copy that is well trained already first loses at the full rate, and
     gains as that falls. least_gain: tokens per step that a candidate must gain on held-out requests.
     margin: by which share the loss may rise above what it was before it counts as diverged. least_tokens: fresh answer tokens that a round
@@ -92,11 +90,11 @@ class RefreshSettings:
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent is {self.recent!r}, expected 0 to 1")
 
-    def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate at a step (0-based) of so many: linear warm-up, then a cosine down to a tenth."""
+    def rate_at(self, step: int) -> float:
+        """The learning rate at a step (0-based): linear warm-up, then a cosine down to a tenth."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
-        turn = math.pi * (step - self.warmup) / max(1, steps - self.warmup)
+        turn = math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.rate * (0.55 + 0.45 * math.cos(turn))
 
 
@@ -215,7 +213,6 @@ class Refresher:
         self.round: Round | None = None
         self.candidate: Candidate | None = None
         self.rounds = self.fruitless = self.refused = 0
-        self.longer = 0  # rounds in a row that gained until they were over
         self.used = 0  # answer tokens seen when the last round began
         self.former = 1.0  # the pace of serving then
         self.outcome = "no round yet"
@@ -281,7 +278,6 @@ class Refresher:
     def ready(self) -> bool:
         """Whether there is work; begins a round when it may."""
         if self.able() and self.round is None:
-            self.hurry()
             self.rounds, self.used, self.former = self.rounds + 1, self.buffer.counts(self.tag).tokens, self.pace()
             self.round = self.begin()
         return self.able()
@@ -297,12 +293,6 @@ class Refresher:
     def fresh(self) -> int:
         """Answer tokens that came since the last round began."""
         return self.buffer.counts(self.tag).tokens - self.used
-
-    def hurry(self) -> None:
-        """Make rounds as short as usual if serving is below the pace that it had when the last one began: other traffic is there, and a
-        speculator that knows it soon is worth more than a better one later."""
-        if self.pace() < self.former - CHANGED:
-            self.longer = 0
 
     def changed(self) -> bool:
         """Whether serving is off the pace that it had when the last round began: then that there was nothing to gain says little."""
@@ -357,9 +347,9 @@ class Refresher:
         under_way.done += PART
         r.under_way = None if under_way.whole else under_way
         if under_way.whole:
-            descend(r, under_way.losses, self.settings, self.steps)
+            descend(r, under_way.losses, self.settings)
             self.note(r, tuple(under_way.losses.tolist()))
-            if r.step % self.settings.interval == 0 or r.step >= self.steps:
+            if r.step % self.settings.interval == 0 or r.step >= self.settings.steps:
                 r.measurement = Measurement(as_saved(r.speculator), r.held)
 
     def begin_step(self, r: Round) -> Step:
@@ -401,14 +391,8 @@ class Refresher:
         r.peak, r.stale = (found.per_step, 0) if found.per_step > r.peak else (r.peak, r.stale + 1)
         if found.per_step > (r.best or r.before).per_step:
             r.best, r.weights = found, tensors(subject)
-        self.hurry()
-        if r.step >= self.steps or r.stale >= self.settings.patience:
+        if r.step >= self.settings.steps or r.stale >= self.settings.patience:
             self.finish(r)
-
-    @property
-    def steps(self) -> int:
-        """Steps of a round at most."""
-        return self.settings.steps << min(self.longer, LONGEST_ROUND)
 
     def finish(self, r: Round) -> None:
         """End a round with a candidate if its best copy gained enough."""
@@ -420,14 +404,13 @@ class Refresher:
         data = window_of(self.buffer.training(self.tag))
         parts = (self.version, self.tag, self.settings.objective, r.step, data, r.before, r.best, r.first, r.losses)
         self.candidate, r.done, self.fruitless = Candidate(restored(self.live, r.weights), *parts), True, 0
-        self.longer = 0 if r.stale else self.longer + 1
         r.speculator, r.optimizer = self.live, self.optimizer_for(self.live)  # a candidate may wait, and its copy has trained enough
         self.outcome = f"candidate: {r.before.per_step:.3f} to {r.best.per_step:.3f} tokens per step on held-out requests"
 
     def give_up(self, outcome: str) -> None:
         """End a round without a candidate; the next one waits for twice as much traffic."""
         log.info("%s %r: round %d: %s", self.buffer.model, self.tag, self.rounds, outcome)
-        self.round, self.outcome, self.fruitless, self.longer = None, outcome, self.fruitless + 1, 0
+        self.round, self.outcome, self.fruitless = None, outcome, self.fruitless + 1
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------
 
@@ -483,7 +466,7 @@ class Refresher:
         return r
 
 
-KEPT = ("rounds", "fruitless", "longer", "refused", "used", "former", "outcome")
+KEPT = ("rounds", "fruitless", "refused", "used", "former", "outcome")
 
 
 def round_state(r: Round | None) -> dict[str, Any] | None:
@@ -497,11 +480,10 @@ def round_state(r: Round | None) -> dict[str, Any] | None:
     return {**found, **state, **own, "held": held, "measuring": r.measurement is not None}
 
 
-def descend(r: Round, losses: Tensor, settings: RefreshSettings, steps: int) -> None:
-    """One step of so many down the gradients. Raises Refused, before any weight moves, where they or the losses that they are of are not
-    numbers."""
+def descend(r: Round, losses: Tensor, settings: RefreshSettings) -> None:
+    """One step down the gradients. Raises Refused, before any weight moves, where they or the losses that they are of are not numbers."""
     for group in r.optimizer.param_groups:
-        group["lr"] = settings.rate_at(r.step, steps)
+        group["lr"] = settings.rate_at(r.step)
     norm = torch.nn.utils.clip_grad_norm_(r.speculator.parameters(), settings.clip)
     if not bool(losses.isfinite().all()) or not bool(norm.isfinite()):
         raise Refused(f"step {r.step + 1}: losses {losses.tolist()} and a gradient of norm {float(norm):.3g} are not all finite")

@@ -202,45 +202,6 @@ def test_a_copy_that_loses_before_it_gains_is_not_given_up(course: tuple[float, 
     assert kept is None or refresher.take().after.per_step == kept
 
 
-def test_rounds_that_gain_to_their_end_make_the_next_ones_longer() -> None:
-    """Up to four times, while there is more to gain; other traffic wants to be learned soon."""
-    refresher = Refresher(speculator(), "v1", filled(many(40)), replace(SETTINGS, steps=40, least_gain=0.0))
-    assert refresher.steps == 40
-
-    def round_of(course: tuple[float, ...]) -> None:
-        r = refresher.round = refresher.begin()
-        for i, worth in enumerate((1.0, *course)):
-            r.step = refresher.steps if i == len(course) else i * SETTINGS.interval
-            r.measurement = Measurement(refresher.live, r.held)
-            refresher.measured(r, HeldOut(10, 100, 50, worth))
-        assert refresher.round is None or refresher.take()
-
-    for steps in (80, 160, 160):
-        round_of((1.1, 1.2))
-        assert refresher.steps == steps
-    round_of((1.3, 1.2))
-    assert refresher.steps == 40, "it was best before it was over"
-    round_of((1.1, 1.2))
-    round_of((0.9, 0.8, 0.8))
-    assert refresher.steps == 40, "there was nothing to gain"
-    round_of((1.1, 1.2))
-    refresher.former = 5.0  # serving made more tokens per step of what came before
-    assert refresher.ready() and refresher.steps == 40
-
-
-@pytest.mark.parametrize(("former", "ended"), [(5.0, True), (1.0, False)])
-def test_a_long_round_ends_sooner_when_the_traffic_changes(former: float, ended: bool) -> None:
-    refresher = Refresher(speculator(), "v1", filled(), replace(SETTINGS, steps=40))
-    refresher.longer = 2
-    r = refresher.round = refresher.begin()
-    refresher.former = former  # tokens per step that serving made when it began
-    for worth in (1.0, 1.2):
-        r.step = 40 if r.before else 0
-        r.measurement = Measurement(refresher.live, r.held)
-        refresher.measured(r, HeldOut(10, 100, 50, worth))
-    assert (refresher.candidate is not None) is ended
-
-
 def test_a_diverging_round_is_refused() -> None:
     refresher = Refresher(speculator(), "v1", filled(), replace(SETTINGS, rate=30.0, clip=1e9))
     standing = refresher.advance()
