@@ -4,6 +4,7 @@ a new service would have to try depths on its users."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from time import perf_counter
 
 from engine.drafter import Draft
@@ -75,9 +76,8 @@ class Rehearsal:
 def warm_up(engine: Engine) -> None:
     """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
     with Rehearsal(engine) as rehearsal:
-        if engine.drafter:
-            rehearsal.depth, rehearsal.width = engine.drafter.max_depth, engine.drafter.max_width
-        for width, temperature in {(width, temperature): None for width in (1, rehearsal.width) for temperature in (0.0, 1.0)}:
+        rehearsal.depth, widest = (engine.drafter.max_depth, engine.drafter.max_width) if engine.drafter else (0, 1)
+        for width, temperature in product(sorted({1, widest}), (0.0, 1.0)):
             rehearsal.width = width
             params = SamplingParams(temperature=temperature, max_tokens=8)
             engine.submit(Request(f"warm-{width}-{temperature}", [1 + int(temperature)] * 8, params))
