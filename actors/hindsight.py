@@ -39,7 +39,7 @@ class Moment:
     @classmethod
     def of(cls, told: Telemetry, at: float) -> Moment | None:
         """None for a report of no tokens."""
-        count, seconds = len(told.steps), sum(s.seconds for s in told.steps)
+        count, seconds = len(told.steps), sum(s.duration for s in told.steps)
         if not told.tokens or not count:
             return None
         rows = sum(s.requests for s in told.steps)

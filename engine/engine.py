@@ -72,7 +72,8 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did and cost. seconds: the whole step; draft_seconds: drafting within it. rows: nodes in the forward."""
+    """What one step did and cost. seconds: the whole step, by the engine's clock; draft_seconds: drafting within it; elapsed: seconds that
+    passed, where whoever runs the engine tells. rows: nodes in the forward."""
 
     outcomes: tuple[Outcome, ...] = ()
     load: Load = field(default_factory=lambda: Load(0, 0, 0, 0))
@@ -84,6 +85,12 @@ class StepReport:
     emitted: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
+    elapsed: float = 0.0
+
+    @property
+    def duration(self) -> float:
+        """Seconds that passed, as far as is known."""
+        return self.elapsed or self.seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +133,8 @@ class Engine:
     drafted, may cut nodes off the trees before they are verified, by anything it likes: replay keeps the text the same.
     recorder: keeps the features of requests that ask for it.
     slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
-    clock: seconds, that steps are timed by.
+    clock: seconds, that steps are timed by. By default those of the calling thread's processor where it computes, so that what else keeps
+    the processor busy does not make a step dear; elsewhere those that pass.
     """
 
     def __init__(
@@ -143,9 +151,9 @@ class Engine:
         max_running: int = 32,
         max_waiting: int = 256,
         block: int = 16,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self.clock = clock
+        self.clock = clock or (time.thread_time if base.device.type == "cpu" else time.perf_counter)
         self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)

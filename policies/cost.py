@@ -5,6 +5,8 @@ kept by (requests, rows); drafting by (drafting requests, depth, width). A cell 
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
 prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's present pace.
 
+Seconds are those of the clock that an engine times its steps by. Where that is the processor's, `stretch` says how many pass meanwhile.
+
 What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
 step without drafts among others is dearer than one of many, and a drafter that has not run for a while is slow at first, up to twice what
 it takes later. Windows hold steps that came after others of their like, and those of a profile until there are some.
@@ -31,6 +33,7 @@ T = TypeVar("T")
 TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
 FRESH = 2000  # steps after which a sample gives way to newer ones, however few
+LATELY = 256  # steps that say how many seconds pass in one of the engine's clock
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
 CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
@@ -226,6 +229,7 @@ class CostModel:
         self.drafted = False
         self.price = self.slope = 0.0  # seconds that a prompt row adds, and a token of context
         self.pace = Pace()
+        self.passed = self.spent = 0.0  # seconds of late, that passed and by the engine's clock
         self.shaken = -1  # the step at which the pace last changed much, once samples are at the present pace
 
     def add(self, sample: StepSample) -> bool:
@@ -235,6 +239,9 @@ class CostModel:
         self.steps += 1
         self.run = self.run + 1 if bool(sample.depth) == self.drafted else 0
         self.drafted = bool(sample.depth)
+        if not sample.rehearsed:
+            self.passed += sample.duration - self.passed / LATELY
+            self.spent += sample.seconds - self.spent / LATELY
         if sample.drafting:
             self._add_drafting(sample)
         elif not sample.depth:
@@ -267,7 +274,7 @@ class CostModel:
         made = cls._by_table(lambda name: Cells.merged([getattr(m, name) for m in present], behind))
         if models:
             made.shaken = max(m.shaken + steps if m.shaken >= 0 else -1 for m, steps in zip(present, behind, strict=True))
-            made.price = median(m.price for m in models)
+            made.price, made.passed, made.spent = median(m.price for m in models), median(m.stretch for m in models), 1.0
         return made
 
     def now(self) -> CostModel:
@@ -278,6 +285,11 @@ class CostModel:
         made.shaken = self.pace.shaken
         made.heed(self)
         return made
+
+    @property
+    def stretch(self) -> float:
+        """Seconds that pass in one of the engine's clock."""
+        return self.passed / self.spent if self.spent else 1.0
 
     def heed(self, other: CostModel) -> None:
         """Judge samples by what prompt rows and context cost elsewhere too."""
@@ -304,7 +316,7 @@ class CostModel:
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
-        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price)
+        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price, self.stretch)
 
     def to_dict(self) -> dict[str, Any]:
         present = self.now()
@@ -334,7 +346,7 @@ def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> fl
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token; prompt: seconds per row of a prompt read beside.
+    slope: seconds per context token; prompt: seconds per row of a prompt read beside; stretch: seconds that pass in one of these.
     """
 
     off_cells: tuple[Cell, ...] = ()
@@ -342,6 +354,7 @@ class CostTable:
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
     prompt: float = 0.0
+    stretch: float = 1.0
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def off(self, requests: int, context: float = 0) -> float | None:

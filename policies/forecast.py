@@ -9,7 +9,7 @@ from policies.decision import Decision
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Expected tokens, rows and seconds of one step with those decisions, and of the same step without drafts; None: unmeasured."""
+    """What is expected of a step with those decisions, and of the same without drafts. seconds: that pass; None: unmeasured."""
 
     decisions: tuple[Decision, ...]
     tokens: float

@@ -95,7 +95,8 @@ class GoodputPolicy(BaseModel):
         other = standings.get(requests)
         if standing is None or other is None or not other.holds(step, requests):
             return False
-        alike = (other.choice.depths, other.choice.width) == (standing.choice.depths, standing.choice.width)
+        idle = not (other.choice.drafts or standing.choice.drafts)
+        alike = idle or (other.choice.depths, other.choice.width) == (standing.choice.depths, standing.choice.width)
         if alike:
             knowledge.memo["standing"] = other
         return alike

@@ -128,6 +128,7 @@ class Plan:
             computing = float(computed(np.array(running + rows), load.row_counts))
             seconds = self.cost.forward(running, computing, load.context)
             seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth, max(d.width for d in decisions))
+        seconds, off = (None if found is None else found * self.cost.stretch for found in (seconds, off))
         return Forecast(tuple(decisions), tokens, running + rows, seconds, float(running), off)
 
     def _ordinary(self, load: Load, requests: Sequence[RequestView]) -> tuple[list[Decision], float, float]:

@@ -15,9 +15,10 @@ class StepSample:
     """One step.
 
     requests: that drew a token; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
-    tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: wall time of the whole step, drafting
-    included; draft_seconds: drafting alone; prefill: rows of prompts among the rows, 0 for a pure decoding step; width: most candidate
-    paths allowed to any request; rehearsed: for requests of nobody, before the replica served.
+    tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: the whole step, drafting included, by the
+    engine's clock; draft_seconds: drafting alone; elapsed: seconds that passed, 0 where that is the same; prefill: rows of prompts among
+    the rows, 0 for a pure decoding step; width: most candidate paths allowed to any request; rehearsed: for requests of nobody, before
+    the replica served.
     """
 
     requests: int
@@ -30,12 +31,18 @@ class StepSample:
     prefill: int = 0
     width: int = 1
     rehearsed: bool = False
+    elapsed: float = 0.0
+
+    @property
+    def duration(self) -> float:
+        """Seconds that passed."""
+        return self.elapsed or self.seconds
 
     def sane(self) -> bool:
         """True if the numbers can belong to one real step: finite, ordered, consistent."""
         try:
             counts = (self.requests, self.drafting, self.rows, self.context, self.depth, self.prefill, self.width)
-            return all(map(math.isfinite, (*counts, self.seconds, self.draft_seconds))) and self._counts() and self._times()
+            return all(map(math.isfinite, (*counts, self.seconds, self.draft_seconds, self.elapsed))) and self._counts() and self._times()
         except TypeError:  # something is no number
             return False
 
@@ -51,4 +58,4 @@ class StepSample:
         )
 
     def _times(self) -> bool:
-        return SHORTEST <= self.seconds <= LONGEST and 0 <= self.draft_seconds <= self.seconds
+        return SHORTEST <= self.seconds <= LONGEST and 0 <= self.draft_seconds <= self.seconds and 0 <= self.elapsed <= LONGEST

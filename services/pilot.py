@@ -47,7 +47,7 @@ class Order:
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by."""
+    """Turns plans into budgets and steps into telemetry. clock: that of the engine, by which its own work is timed."""
 
     def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter) -> None:
         self.replica, self.plan, self.clock = replica, plan, clock
@@ -59,7 +59,7 @@ class Pilot:
         self.tokens = self.sequence = self.steps = self.switches = self.probes = 0
         self.deciding = 0.0  # seconds, since the last report
         self.asking = 0.0  # seconds of this step in which the plan was asked anew: they are not what its depth costs
-        self.tallying = self.elapsed = 0.0  # seconds of tallies and of steps, since the last report
+        self.tallying = self.stepping = 0.0  # seconds of tallies and of steps, since the last report
         self.seen = 0  # drafts remembered whole since the last report
         self.worth = 0.0  # seconds that looking for what to prune saves in a step more than it takes
         self.load = PolicyLoad()
@@ -202,10 +202,10 @@ class Pilot:
             self.last_depth = depth
             self.tokens += report.emitted
             self.samples.append((cost, drafting, depth, width, False))
-            if report.verified and (self.probing or self.tallying <= TALLYING * self.elapsed):
+            if report.verified and (self.probing or self.tallying <= TALLYING * self.stepping):
                 self.tally(report.verified)
                 self.tallying += self.clock() - begun
-            self.elapsed += report.seconds
+            self.stepping += report.seconds
             self.deciding += self.clock() - begun
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
@@ -246,7 +246,7 @@ class Pilot:
             samples, self.samples = self.samples, deque(maxlen=MOST_SAMPLES)
             told = {name: getattr(self, name) for name in ("survival", "tokens", "deciding", "switches", "probes")}
             self.survival, self.tokens, self.deciding, self.switches, self.probes = {}, 0, 0.0, 0, 0
-            self.tallying, self.elapsed, self.seen = 0.0, 0.0, 0
+            self.tallying, self.stepping, self.seen = 0.0, 0.0, 0
             self.load = seen(samples[-1][0].load) if samples else self.load
         return Telemetry(
             replica=self.replica,
@@ -296,6 +296,7 @@ def sample(report: StepReport, drafting: int, depth: int, width: int, rehearsed:
         context=report.context,
         depth=depth,
         seconds=report.seconds,
+        elapsed=report.elapsed,
         draft_seconds=report.draft_seconds,
         prefill=load.prompt,
         width=width,

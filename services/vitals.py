@@ -147,7 +147,7 @@ class VitalSigns:
 def turn(now: float, report: StepReport) -> Turn:
     emitting = sum(bool(o.tokens) for o in report.outcomes)
     depth = sum(v.depth for v in report.verified)
-    return Turn(now, report.seconds, report.prefill + report.emitted, report.emitted, emitting, depth)
+    return Turn(now, report.duration, report.prefill + report.emitted, report.emitted, emitting, depth)
 
 
 def look(engine: Engine, answer: float) -> Queue:

@@ -138,9 +138,7 @@ class Course:
         drafter = self.drafter()
         pilot.take(drafter)
         running = max(RUNNING, self.users)
-        engine = Engine(
-            self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running, clock=thread_time
-        )
+        engine = Engine(self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running)
         warm_up(engine)
         profile(engine, pilot)
         made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests())

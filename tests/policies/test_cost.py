@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies import CostModel, CostTable, DepthCounts, Limits, Load, StepSample, Telemetry
+from policies import CostModel, CostTable, DepthCounts, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample, Telemetry
 from policies.cost import CELLS, Cells, bucket
 from policies.curve import Curve
 from policies.pace import STRETCH, Pace
@@ -300,6 +300,9 @@ NONSENSE = [
     {"prefill": -1},
     {"rows": "7"},
     {"seconds": None},
+    {"elapsed": -1.0},
+    {"elapsed": math.nan},
+    {"elapsed": 1e6},
 ]
 
 
@@ -417,6 +420,23 @@ def test_what_was_rehearsed_stands_in_until_something_was_measured_in_service():
     assert model.table().forward(1, 9) == pytest.approx(0.002)
     model.add(replace(drafting(1, 8, 0.006), rehearsed=True))
     assert model.table().forward(1, 9) == pytest.approx(0.002)
+
+
+def test_what_passes_while_a_thread_waits_changes_what_is_expected_but_nothing_that_is_decided():
+    """Three times as long as the engine's clock says, in the one model at random."""
+    waits = random.Random(3)
+    steady = learned(*[s for _ in range(40) for s in (off(2, 0.01), drafting(2, 3, 0.012))])
+    waiting = learned(
+        *[replace(s, elapsed=s.seconds * waits.uniform(1, 5)) for _ in range(400) for s in (off(2, 0.01), drafting(2, 3, 0.012))]
+    )
+    assert (steady.table().stretch, waiting.table().stretch) == (1.0, pytest.approx(3.0, rel=0.1))
+    for table in (steady.table(), waiting.table()):
+        assert table.off(2) == pytest.approx(0.01) and table.forward(2, 8) == pytest.approx(0.011)
+    plans = [Plan.of(1, "m", GoodputPolicy(), model.table()) for model in (steady, waiting)]
+    one, other = (plan.forecast(Load(2), [RequestView("a"), RequestView("b")]) for plan in plans)
+    assert other.decisions == one.decisions and other.gain == pytest.approx(one.gain)
+    assert other.seconds / one.seconds == pytest.approx(3.0, rel=0.1) and other.off_seconds == pytest.approx(0.03, rel=0.1)
+    assert CostModel.merged([steady, waiting, waiting]).table().stretch == waiting.table().stretch
 
 
 def test_a_drafter_that_has_not_run_for_a_while_is_slow_and_says_nothing_against_a_profile():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 
 import pytest
 
@@ -122,6 +123,23 @@ async def test_what_cannot_be_told_ends_the_requests_of_its_stream_and_no_other(
         assert await read(other, random.Random(0)) == expected
     assert not runner.streams
     assert await runner.between(lambda: len(runner.engine.texts)) in (0, 3)  # cancelled at the latest by the next step
+
+
+async def test_a_turn_tells_what_it_took_of_the_processor_and_how_long_it_was(base):
+    """Here each outcome is told only after a while in which the engine's thread has nothing to do."""
+    reports, never = [], threading.Event()
+    runner = EngineRunner(Engine(base), reports.append)
+
+    def slowly(outcome: Outcome) -> Outcome:
+        never.wait(0.02)
+        return outcome
+
+    runner.start()
+    await read(await runner.submit(requests(1, 8), slowly), random.Random(0))
+    await asyncio.to_thread(runner.stop)
+    told = [r for r in reports if any(o.tokens for o in r.outcomes)]
+    assert len(told) >= 8 and all(r.elapsed >= 0.02 for r in told)
+    assert sum(r.seconds for r in told) < sum(r.elapsed for r in told) - 0.9 * 0.02 * len(told)
 
 
 async def test_a_submission_that_nobody_waits_for_leaves_nothing_behind(runner):
