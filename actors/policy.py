@@ -23,7 +23,7 @@ from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
 
 NAME = "specfleet-policy"
 BLOCK = 1000  # plan versions reserved at a time
-PART, MANY = 0.1, 256  # of all steps told of, and steps of each replica, that are worth a new plan
+PART, MANY = 0.1, 1024  # of all steps told of, and steps of each replica, that are worth a new plan
 SELDOM = 4  # times the least distance of plans after which any news are
 
 

@@ -26,7 +26,7 @@ from policies.span import Span
 
 HASTE = 20  # steps between depth-0 probes while there are too few samples of it
 ENOUGH = 3  # samples of depth 0 from which it counts as measured
-LASTING = 256  # steps that a choice of depths holds while about as many requests run and the plan stays
+LASTING = 1024  # steps that a choice of depths holds while about as many requests run and the plan stays
 ALIKE = 8  # of so many requests, one more or less is about as many
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from policies import CostModel, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample
 from policies.arena import Arena, Choice
+from policies.goodput import LASTING
 from policies.probes import RUN, Agenda, Trial
 from tests.policies.machine import Machine, Replica, compute_bound, kinked, memory_bound
 
@@ -202,7 +203,8 @@ def test_under_load_batch_gives_way_to_interactive_and_alone_it_does_not():
     for view, decided in zip(classes, replica.plan.settle(Load(16, 0, 1600), classes, 1), strict=True):
         by_class[view.priority] = max(by_class[view.priority], decided.depth)
     assert by_class[0] >= by_class[1] >= by_class[2] and by_class[0] > by_class[2]
-    alone = [replica.plan.settle(Load(16, 0, 1600), [RequestView(str(i), priority=p) for i in range(16)], 300 * p) for p in (1, 2, 0)]
+    later = ((2 * LASTING, 1), (4 * LASTING, 2), (6 * LASTING, 0))
+    alone = [replica.plan.settle(Load(16, 0, 1600), [RequestView(str(i), priority=p) for i in range(16)], step) for step, p in later]
     assert alone[0] == alone[1] == alone[2], "a class among its own has nobody to give way to"
 
 
