@@ -26,7 +26,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.sweep.arms import Arm, arms  # noqa: E402
+from benchmarks.sweep.arms import BANDIT, Arm, arms  # noqa: E402
 from benchmarks.sweep.lanes import Course, Lane, Portion  # noqa: E402
 from benchmarks.sweep.regret import TARGET, regret  # noqa: E402
 from drafters.registry import build_drafter  # noqa: E402
@@ -51,13 +51,14 @@ def main(
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Counted turns of each policy; a multiple of 8 from 8 on.")] = 24,
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Of a turn without speculation, about.")] = 0.4,
     learning: Annotated[float, typer.Option("--learning", min=0, help="Seconds before anything is counted.")] = LEARNING,
+    bandit: Annotated[bool, typer.Option("--bandit", help="Compare a bandit over depths too.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of policies.")] = 1,
     out: Annotated[Path, typer.Option("--out", help="JSON.")] = Path("regret.json"),
 ) -> None:
     """Measure point by point, keep each as soon as it is there, and print a table."""
     torch.set_num_threads(1)
     make_room(out)
-    compared = arms([int(depth) for depth in depths.split(",")])
+    compared = (*arms([int(depth) for depth in depths.split(",")]), *([BANDIT] if bandit else []))
     habits = {"model": model.name, "rounds": rounds, "seconds": seconds, "learning": learning, "seed": seed}
     settings = habits | {"policies": {arm.name: dict(arm.policy) for arm in compared}}
     cells: list[Cell] = []

@@ -32,12 +32,16 @@ class Arm:
         return f"{model}-{self.name}"
 
 
+OFF = Arm("off", {"kind": "off"}, True)
+BANDIT = Arm("bandit", {"kind": "bandit"}, False)  # no policy of the service, see `benchmarks.sweep.bandit`
+
+
 def arms(depths: Sequence[int]) -> tuple[Arm, ...]:
     """Off, the depths, a hand-made table, and the default policy as it comes."""
     fixed = [Arm(f"fixed{depth}", {"kind": "fixed", "depth": depth}, True) for depth in depths]
     ladder = [{"up_to_running": running, "depth": depth} for running, depth in LADDER]
     table = Arm("threshold", {"kind": "threshold", "steps": ladder}, False)
-    return Arm("off", {"kind": "off"}, True), *fixed, table, Arm("goodput", {"kind": "goodput"}, False)
+    return OFF, *fixed, table, Arm("goodput", {"kind": "goodput"}, False)
 
 
 def fleet(config: str, model: str, compared: Sequence[Arm], running: int) -> dict[str, Any]:

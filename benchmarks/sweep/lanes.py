@@ -14,7 +14,8 @@ from time import thread_time
 
 from actors.policy import PolicyKeeper
 from benchmarks.simulation.fleet import REPORT_S, MemoryState
-from benchmarks.sweep.arms import Arm
+from benchmarks.sweep.arms import BANDIT, OFF, Arm
+from benchmarks.sweep.bandit import Bandit
 from engine.drafter import Drafter
 from engine.engine import Engine, StepReport
 from engine.loading import Base
@@ -134,7 +135,8 @@ class Course:
         """A new lane whose engine has measured itself, as a replica does before it serves."""
         watch = Watch()
         keeper = PolicyKeeper(MemoryState(), watch)
-        pilot = Pilot(arm.name, keeper.register(arm.name, dict(arm.policy)), thread_time)
+        flies, policy = (Bandit, OFF.policy) if arm == BANDIT else (Pilot, arm.policy)
+        pilot = flies(arm.name, keeper.register(arm.name, dict(policy)), thread_time)
         drafter = self.drafter()
         pilot.take(drafter)
         running = max(RUNNING, self.users)
