@@ -20,13 +20,11 @@ Estimates = dict[str, Survival]  # by class of requests, EVERYONE for all togeth
 
 @dataclass(slots=True)
 class Tally:
-    """What a report counted: tokens, steps, their seconds by the engine's clock and those that passed, seconds of its clock spent deciding,
-    changes of depth, steps that probed."""
+    """What a report counted: tokens, steps, seconds that they lasted, seconds spent deciding, changes of depth, steps that probed."""
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    passed: float = 0.0
     deciding: float = 0.0
     switches: int = 0
     probes: int = 0
@@ -51,8 +49,8 @@ class Replica:
                 self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
         self.steps.extend(telemetry.steps)
         if telemetry.tokens and telemetry.steps:
-            seconds, passed = sum(s.seconds for s in telemetry.steps), sum(s.duration for s in telemetry.steps)
-            counted = (telemetry.tokens, len(telemetry.steps), seconds, passed, telemetry.deciding, telemetry.switches, telemetry.probes)
+            seconds = sum(s.duration for s in telemetry.steps)
+            counted = (telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches, telemetry.probes)
             self.tallies.append(Tally(*counted))
 
 
@@ -170,7 +168,7 @@ def typical(live: Sequence[Replica]) -> tuple[Load, list[RequestView]]:
 def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any]:
     """What the live replicas do, as JSON."""
     tallies = [t for r in live for t in r.tallies]
-    tokens, steps, seconds, passed = (sum(getattr(t, name) for t in tallies) for name in ("tokens", "steps", "seconds", "passed"))
+    tokens, steps, seconds = (sum(getattr(t, name) for t in tallies) for name in ("tokens", "steps", "seconds"))
     recent = [s for r in live for s in r.steps]
     return {
         "replicas": len(live),
@@ -179,7 +177,7 @@ def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any
         "waiting": sum(r.last.load.waiting for r in live),
         "context": sum(r.last.load.context for r in live),
         "tokens_per_step": tokens / steps if steps else None,
-        "step_seconds": passed / steps if steps else None,
+        "step_seconds": seconds / steps if steps else None,
         "deciding_share": sum(t.deciding for t in tallies) / seconds if seconds else None,
         "switches_per_step": sum(t.switches for t in tallies) / steps if steps else None,
         "probes_per_step": sum(t.probes for t in tallies) / steps if steps else None,

@@ -65,7 +65,7 @@ class Clock:
 def measure(base: Base, folder: Path, prompts: list[list[int]], depth: int, temperature: float) -> dict[str, Any]:
     """Medians over the steps in which every request decodes, in microseconds."""
     drafter = speculator(base, folder) if depth else None
-    sizes: dict[str, Any] = {"slots": 16384, "max_running": len(prompts), "chunk": 512, "clock": time.perf_counter}
+    sizes: dict[str, Any] = {"slots": 16384, "max_running": len(prompts), "chunk": 512}
     engine = Engine(base, drafter, lambda _, candidates: [Budget.of(depth)] * len(candidates), None, **sizes)
     for index, prompt in enumerate(prompts):
         engine.submit(Request(str(index), prompt, SamplingParams(temperature=temperature, seed=index, max_tokens=NEW)))

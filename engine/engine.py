@@ -7,10 +7,10 @@ raises fails the requests in it, returns their slots, and touches nothing else.
 from __future__ import annotations
 
 import logging
-import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did and cost. seconds: the whole step, by the engine's clock; draft_seconds: drafting within it; elapsed: seconds that
-    passed, where whoever runs the engine tells. rows: nodes in the forward."""
+    """What one step did and cost. seconds: the whole step; draft_seconds: drafting within it; elapsed: seconds that passed, where whoever
+    runs the engine counts `seconds` otherwise. rows: nodes in the forward."""
 
     outcomes: tuple[Outcome, ...] = ()
     load: Load = field(default_factory=lambda: Load(0, 0, 0, 0))
@@ -89,7 +89,7 @@ class StepReport:
 
     @property
     def duration(self) -> float:
-        """Seconds that passed, as far as is known."""
+        """Seconds that passed."""
         return self.elapsed or self.seconds
 
 
@@ -133,8 +133,6 @@ class Engine:
     drafted, may cut nodes off the trees before they are verified, by anything it likes: replay keeps the text the same.
     recorder: keeps the features of requests that ask for it.
     slots: KV capacity in tokens. chunk: prompt tokens computed per step beside decoding. nodes: drafted nodes per request at most.
-    clock: seconds, that steps are timed by. By default those of the calling thread's processor where it computes, so that what else keeps
-    the processor busy does not make a step dear; elsewhere those that pass.
     """
 
     def __init__(
@@ -151,9 +149,7 @@ class Engine:
         max_running: int = 32,
         max_waiting: int = 256,
         block: int = 16,
-        clock: Callable[[], float] | None = None,
     ) -> None:
-        self.clock = clock or (time.thread_time if base.device.type == "cpu" else time.perf_counter)
         self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
@@ -208,18 +204,18 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepReport:
         """Advance every request that fits by one forward. Never raises for what a request or a drafter did, but DeviceLost."""
-        started = self.clock()
+        started = perf_counter()
         dropped = list(self.drop_cancelled())
         self.admit()
         plans = self.plan()
         load = self.load(plans)
         if not plans:
-            return StepReport(tuple(dropped), load, seconds=self.clock() - started)
+            return StepReport(tuple(dropped), load, seconds=perf_counter() - started)
         context = sum(len(p.text.table) for p in plans)
         prefill = sum(p.tree.forced for p in plans if not p.complete or p.tree.forced > 1)
-        drafting = self.clock()
+        drafting = perf_counter()
         self.draft(plans, load)
-        draft_seconds = self.clock() - drafting
+        draft_seconds = perf_counter() - drafting
         rows = sum(len(p.tree) for p in plans)
         try:
             logits, hidden = self.forward(plans)
@@ -229,7 +225,7 @@ class Engine:
             raise
         except Exception as error:
             log.exception("a step failed; its %d requests fail with it", len(plans))
-            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=self.clock() - started)
+            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=perf_counter() - started)
         results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
         self.record(logits, hidden)
         self.pool.make_room()
@@ -242,7 +238,7 @@ class Engine:
             prefill=prefill,
             context=context,
             emitted=sum(len(o.tokens) for o, _ in results if o),
-            seconds=self.clock() - started,
+            seconds=perf_counter() - started,
             draft_seconds=draft_seconds,
         )
 

@@ -5,7 +5,8 @@ kept by (requests, rows); drafting by (drafting requests, depth, width). A cell 
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
 prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's present pace.
 
-Seconds are those of the clock that an engine times its steps by. Where that is the processor's, `stretch` says how many pass meanwhile.
+Seconds are those that steps cost; where that is less than the time that passes, as beside other work of a processor, `stretch` says by how
+much.
 
 What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
 step without drafts among others is dearer than one of many, and a drafter that has not run for a while is slow at first, up to twice what
@@ -33,7 +34,7 @@ T = TypeVar("T")
 TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
 FRESH = 2000  # steps after which a sample gives way to newer ones, however few
-LATELY = 256  # steps that say how many seconds pass in one of the engine's clock
+LATELY = 256  # steps that say how many seconds pass while one is spent
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
 CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
@@ -229,7 +230,7 @@ class CostModel:
         self.drafted = False
         self.price = self.slope = 0.0  # seconds that a prompt row adds, and a token of context
         self.pace = Pace()
-        self.passed = self.spent = 0.0  # seconds of late, that passed and by the engine's clock
+        self.passed = self.spent = 0.0  # seconds of late: that passed, and that steps cost
         self.shaken = -1  # the step at which the pace last changed much, once samples are at the present pace
 
     def add(self, sample: StepSample) -> bool:
@@ -288,7 +289,7 @@ class CostModel:
 
     @property
     def stretch(self) -> float:
-        """Seconds that pass in one of the engine's clock."""
+        """Seconds that pass while a step costs one."""
         return self.passed / self.spent if self.spent else 1.0
 
     def heed(self, other: CostModel) -> None:
@@ -346,7 +347,8 @@ def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> fl
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token; prompt: seconds per row of a prompt read beside; stretch: seconds that pass in one of these.
+    slope: seconds per context token; prompt: seconds per row of a prompt read beside; stretch: seconds that pass while
+    a step costs one.
     """
 
     off_cells: tuple[Cell, ...] = ()

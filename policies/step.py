@@ -15,8 +15,8 @@ class StepSample:
     """One step.
 
     requests: that drew a token; drafting: those of them that drafted; rows: tree nodes in the forward, forced and drafted; context: cached
-    tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: the whole step, drafting included, by the
-    engine's clock; draft_seconds: drafting alone; elapsed: seconds that passed, 0 where that is the same; prefill: rows of prompts among
+    tokens read; depth: largest depth allowed to any request, 0 when nothing was drafted; seconds: that the whole step cost,
+    drafting included; draft_seconds: drafting alone; elapsed: seconds that passed, 0 where that is the same; prefill: rows of prompts among
     the rows, 0 for a pure decoding step; width: most candidate paths allowed to any request; rehearsed: for requests of nobody, before
     the replica served.
     """

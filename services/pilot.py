@@ -47,7 +47,7 @@ class Order:
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry. clock: that of the engine, by which its own work is timed."""
+    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by."""
 
     def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter) -> None:
         self.replica, self.plan, self.clock = replica, plan, clock
@@ -165,7 +165,7 @@ class Pilot:
             self.remember(self.views[draft.request], draft)
         if seldom or self.worth >= 0:
             saved = self.cut(load, drafts)
-            self.worth += (saved - (self.clock() - begun) - self.worth) / LOOKS
+            self.worth += (saved - (self.clock() - begun) / self.plan.cost.stretch - self.worth) / LOOKS
         self.deciding += self.clock() - begun
 
     def cut(self, load: Load, drafts: Sequence[Draft]) -> float:
@@ -194,7 +194,7 @@ class Pilot:
         if not report.requests:
             return
         begun = self.clock()
-        cost = replace(report, seconds=report.seconds - asking, draft_seconds=max(report.draft_seconds - asking, 0.0)) if asking else report
+        cost = without(report, asking) if asking else report
         with self.lock:
             self.steps += 1
             self.probes += self.probing
@@ -205,7 +205,7 @@ class Pilot:
             if report.verified and (self.probing or self.tallying <= TALLYING * self.stepping):
                 self.tally(report.verified)
                 self.tallying += self.clock() - begun
-            self.stepping += report.seconds
+            self.stepping += report.duration
             self.deciding += self.clock() - begun
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
@@ -273,6 +273,12 @@ def largest(least: tuple[int, int], budgets: Iterable[Budget]) -> tuple[int, int
     for budget in budgets:
         depth, width = max(depth, budget.depth), max(width, budget.width if budget.depth else 0)
     return depth, width
+
+
+def without(report: StepReport, asking: float) -> StepReport:
+    """What a step would have cost had the plan not been asked in it, for so many seconds that passed."""
+    cost = asking * report.seconds / report.duration
+    return replace(report, seconds=report.seconds - cost, draft_seconds=max(report.draft_seconds - cost, 0.0))
 
 
 def seen(load: Load) -> PolicyLoad:

@@ -14,6 +14,7 @@ from engine.sampling import SamplingParams
 from engine.tree import Budget
 from policies.step import SETTLING
 from services.pilot import Pilot
+from services.turns import Turns
 
 SECONDS = 3.0  # for the whole profile
 PASSES = 3  # through all numbers of requests: what else the machine does comes in bursts
@@ -27,6 +28,7 @@ class Rehearsal:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.depth, self.width = engine, 0, 1
+        self.turns = Turns(engine.base.device.type)
         self.usual = engine.budgets, engine.prune
 
     def __enter__(self) -> Rehearsal:
@@ -55,7 +57,8 @@ class Rehearsal:
     def step(self, count: int, depth: int) -> StepReport | None:
         """A step in which that many requests decode that deep; None if a prompt was read in it, or one of them has ended."""
         self.depth = depth
-        report = self.engine.step()
+        self.turns.begin()
+        report = self.turns.told(self.engine.step())
         return report if report.requests == count and not report.prefill else None
 
     def clear(self) -> None:

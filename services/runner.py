@@ -10,13 +10,12 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
 from engine.request import Outcome, Request
+from services.turns import Turns
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,8 +91,8 @@ class Stream(Generic[T]):
 class EngineRunner:
     """Runs an engine in a thread of its own from `start` to `stop`.
 
-    on_step is called in that thread after every step; the seconds of its report, by the engine's clock and those that passed, are those of
-    the thread's whole turn, since what a step costs its users is not the engine alone but also commands, text, the hop to the event loop,
+    on_step is called in that thread after every step; the seconds of its report are those of the thread's whole turn (see
+    `services.turns`), since what a step costs its users is not the engine alone but also commands, text, the hop to the event loop,
     and what on_step did with the last report.
     """
 
@@ -106,7 +105,7 @@ class EngineRunner:
         self.death: BaseException | None = None
         self.closed = False
         self.gate = threading.Lock()
-        self.begun = self.since = 0.0  # when the present turn of the thread began: when the last one was told, or after waiting for work
+        self.turns = Turns(engine.base.device.type)  # each begins when the last one was told, or after waiting for work
 
     def start(self) -> None:
         """Begin stepping; call from the event loop that will submit."""
@@ -175,7 +174,7 @@ class EngineRunner:
                 idle = not self.engine.busy
                 command = self.commands.get(block=idle)
                 if idle:
-                    self.turn()
+                    self.turns.begin()
                 if command is None:
                     return False
                 command()
@@ -211,17 +210,11 @@ class EngineRunner:
                 waiting[stream] = None
         if waiting:
             self.hop(wake, list(waiting))
-        seconds, elapsed = self.turn()
+        told = self.turns.told(report)
         try:
-            self.on_step(replace(report, seconds=seconds, elapsed=elapsed))
+            self.on_step(told)
         except Exception:
             log.exception("a step could not be recorded")
-
-    def turn(self) -> tuple[float, float]:
-        """Begin a turn; what the last one took by the engine's clock, and the seconds that passed."""
-        begun, since = self.begun, self.since
-        self.begun, self.since = self.engine.clock(), time.perf_counter()
-        return self.begun - begun, self.since - since
 
     def told(self, stream: Stream[T], outcome: Outcome, last: bool) -> bool:
         """Put what an outcome means into its stream; what cannot be told ends all its requests. Whether the reader must be woken."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from time import thread_time
+from dataclasses import dataclass, field
+from time import perf_counter
 
 from actors.policy import PolicyKeeper
 from benchmarks.simulation.fleet import REPORT_S, MemoryState
@@ -23,6 +23,7 @@ from engine.request import Request
 from engine.sampling import SamplingParams
 from services.pilot import Pilot
 from services.profile import profile, warm_up
+from services.turns import Turns
 
 TOKENS = (48, 96)  # of an answer at most: shortest, longest
 RUNNING = 16  # requests that an engine is made for at least, as in the demo fleet
@@ -33,7 +34,7 @@ CHUNK = 64  # prompt tokens of a step, as there
 class Portion:
     """What a lane did in one turn.
 
-    seconds: of the processor; deciding: those of them that its pilot took; depth: sum over steps of the mean verified depth; drafting:
+    seconds: of the processor; deciding: seconds that its pilot took; depth: sum over steps of the mean verified depth; drafting:
     steps that drafted.
     """
 
@@ -59,8 +60,7 @@ class Watch:
 class Lane:
     """One policy at one load.
 
-    told: when it last reported; begun: when its present turn began, by the processor's clock; decided: seconds that its pilot reported
-    it took; texts: answers by request.
+    told: when it last reported; decided: seconds that its pilot reported it took; texts: answers by request.
     """
 
     arm: Arm
@@ -70,8 +70,8 @@ class Lane:
     keeper: PolicyKeeper
     watch: Watch
     requests: Iterator[Request]
+    turns: Turns
     told: float = 0.0
-    begun: float = 0.0
     decided: float = 0.0
     texts: dict[int, list[int]] = field(default_factory=dict)
 
@@ -82,28 +82,22 @@ class Lane:
         one ended.
         """
         found, decided = Portion(), self.decided + self.pilot.deciding
-        self.turn()
+        self.turns.begin()
         while found.tokens < tokens:
             for _ in range(self.users - len(self.engine.texts)):
                 self.engine.submit(next(self.requests))
-            report = self.engine.step()
-            took = self.turn()
-            self.pilot.observe(replace(report, seconds=took))
-            self.count(found, report, took)
+            report = self.turns.told(self.engine.step())
+            self.pilot.observe(report)
+            self.count(found, report)
             if self.watch.seconds - self.told >= REPORT_S:
                 self.exchange()
-        found.seconds += self.turn()
+        found.seconds += self.turns.begin()[0]
         found.deciding = self.decided + self.pilot.deciding - decided
         return found
 
-    def turn(self) -> float:
-        """Seconds since the last turn ended."""
-        begun, self.begun = self.begun, thread_time()
-        return self.begun - begun
-
-    def count(self, found: Portion, report: StepReport, seconds: float) -> None:
-        self.watch.seconds += seconds
-        found.tokens, found.seconds, found.steps = found.tokens + report.emitted, found.seconds + seconds, found.steps + 1
+    def count(self, found: Portion, report: StepReport) -> None:
+        self.watch.seconds += report.seconds
+        found.tokens, found.seconds, found.steps = found.tokens + report.emitted, found.seconds + report.seconds, found.steps + 1
         found.drafting += bool(report.verified)
         found.depth += sum(v.depth for v in report.verified) / max(report.requests, 1)
         for outcome in report.outcomes:
@@ -112,12 +106,13 @@ class Lane:
 
     def exchange(self) -> None:
         """What a replica does beside serving, in another thread: telemetry out, plans in. It takes none of the lane's time."""
-        begun = thread_time()
+        begun, since = self.turns.clock(), perf_counter()
         self.told = self.watch.seconds
         telemetry = self.pilot.report()
         self.decided += telemetry.deciding
         self.pilot.adopt(self.keeper.report(telemetry))
-        self.begun += thread_time() - begun
+        self.turns.begun += self.turns.clock() - begun
+        self.turns.since += perf_counter() - since
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +131,14 @@ class Course:
         watch = Watch()
         keeper = PolicyKeeper(MemoryState(), watch)
         flies, policy = (Bandit, OFF.policy) if arm == BANDIT else (Pilot, arm.policy)
-        pilot = flies(arm.name, keeper.register(arm.name, dict(policy)), thread_time)
+        pilot = flies(arm.name, keeper.register(arm.name, dict(policy)))
         drafter = self.drafter()
         pilot.take(drafter)
         running = max(RUNNING, self.users)
         engine = Engine(self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running)
         warm_up(engine)
         profile(engine, pilot)
-        made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests())
+        made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests(), Turns(self.base.device.type))
         made.exchange()
         return made
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from actors.policy import KeeperSettings, PolicyKeeper
@@ -44,8 +42,7 @@ def test_a_profile_lets_the_first_plan_choose(base, tmp_path) -> None:
     keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), settings=KeeperSettings(publish=0.0))
     pilot, drafter = Pilot("r", keeper.register("m")), Guesser()
     pilot.take(drafter)
-    ticks = itertools.count(0.0, 0.001)  # a machine whose pace never changes
-    engine = Engine(base, drafter, pilot.budgets, pilot.prune, slots=2048, max_running=4, clock=lambda: next(ticks))
+    engine = Engine(base, drafter, pilot.budgets, pilot.prune, slots=2048, max_running=4)
     budgets, prune = engine.budgets, engine.prune
     profile(engine, pilot, seconds=60)
     assert (engine.budgets, engine.prune) == (budgets, prune) and not engine.busy and not engine.pool.blocks
