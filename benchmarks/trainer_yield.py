@@ -143,7 +143,11 @@ class Subject:
         return found
 
     def trainer(self) -> dict[str, Any]:
-        return dict(self.http.get(f"/admin/training/{NAME}").raise_for_status().json())
+        """How the trainer stands, as soon as there is one: it starts beside a service that answers already."""
+        deadline = time.perf_counter() + PATIENCE
+        while (response := self.http.get(f"/admin/training/{NAME}")).status_code == 503 and time.perf_counter() < deadline:
+            time.sleep(0.2)
+        return dict(response.raise_for_status().json())
 
     def pause(self, paused: bool) -> None:
         self.http.patch(f"/admin/training/{NAME}", json={"paused": paused}).raise_for_status()
