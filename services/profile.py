@@ -80,7 +80,7 @@ def warm_up(engine: Engine) -> None:
     """Run a few tokens through, so that the first request meets warm kernels and allocated slots. Raises RuntimeError if that fails."""
     with Rehearsal(engine) as rehearsal:
         rehearsal.depth, widest = (engine.drafter.max_depth, engine.drafter.max_width) if engine.drafter else (0, 1)
-        for width, temperature in product(sorted({1, widest}), (0.0, 1.0)):
+        for width, temperature in product(sizes(widest), (0.0, 1.0)):
             rehearsal.width = width
             params = SamplingParams(temperature=temperature, max_tokens=8)
             engine.submit(Request(f"warm-{width}-{temperature}", [1 + int(temperature)] * 8, params))
