@@ -31,6 +31,7 @@ NAME = "specfleet-registry"
 CONFIGURATION = "configuration"  # who registers what the settings name
 ITSELF = "canary"  # who begins and decides one that nobody asked for
 MOST = 4096  # replicas remembered
+UNSAID = "no reason given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +353,9 @@ class RegistryKeeper:
         planned = plan(now)
         if planned is None:
             return
-        change = replace(planned, revision=now.revision + 1, id=secrets.token_hex(8), at=self._clock(), who=who, why=why, before=now.live)
+        change = replace(
+            planned, revision=now.revision + 1, id=secrets.token_hex(8), at=self._clock(), who=who, why=why or UNSAID, before=now.live
+        )
         entry.doubtful = True
         self._store.append(stream(entry.model, entry.tag), change.to_json())
         self._confirm(entry, change)

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
 CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
+AGING = 600.0  # seconds between two looks for traces that are too old
 FOLLOWING, SAVING = "following the registry", "saving"  # what may go wrong beside the training of a domain
 Serving = tuple[MLPSpeculator, str]  # a speculator and its version
 
@@ -51,7 +52,8 @@ Serving = tuple[MLPSpeculator, str]  # a speculator and its version
 class TrainerSettings:
     """slice: seconds of work between two looks at the load. running: requests on its device at which training still goes on; None if it
     has a device of its own. quiet: seconds without more before it goes on again; a report is believed for `believed` seconds. checkpoint:
-    seconds between two. poll: seconds between two looks at which version serves. inbox: bytes of traces that wait to be read.
+    seconds between two. poll: seconds between two looks at which version serves. inbox: bytes of traces that wait to be read. max_age:
+    seconds that a trace is kept at most, None for as long as there is room.
     """
 
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
@@ -64,6 +66,7 @@ class TrainerSettings:
     checkpoint: float = 60.0
     poll: float = 5.0
     inbox: int = 64 * 2**20
+    max_age: float | None = None
     device: str = "cpu"
     threads: int = 1
     niceness: int = 10
@@ -84,7 +87,7 @@ class TrainerKeeper:
     ) -> None:
         """serving: what serves the domains, by tag; that of the common one "", which must be there, serves those that are not named. work:
         a folder of this trainer's own on its machine, gone on from when there is something in it."""
-        self.model, self.work = model, work
+        self.model, self.work, self.now = model, work, now
         self.settings = settings or TrainerSettings()
         s = self.settings
         self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
@@ -119,6 +122,14 @@ class TrainerKeeper:
                 domain.drop(f"dropped: {count} traces were to be forgotten")
         self.save()
         return sum(gone.values())
+
+    def outdated(self) -> Selection | None:
+        """What is older than traces may be; None if nothing is."""
+        if self.settings.max_age is None:
+            return None
+        before = self.now() - self.settings.max_age
+        kept = (trace for tag in self.domains for trace in (*self.buffer.training(tag), *self.buffer.held_out(tag)))
+        return Selection(before=before) if any(trace.at < before for trace in kept) else None
 
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long, see `DomainTrainer.run`."""
@@ -207,7 +218,7 @@ class Worker:
         self.change = threading.Condition()
         self.inbox: deque[bytes] = deque()
         self.unwanted: deque[tuple[Selection, Future[int]]] = deque()
-        self.waiting = self.dropped = self.yields = 0
+        self.waiting = self.dropped = self.lost = self.yields = 0
         self.loads: dict[str, tuple[float, int]] = {}
         self.busy_at, self.slowest = -float("inf"), 0.0
         self.asked: float | None = None  # when load came while it worked
@@ -217,14 +228,17 @@ class Worker:
         self.unsaved = False
         self.saving: Generator[None, None, None] | None = None  # a checkpoint under way
         self.saved = self.polled = clock()
+        self.aged = -float("inf")
         self.thread = threading.Thread(target=self.loop, name="trainer", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
 
-    def offer(self, traces: Sequence[bytes]) -> None:
-        """Take traces in without waiting; when the inbox is full the oldest go, and are counted."""
+    def offer(self, traces: Sequence[bytes], lost: int = 0) -> None:
+        """Take traces in without waiting; when the inbox is full the oldest go, and are counted. lost: those that a replica had to drop
+        since it last sent some."""
         with self.change:
+            self.lost += max(lost, 0)
             for data in traces:
                 self.inbox.append(data)
                 self.waiting += len(data)
@@ -261,7 +275,12 @@ class Worker:
     def status(self) -> Value:
         with self.change:
             own = {"paused": self.paused, "working": self.working, "yields": self.yields, "slowest_yield": self.slowest}
-            told = {"inbox": len(self.inbox), "dropped_before_reading": self.dropped, "problem": "; ".join(self.problems.values())}
+            told = {
+                "inbox": len(self.inbox),
+                "dropped_before_reading": self.dropped,
+                "lost_by_replicas": self.lost,
+                "problem": "; ".join(self.problems.values()),
+            }
             return self.shown | own | told
 
     def close(self) -> None:
@@ -321,6 +340,10 @@ class Worker:
 
     def read(self) -> None:
         """Move traces from the inbox to the buffer, and forget what is to be forgotten."""
+        if self.clock() - self.aged >= AGING:
+            self.aged = self.clock()
+            if (outdated := self.keeper.outdated()) is not None:
+                self.forget(outdated)
         with self.change:
             found, self.inbox, self.waiting = self.inbox, deque(), 0
             unwanted, self.unwanted = self.unwanted, deque()
@@ -480,9 +503,9 @@ class TrainerActor:
         self._worker = Worker(keeper, registrar.submit, registrar.serving)
         self._worker.start()
 
-    async def add(self, traces: Sequence[bytes]) -> None:
-        """Take in traces (`Trace.to_bytes`). Nobody needs to wait for the answer."""
-        self._worker.offer(traces)
+    async def add(self, traces: Sequence[bytes], lost: int = 0) -> None:
+        """Take in traces (`Trace.to_bytes`), and how many were lost before them. Nobody needs to wait for the answer."""
+        self._worker.offer(traces, lost)
 
     async def load(self, source: str, running: int) -> None:
         """How many requests a replica on the trainer's device runs."""

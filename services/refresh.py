@@ -116,6 +116,7 @@ class Refresh:
         self.register_again = 0.0
         self.following = Following()
         self.checksums: dict[str, str] = {}  # of the versions in memory, "" where that is not known
+        self.lost = 0  # captured requests that were dropped, as far as the trainer was told
         self.told = (-1, 0.0)  # the load that the trainer was told last, and when
         self.troubles: dict[str, float] = {}  # what went wrong, and when that was logged
         host.capture = self.traces.put if settings.log else None
@@ -300,14 +301,23 @@ class Refresh:
         await self.trainer.call("load", self.replica, running)
         self.told = (running, now)
 
+    @property
+    def dropped(self) -> int:
+        """Captured requests that never reached the trainer: for want of room here, or because it was away."""
+        assert self.host.runner is not None
+        recorder = self.host.runner.engine.recorder
+        return self.traces.lost + (recorder.dropped if recorder else 0)
+
     async def send(self) -> None:
         """Hand over what was captured, by reference; it is dropped and counted when the trainer is away."""
         batch = self.traces.take() if self.trainer is not None else []
         if self.trainer is None or not batch:
             return
+        lost = self.dropped
         try:
             reference = await asyncio.to_thread(lambda: ray.put([trace.to_bytes() for trace in batch]))
-            await self.trainer.call("add", reference)
+            await self.trainer.call("add", reference, lost - self.lost)
+            self.lost = lost
         except BaseException:
             self.traces.lose(batch)
             raise

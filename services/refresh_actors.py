@@ -37,7 +37,7 @@ def refresh_plan(settings: Settings, model: ModelSettings) -> RefreshPlan | None
     """The plan of one model; None if its speculator is not refreshed."""
     if not model.refresh.enabled:
         return None
-    trainer = partial(trainer_actor, settings.refresh, settings.ray.namespace, model)
+    trainer = partial(trainer_actor, settings.refresh, settings.ray.namespace, model, settings.request_log.max_age_s)
     return RefreshPlan(registry_actor(settings), trainer, settings.refresh.artefacts, Path(settings.refresh.cache))
 
 
@@ -50,9 +50,16 @@ def registry_actor(settings: Settings) -> Named:
 
 
 def trainer_actor(
-    kept: Places, namespace: str, model: ModelSettings, base: Base | None = None, folder: str = "", version: str = ""
+    kept: Places,
+    namespace: str,
+    model: ModelSettings,
+    max_age: float | None = None,
+    base: Base | None = None,
+    folder: str = "",
+    version: str = "",
 ) -> Named:
-    """The model's trainer; to be started it must know base, folder and version of the configured speculator."""
+    """The model's trainer; to be started it must know base, folder and version of the configured speculator. max_age: seconds that it may
+    keep what was answered."""
     t, work = model.refresh.trainer, str(Path(kept.work) / model.name)
 
     def start() -> Any:
@@ -61,13 +68,13 @@ def trainer_actor(
         options = {"num_cpus": t.num_cpus, "num_gpus": t.num_gpus}
         place = kept.artefacts
         return start_trainer(
-            model.name, base, folder, version, place, work, REGISTRY, trainer_settings(model.refresh), namespace, **options
+            model.name, base, folder, version, place, work, REGISTRY, trainer_settings(model.refresh, max_age), namespace, **options
         )
 
     return Named(f"{TRAINER}-{model.name}", namespace, start)
 
 
-def trainer_settings(refresh: ModelRefreshSettings) -> TrainerSettings:
+def trainer_settings(refresh: ModelRefreshSettings, max_age: float | None = None) -> TrainerSettings:
     """As the trainer reads them."""
     r, t = refresh, refresh.trainer
     shared = [field.name for field in fields(RefreshSettings) if field.name in ModelRefreshSettings.model_fields]
@@ -80,4 +87,5 @@ def trainer_settings(refresh: ModelRefreshSettings) -> TrainerSettings:
         checkpoint=t.checkpoint_s,
         device=t.device,
         threads=t.threads,
+        max_age=max_age,
     )

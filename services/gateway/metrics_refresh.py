@@ -154,7 +154,7 @@ def phases(models: Mapping[str, State]) -> Iterator[Metric]:
 
 
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
-    """How full the replay buffers are, and what came into them. Of what could not be read no domain is known."""
+    """How full the replay buffers are, and what came into them. Of what could not be read or sent no domain is known."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
     limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
     requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", *LINE, "part")
@@ -170,6 +170,7 @@ def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
         limit.add_metric((model,), state["buffer_bytes"])
         traces.add_metric((model, "", "invalid"), state["invalid"])
         traces.add_metric((model, "", "unread"), state["dropped_before_reading"])
+        traces.add_metric((model, "", "unsent"), state["lost_by_replicas"])
     yield from (size, limit, requests, traces)
 
 

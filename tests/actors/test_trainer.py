@@ -344,6 +344,25 @@ def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
     assert list(worker.inbox) == data[6:] and worker.status()["dropped_before_reading"] == 6
 
 
+def test_a_trace_is_kept_no_longer_than_what_was_answered(tmp_path: Path) -> None:
+    """Also where there is room for it, and on the disk."""
+    found = fed(keeper(tmp_path, replace(TRAINER, max_age=60.0)))
+    found.save()
+    found.now = lambda: 50.0
+    assert found.outdated() is None
+    found.now = lambda: 100.0
+    worker = Worker(found, lambda submission: None, dict)
+    worker.read()
+    assert remembered(found) == remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)} and found.outdated() is None
+
+
+def test_what_replicas_lost_is_counted(tmp_path: Path) -> None:
+    worker = Worker(keeper(tmp_path), lambda found: None, dict)
+    for lost in (2, 0, 3, -7):
+        worker.offer([], lost)
+    assert worker.status()["lost_by_replicas"] == 5
+
+
 def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
     other = speculator(5)
     answers = iter([{"": (other, "0123456789ab")}])

@@ -30,7 +30,7 @@ from tests.e2e.refreshed import Service, crowd, refreshed, unharmed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 PASSED = Verdict(True, 100, 2.0, 2.1, 0.1, 0.05, 0.15, "let through by hand")
-OUTAGE = 7.0  # seconds
+OUTAGE = 30.0  # seconds
 
 
 @pytest.fixture(scope="module")

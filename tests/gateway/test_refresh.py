@@ -92,8 +92,8 @@ async def test_promote_pin_roll_back_and_their_history(root: httpx.AsyncClient, 
     history = (await root.get("/admin/speculators/echo/history")).json()["history"][4:]
     assert [(c["action"], c["who"], c["why"]) for c in history] == [
         ("promote", "root", "faster"),
-        ("pin", "root", ""),
-        ("unpin", "root", ""),
+        ("pin", "root", "no reason given"),
+        ("unpin", "root", "no reason given"),
         ("roll_back", "root", "worse"),
     ]
     assert history[0]["from"] == loop.v[0] and history[0]["to"] == one and history[0]["at"] == loop.clock.now
@@ -392,6 +392,7 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
         ("training_phase", ("slow", "off", ""), 1),
         ("training_traces_total", ("echo", "seen", ""), 80),
         ("training_traces_total", ("echo", "invalid", ""), 0),
+        ("training_traces_total", ("echo", "unsent", ""), 0),
         ("training_traces_total", ("echo", "seen", "law"), 0),
         ("training_rounds_total", ("echo", ""), 1),
         ("training_candidates_total", ("echo", "", "rejected"), 0),

@@ -4,8 +4,10 @@ changes nothing."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +68,7 @@ class Stand:
             open_state(f"sqlite:///{root}/state.db"), Artefacts(str(root / "place"), root / "checked"), lambda: self.now, settings
         )
         self.registry = Local(self.keeper)
-        self.trainer = Local(SimpleNamespace(add=lambda traces: None, load=lambda source, running: None))
+        self.trainer = Local(SimpleNamespace(add=lambda traces, lost: None, load=lambda source, running: None))
         self.settings = model_settings(folder, **changes)
         plan = Plan.of(0, "toy", parse_policy({"kind": "fixed", "depth": 3, "width": 3}))
         self.records: list[Any] = []
@@ -182,8 +184,11 @@ async def test_a_promotion_and_a_rollback_reach_the_replica(stand):
     before = await stand.text("a")
     bundle = stand.version(1)
     version, old = bundle.manifest.version, stand.host.configured_version
+    retired = weakref.ref(stand.host.versions.common.live)
     stand.keeper.promote("toy", version, "operator", "try it")
     await stand.beat(2)
+    gc.collect()
+    assert retired() is None, "nothing keeps the old one"
     assert stand.host.pilot.version == version and stand.shown()["loaded"] == {version: bundle.manifest.checksum}
     assert stand.shown()["agrees"] and await stand.text("b") == before
     assert stand.records[-1].speculator_version == version
@@ -602,6 +607,10 @@ async def test_a_trainer_that_is_away_loses_traces_and_nothing_waits(stand, monk
     await stand.refresh.tell_load()
     (added, load) = stand.trainer.told
     assert Trace.from_bytes(added[1][0]).request == "b-0" and load == ("load", "r1", 0)
+    assert added[2] == 1, "it is told how many were lost"
+    await stand.text("c")
+    await stand.refresh.send()
+    assert stand.trainer.told[-1][2] == 0
 
 
 def test_a_replica_is_not_told_the_keys_of_the_service(folder):
