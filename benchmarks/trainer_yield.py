@@ -47,6 +47,7 @@ ENDLESS = {
     "least_held": 2,
     "gate": {"least": 2},
 }
+WATCHED = 800  # tokens of an answer whose beginning the trainer is to notice: a replica tells its load four times a second
 PATIENCE = 120.0  # seconds until the trainer does what it is waited for
 
 
@@ -132,12 +133,13 @@ class Subject:
         texts = json.loads((ROOT / "benchmarks" / "prompts.json").read_text(encoding="utf-8"))
         self.texts, self.bodies = texts["completion"], Bodies(Served(NAME, "completion"), ignore_eos=True)
 
-    def asks(self, first: int, count: int) -> list[Ask]:
-        options = (Options(max_tokens=self.plan.max_tokens, temperature=0.7, seed=first + index) for index in range(count))
+    def asks(self, first: int, count: int, tokens: int) -> list[Ask]:
+        options = (Options(max_tokens=tokens, temperature=0.7, seed=first + index) for index in range(count))
         return [self.bodies.ask(index, self.texts[index % len(self.texts)], option) for index, option in enumerate(options)]
 
-    async def answers(self, first: int, count: int) -> list[Outcome]:
-        found = [outcome(exchange) for exchange in await closed(self.streams, self.asks(first, count), self.plan.users)]
+    async def answers(self, first: int, count: int, tokens: int = 0) -> list[Outcome]:
+        asks = self.asks(first, count, tokens or self.plan.max_tokens)
+        found = [outcome(exchange) for exchange in await closed(self.streams, asks, self.plan.users)]
         if failed := next((one for one in found if one.failure), None):
             raise SystemExit(f"a request failed: {failed.failure} {failed.message}")
         return found
@@ -194,7 +196,7 @@ async def rested(subject: Subject, seed: int) -> float:
     """Seconds from sending a request until the trainer said that it rests."""
     subject.until(lambda found: found["working"])
     begun = time.perf_counter()
-    answering = asyncio.create_task(subject.answers(seed, 1))
+    answering = asyncio.create_task(subject.answers(seed, 1, WATCHED))
     at = await asyncio.to_thread(subject.until, lambda found: not found["working"], 0.01)
     await answering
     return at - begun
