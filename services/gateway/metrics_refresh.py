@@ -154,7 +154,7 @@ def phases(models: Mapping[str, State]) -> Iterator[Metric]:
 
 
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
-    """How full the replay buffers are, and what came into them. Of what could not be read or sent no domain is known."""
+    """How full the replay buffers are, what came into them (of what could not be read or sent no domain is known), and how trainers made way."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
     limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
     requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", *LINE, "part")
@@ -166,12 +166,16 @@ def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
             requests.add_metric((*line, part), held[part])
         for outcome in ("seen", "dropped"):
             traces.add_metric((*line, outcome), held[outcome])
+    yields = CounterMetricFamily("specfleet_training_yields", "Times that the trainer made way for requests.", labels=("model",))
+    slowest = gauge("specfleet_training_slowest_yield_seconds", "From load being told to the trainer's rest, at most.", "model")
     for model, state in models.items():
         limit.add_metric((model,), state["buffer_bytes"])
+        yields.add_metric((model,), state["yields"])
+        slowest.add_metric((model,), state["slowest_yield"])
         traces.add_metric((model, "", "invalid"), state["invalid"])
         traces.add_metric((model, "", "unread"), state["dropped_before_reading"])
         traces.add_metric((model, "", "unsent"), state["lost_by_replicas"])
-    yield from (size, limit, requests, traces)
+    yield from (size, limit, requests, traces, yields, slowest)
 
 
 def progress(lines: Lines) -> Iterator[Metric]:

@@ -398,6 +398,8 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
         ("training_candidates_total", ("echo", "", "rejected"), 0),
         ("training_step", ("echo", ""), 3),
         ("training_buffer_limit_bytes", ("echo",), 2**28),
+        ("training_yields_total", ("echo",), 0),
+        ("training_slowest_yield_seconds", ("echo",), 0),
         ("version_steps_total", ("echo", "", "v1"), 4),
         ("version_tokens_total", ("echo", "", "v1"), 6),
         ("version_steps_total", ("echo", "law", "v1"), 2),
