@@ -154,7 +154,7 @@ def phases(models: Mapping[str, State]) -> Iterator[Metric]:
 
 
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
-    """How full the replay buffers are, what came into them (of what could not be read or sent no domain is known), and how trainers made way."""
+    """How full the replay buffers are, what came into them, and how trainers made way. What was not read or sent has no domain."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
     limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
     requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", *LINE, "part")
