@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -20,12 +19,10 @@ from drafters.traces import Trace
 from policies import Verdict
 from policies.gate import GateRule, gate
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A candidate that passed the gate, as the registry takes it. against: the version that it was compared with. tag: of the domain that
+    """A candidate that the gate judged, as the registry takes it. against: the version that it was compared with. tag: of the domain that
     it was trained for."""
 
     url: str
@@ -101,7 +98,7 @@ class DomainTrainer:
         return len(self.buffer.judging(self.tag)) < self.rule.least or not self.refresher.able()
 
     def run(self, seconds: float) -> Submission | None:
-        """Work for about so long. Answers with a candidate that passed the gate, written and published, again and again until `settle`.
+        """Work for about so long. Answers with a candidate that the gate judged, written and published, again and again until `settle`.
 
         Raises OSError or ArtefactError when it cannot be written or published; the next call tries again. Whatever else goes wrong ends
         the round, and is raised too: a round that cannot go on would keep other domains waiting.
@@ -129,24 +126,21 @@ class DomainTrainer:
                 return
 
     def settle(self) -> None:
-        """The candidate that was judged is where it belongs; until now every checkpoint held it."""
+        """The registry knows the candidate that was judged; until now every checkpoint held it."""
         assert self.verdict is not None, "what is settled was judged"
         self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
         self.end()
         self.refresher.take()
+        if not self.verdict.passed:
+            self.refresher.reject(self.verdict.reason)
 
-    def judge(self, trial: Trial) -> Submission | None:
-        """Let the gate decide, and publish what passes."""
+    def judge(self, trial: Trial) -> Submission:
+        """Let the gate decide. What it refuses is published, too: the history keeps it with the reason, and anybody may look into it."""
         verdict = self.verdict = gate(trial.pairs(), self.rule)
-        if verdict.passed:
-            return self.publish(trial.candidate, verdict)
-        log.info("%s %r: %s", self.buffer.model, self.tag, verdict.reason)
-        self.settle()
-        self.refresher.reject(verdict.reason)
-        return None
+        return self.publish(trial.candidate, verdict)
 
     def publish(self, candidate: Candidate, verdict: Verdict) -> Submission:
-        """Write the bundle and put it where replicas find it. Until the candidate is settled it stays here, too: another attempt must find
+        """Write the bundle and put it where others find it. Until the candidate is settled it stays here, too: another attempt must find
         the manifest that was published."""
         place = self.place
         origin = Origin(

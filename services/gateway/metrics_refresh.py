@@ -201,7 +201,7 @@ def verdicts(lines: Lines) -> Iterator[Metric]:
     """What the trainers' own gates found: of every candidate since they were started, and of the last one."""
     candidates = CounterMetricFamily(
         "specfleet_training_candidates",
-        "Candidates by the verdict of the trainer's gate, submitted or not.",
+        "Candidates by the verdict of the trainer's gate since it was started.",
         labels=(*LINE, "verdict"),
     )
     passed = gauge("specfleet_training_gate_passed", "1 if the last candidate passed the gate.", *LINE)

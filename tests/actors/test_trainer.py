@@ -16,8 +16,9 @@ import ray
 from actors.artefacts import Artefacts
 from actors.domain_trainer import Submission
 from actors.log_contents import Selection
-from actors.registry import start_registry
+from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base
+from actors.store import open_state
 from actors.trainer import TrainerKeeper, TrainerSettings, Worker, start_trainer
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
@@ -84,13 +85,28 @@ def test_nothing_is_begun_that_could_not_be_judged(tmp_path: Path) -> None:
     assert found.next() is None and found.run(1.0) is None and found.status()["round"] == 0
 
 
-def test_a_candidate_that_the_gate_refuses_is_not_published(tmp_path: Path) -> None:
+def test_a_candidate_that_the_gate_refuses_is_published_and_told_of(tmp_path: Path) -> None:
     found = fed(keeper(tmp_path, replace(TRAINER, rule=replace(RULE, margin=3.0))))
-    assert worked(found) is None
+    submission = worked(found)
+    assert submission is not None and not submission.verdict.passed and "not surely more than +3" in submission.verdict.reason
+    assert submission.manifest.gate is not None and submission.manifest.gate["passed"] is False
+    assert read_bundle(tmp_path / "artefacts" / "toy" / submission.manifest.version).manifest == submission.manifest
     status = found.status()
     assert status["gate"]["passed"] is False and "not surely more than +3" in status["outcome"]
     assert status["waiting_for"] == 2 * SETTINGS.least_tokens and status["candidates"] == {"passed": 0, "rejected": 1}
-    assert not (tmp_path / "artefacts").exists()
+
+
+def test_the_history_tells_of_a_candidate_that_the_gate_refused(tmp_path: Path) -> None:
+    found = fed(keeper(tmp_path, replace(TRAINER, rule=replace(RULE, margin=3.0))))
+    registry = RegistryKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), found.domains[""].place.artefacts)
+    registry.register("toy", BASE, *published(tmp_path, 0))
+    refused = worked(found)
+    assert refused is not None
+    registry.submit("toy", refused.url, refused.manifest, refused.verdict, "trainer", against=refused.against)
+    last = registry.history("toy")[-1]
+    assert (last["action"], last["who"], last["version"]) == ("submit", "trainer", refused.manifest.version)
+    assert last["states"] == {refused.manifest.version: "rejected"} and "not surely more than +3" in last["why"]
+    assert registry.state("toy")["canary"] is None and last["from"] == last["to"] != refused.manifest.version
 
 
 def test_what_cannot_be_published_is_tried_again(tmp_path: Path) -> None:

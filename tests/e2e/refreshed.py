@@ -1,4 +1,4 @@
-"""A service that refreshes the speculator of one tiny model, clients who ask it all the time, and what must hold of it afterwards."""
+"""A service that refreshes the speculator of one tiny model with two replicas, clients who ask it all the time, and what must hold of it afterwards."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def refreshed(folder: Path) -> Iterator[Service]:
     redis = RedisServer(folder / "redis")
     redis.start()
     model = {"name": "tiny", "base": "tiny", "speculator": "tiny/speculator", "packed_weights": None, "refresh": REFRESH}
-    model |= {"policy": {"kind": "fixed", "depth": 3, "width": 1}, "drafter": "mlp"}
+    model |= {"policy": {"kind": "fixed", "depth": 3, "width": 1}, "drafter": "mlp", "replicas": {"min": 2, "max": 2}}
     stores = {"request_log": {"url": redis.url}, "state": {"url": redis.url}}
     places = {"artefacts": "bundles", "cache": "cache", "work": "work", "canary": CANARY}
     try:
