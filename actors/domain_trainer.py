@@ -34,23 +34,23 @@ class Submission:
 
 @dataclass(slots=True)
 class Trial:
-    """A candidate beside the serving speculator on held-out requests that had no part in choosing it."""
+    """A candidate beside the one it began from on held-out requests that had no part in choosing it."""
 
     candidate: Candidate
-    serving: Measurement
+    parent: Measurement
     tried: Measurement
 
     @property
     def whole(self) -> bool:
-        return self.serving.whole and self.tried.whole
+        return self.parent.whole and self.tried.whole
 
     def advance(self) -> None:
         """Replay one stretch of a request more, with either of them."""
-        (self.tried if self.serving.whole else self.serving).advance()
+        (self.tried if self.parent.whole else self.parent).advance()
 
     def pairs(self) -> list[tuple[float, float]]:
-        """Tokens per step of the serving speculator and of the candidate on each request."""
-        return [(before.per_step, after.per_step) for before, after in zip(self.serving.walks, self.tried.walks, strict=True)]
+        """Tokens per step of the parent and of the candidate on each request."""
+        return [(before.per_step, after.per_step) for before, after in zip(self.parent.walks, self.tried.walks, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class DomainTrainer:
     def __init__(
         self, tag: str, live: MLPSpeculator, version: str, buffer: ReplayBuffer, place: Place, settings: RefreshSettings, rule: GateRule
     ) -> None:
-        """live, version: what serves the domain."""
+        """live, version: what is refreshed: what serves the domain, or will if it proves good."""
         self.tag, self.buffer, self.place, self.rule = tag, buffer, place, rule
         self.refresher = Refresher(live, version, buffer, settings, tag)
         self.trial: Trial | None = None
@@ -159,7 +159,7 @@ class DomainTrainer:
         return Submission(place.artefacts.publish(bundle), bundle.manifest, verdict, candidate.parent, self.tag)
 
     def serve(self, live: MLPSpeculator, version: str) -> None:
-        """Another version serves the domain now; what was begun from the last one is dropped."""
+        """Another version of the domain is to be refreshed now; what was begun from the last one is dropped."""
         self.end()
         self.refresher.serve(live, version)
 

@@ -253,9 +253,11 @@ class RegistryKeeper:
 
     # -- what trainers ask --------------------------------------------------------------------------------------------------
 
-    def serving(self, model: str, tags: Iterable[str]) -> dict[str, Placement | None]:
-        """The version that serves outside the canary, in each of these lines; None for what the model was configured with."""
-        return {tag: self._placement(self._settled(model, tag)) for tag in tags}
+    def parents(self, model: str, tags: Iterable[str]) -> dict[str, Placement | None]:
+        """What is to be refreshed in each of these lines, and a candidate to be compared with: the version that will serve once all that
+        waits or is tried has proved good. So nothing is learned for the second time while a canary runs, and what was learned beside it
+        does not end with the version that it replaces. None for what the model was configured with."""
+        return {tag: self._parent(self._settled(model, tag)) for tag in tags}
 
     # -- what operators read ------------------------------------------------------------------------------------------------
 
@@ -322,6 +324,15 @@ class RegistryKeeper:
     def _serving(self, entry: Entry) -> str | None:
         placement = self._placement(entry)
         return placement.version if placement else None
+
+    def _parent(self, entry: Entry) -> Placement | None:
+        """See `parents`. A domain without a version of its own shares that of the common line."""
+        now, shared = entry.releases, None
+        heir = now.heir(self._serving(entry))
+        if entry.tag and heir not in now.versions:
+            shared = self._parent(self._entry(entry.model))
+            heir = now.heir(shared.version if shared else None)
+        return now.versions[heir].placement if heir in now.versions else shared
 
     def _sync(self, entry: Entry) -> None:
         """Bring the state to the end of the history. StoreError."""
@@ -522,8 +533,8 @@ class RegistryActor:
     async def reports(self, reports: Sequence[ReplicaReport]) -> list[Assignment]:
         return self._keeper.reports(reports)
 
-    async def serving(self, model: str, tags: Sequence[str]) -> dict[str, Placement | None]:
-        return self._keeper.serving(model, tags)
+    async def parents(self, model: str, tags: Sequence[str]) -> dict[str, Placement | None]:
+        return self._keeper.parents(model, tags)
 
     async def state(self, model: str, tag: str = "") -> Value:
         return self._keeper.state(model, tag)

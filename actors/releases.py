@@ -256,6 +256,16 @@ class Releases:
         fit = (v for v, r in reversed(self.versions.items()) if r.state == "candidate" and r.against == against)
         return next(fit, None)
 
+    def heir(self, against: str | None) -> str | None:
+        """What takes the place of a version if all proves good that was judged against it, and against that in turn: the canary, or else
+        the latest candidate. Itself if there is none, or nothing is to change by itself."""
+        tried = {} if self.pinned else {v: r for v, r in self.versions.items() if r.state in ("candidate", "canary")}
+        ordered = sorted(tried, key=lambda version: tried[version].state == "canary")
+        after = {tried[version].against: version for version in ordered}
+        while against in after:
+            against = after.pop(against)
+        return against
+
     def summary(self) -> str:
         """The present state in words, for whoever came too late."""
         canary = f", {self.canary.placement.version} is the canary" if self.canary else ""

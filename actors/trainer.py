@@ -1,4 +1,4 @@
-"""The trainer of one model: traces come in, speculators are refreshed in the time that serving leaves, what passes the gate is submitted.
+"""The trainer of one model: traces come in, speculators are refreshed in the time that serving leaves, what comes of it is submitted.
 
 `TrainerKeeper` does the work of all domains in short slices and knows no threads; `Worker` runs it on one, and rests while replicas report
 a load that is not to be disturbed; `TrainerActor` is the Ray actor around both. All that is lost in a crash is what was done since the last
@@ -45,15 +45,15 @@ PAUSED = "paused"  # file of the work folder
 CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
 AGING = 600.0  # seconds between two looks for traces that are too old
 FOLLOWING, SAVING = "following the registry", "saving"  # what may go wrong beside the training of a domain
-Serving = tuple[MLPSpeculator, str]  # a speculator and its version
+Parent = tuple[MLPSpeculator, str]  # what is refreshed: a speculator and its version
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerSettings:
     """slice: seconds of work between two looks at the load. running: requests on its device at which training still goes on; None if it
     has a device of its own. quiet: seconds without more before it goes on again; a report is believed for `believed` seconds. checkpoint:
-    seconds between two. poll: seconds between two looks at which version serves. inbox: bytes of traces that wait to be read. max_age:
-    seconds that a trace is kept at most, None for as long as there is room.
+    seconds between two. poll: seconds between two looks at which version is to be refreshed. inbox: bytes of traces that wait to be read.
+    max_age: seconds that a trace is kept at most, None for as long as there is room.
     """
 
     refresh: RefreshSettings = field(default_factory=RefreshSettings)
@@ -79,24 +79,24 @@ class TrainerKeeper:
         self,
         model: str,
         base: Base,
-        serving: Mapping[str, Serving],
+        parents: Mapping[str, Parent],
         artefacts: Artefacts,
         work: Path,
         settings: TrainerSettings | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """serving: what serves the domains, by tag; that of the common one "", which must be there, serves those that are not named. work:
+        """parents: what is refreshed, by tag; that of the common one "", which must be there, is it for those that are not named. work:
         a folder of this trainer's own on its machine, gone on from when there is something in it."""
         self.model, self.work, self.now = model, work, now
         self.settings = settings or TrainerSettings()
         s = self.settings
         self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
         place = Place(base, work / "bundles", artefacts, now)
-        for live, _ in serving.values():
+        for live, _ in parents.values():
             live.check_base(base.emb_dim, base.vocab_size)
             live.to(s.device)
         self.domains = {
-            tag: DomainTrainer(tag, *serving.get(tag, serving[""]), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
+            tag: DomainTrainer(tag, *parents.get(tag, parents[""]), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
         }
         self.turns = self.invalid = 0
         self.recover()
@@ -155,7 +155,7 @@ class TrainerKeeper:
         self.domains[tag].settle()
 
     def serve(self, tag: str, live: MLPSpeculator, version: str) -> None:
-        """Another version serves a domain now. One that is in memory for another domain is not kept twice."""
+        """Another version of a domain is to be refreshed now. One that is in memory for another domain is not kept twice."""
         known = (domain.refresher.live for domain in self.domains.values() if domain.refresher.version == version)
         self.domains[tag].serve(next(known, None) or live.to(self.settings.device), version)
 
@@ -208,12 +208,12 @@ class Worker:
         self,
         keeper: TrainerKeeper,
         submit: Callable[[Submission], None],
-        serving: Callable[[], Mapping[str, Serving]],
+        parents: Callable[[], Mapping[str, Parent]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """submit: hands a candidate to the registry. serving: the versions that serve, by tag, of those domains in which it is another than
+        """submit: hands a candidate to the registry. parents: what is to be refreshed, by tag, of those domains in which it is another than
         when it was asked last. Both are called on the thread and may raise; submitting is tried again."""
-        self.keeper, self.submit, self.serving, self.clock = keeper, submit, serving, clock
+        self.keeper, self.submit, self.parents, self.clock = keeper, submit, parents, clock
         self.settings = keeper.settings
         self.change = threading.Condition()
         self.inbox: deque[bytes] = deque()
@@ -368,6 +368,7 @@ class Worker:
         if (found := self.keeper.run(self.settings.slice)) is not None:
             self.submit(found)
             self.keeper.settle(found.tag)
+            self.polled = -float("inf")  # the next round goes on from it
 
     def writes(self) -> bool:
         """Whether a checkpoint is under way or due, and serving can spare the disk."""
@@ -395,11 +396,11 @@ class Worker:
             self.saving, self.unsaved = None, True
 
     def follow(self) -> None:
-        """Take over the versions that serve, where they are others."""
+        """Take over the versions that are to be refreshed, where they are others."""
         if self.clock() - self.polled < self.settings.poll:
             return
         self.polled = self.clock()
-        for tag, (live, version) in self.serving().items():
+        for tag, (live, version) in self.parents().items():
             self.keeper.serve(tag, live, version)
 
     def attempt(self, act: Callable[[], bool | None], what: str) -> None:
@@ -435,7 +436,7 @@ class Registrar:
     """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises.
 
     find: looks the registry's actor up, anew at every call, so that one that was started again is found too. versions: what it was told
-    last that serves the domains, by tag.
+    last to refresh, by tag.
     """
 
     def __init__(self, find: Callable[[], Any], model: str, tags: Sequence[str], artefacts: Artefacts, base: Base) -> None:
@@ -446,9 +447,9 @@ class Registrar:
         told = {"tag": found.tag, "against": found.against or None}
         ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
 
-    def serving(self) -> dict[str, Serving]:
-        """The versions that serve, by tag, of those domains in which it is another than the last one. What several share is read once."""
-        answer: Mapping[str, Placement | None] = ray.get(self.find().serving.remote(self.model, self.domains))
+    def parents(self) -> dict[str, Parent]:
+        """The versions to refresh, by tag, of those domains in which it is another than the last one. What several share is read once."""
+        answer: Mapping[str, Placement | None] = ray.get(self.find().parents.remote(self.model, self.domains))
         news = {tag: placement for tag, placement in answer.items() if placement and placement.version != self.versions.get(tag)}
         if news:
             self.artefacts.keep(placement.checksum for placement in answer.values() if placement)
@@ -492,15 +493,15 @@ class TrainerActor:
         artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
         registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
         try:
-            found = registrar.serving()
+            found = registrar.parents()
         except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
-            log.warning("%s: which versions serve is not known yet: %s", model, error)
+            log.warning("%s: which versions are to be refreshed is not known yet: %s", model, error)
             found = {}
         if "" not in found:
             found[""] = MLPSpeculator.from_pretrained(folder), version
         registrar.versions = {tag: found.get(tag, found[""])[1] for tag in registrar.domains}
         keeper = TrainerKeeper(model, base, found, artefacts, Path(work), settings)
-        self._worker = Worker(keeper, registrar.submit, registrar.serving)
+        self._worker = Worker(keeper, registrar.submit, registrar.parents)
         self._worker.start()
 
     async def add(self, traces: Sequence[bytes], lost: int = 0) -> None:

@@ -69,7 +69,7 @@ def gate(pairs: Sequence[tuple[float, float]], rule: GateRule | None = None, see
     low, high = interval(candidate - live, rule.confidence, seed)
     difference, passed = mean(candidate - live), low > rule.margin
     reason = (
-        f"over {len(pairs)} held-out requests the candidate drafts {difference:+.4f} tokens per step against the live version's "
+        f"over {len(pairs)} held-out requests the candidate drafts {difference:+.4f} tokens per step against its parent's "
         f"{mean(live):.4f} ({rule.confidence:.0%} interval {low:+.4f} to {high:+.4f}), "
         f"{'surely' if passed else 'not surely'} more than {rule.margin:+g}"
     )

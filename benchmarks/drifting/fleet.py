@@ -25,7 +25,7 @@ REFRESH = {
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},
 }
 # Nothing that was learned is to be forgotten, and there is much to learn.
-COLD_REFRESH = REFRESH | {"buffer_bytes": "64MiB", "held_out": 0.2, "steps": 400}
+COLD_REFRESH = REFRESH | {"buffer_bytes": "128MiB", "held_out": 0.2, "steps": 1200, "interval": 100}
 CANARY = {"share": 0.5, "least": 12, "most": 40, "tolerance": 0.1, "effect": 0.5}  # so few requests cannot tell less apart
 
 

@@ -180,6 +180,23 @@ def test_unknown_models_and_versions(world):
     assert world.consistent()
 
 
+def test_training_goes_on_from_what_is_tried_and_back_when_that_fails(world):
+    keeper, v = world.keeper, world.v
+    parent = lambda: keeper.parents("demo", ("",))[""].version  # noqa: E731
+    keeper.start_canary("demo", v[1], "canary", "passed the gate")
+    assert parent() == v[1]  # though v[2] came later
+    keeper.submit("demo", world.urls[3], world.bundles[3].manifest, BETTER, "trainer", against=v[1])
+    assert parent() == v[3]
+    keeper.promote("demo", v[1], "canary", "better")
+    assert parent() == v[3] == world.again().parents("demo", ("",))[""].version
+    keeper.pin("demo", v[1], "ann", "calm")
+    assert parent() == v[1]
+    keeper.unpin("demo", "ann", "go on")
+    keeper.start_canary("demo", v[3], "canary", "passed the gate")
+    keeper.rollback("demo", "canary", "worse")
+    assert parent() == v[1] and world.consistent()
+
+
 def test_operators_pin_unpin_promote_roll_back_and_withdraw(world):
     keeper, v = world.keeper, world.v
     assert keeper.pin("demo", v[1], "ann", "calm")["pinned"]
@@ -305,6 +322,10 @@ def of(assignment: Assignment, beside: str, name: str = "r1", **more) -> Replica
     return ReplicaReport(name, "demo", **(fields | run | more))
 
 
+def parents(keeper: RegistryKeeper) -> dict[str, str]:
+    return {tag: found.version for tag, found in keeper.parents("demo", ("", "law", "sql")).items()}
+
+
 def test_a_domain_begins_with_what_the_common_line_serves(tagged):
     keeper, v = tagged.keeper, tagged.v
     assert [
@@ -313,14 +334,12 @@ def test_a_domain_begins_with_what_the_common_line_serves(tagged):
         ("", v[0]),
         ("law", None),
     ]
-    assert {tag: found.version for tag, found in keeper.serving("demo", ("", "law", "sql")).items()} == dict.fromkeys(
-        ("", "law", "sql"), v[0]
-    )
+    assert parents(keeper) == {"": v[2], "law": v[3], "sql": v[2]}  # as if the latest candidates were live
     state = keeper.state("demo", "law")
     assert (state["tag"], state["live"], state["serving"]) == ("law", None, v[0])
     assert [entry["version"] for entry in state["versions"]] == [v[3]] and v[3] not in tagged.states
     keeper.promote("demo", v[1], "ann", "better")
-    assert keeper.serving("demo", ("law",))["law"].version == v[1] == keeper.state("demo", "sql")["serving"]
+    assert parents(keeper) == dict.fromkeys(("", "law", "sql"), v[1]) and keeper.state("demo", "sql")["serving"] == v[1]
     assert [c["action"] for c in keeper.history("demo", tag="law")] == ["register", "submit"] and tagged.consistent()
 
 
@@ -328,7 +347,7 @@ def test_a_version_of_a_domain_is_promoted_and_rolled_back_there_alone(tagged):
     keeper, v = tagged.keeper, tagged.v
     before = keeper.assignment("demo"), keeper.assignment("demo", "sql")
     assert keeper.promote("demo", v[3], "ann", "for law", 2, "law")["live"] == v[3]
-    assert {tag: found.version for tag, found in keeper.serving("demo", ("", "law", "sql")).items()} == {"": v[0], "law": v[3], "sql": v[0]}
+    assert parents(keeper) == {"": v[2], "law": v[3], "sql": v[2]}
     assert (keeper.assignment("demo"), keeper.assignment("demo", "sql")) == before
     with pytest.raises(UnknownVersion, match=f"no version '{v[3]}'"):
         keeper.promote("demo", v[3], "ann", "for all")

@@ -1,4 +1,5 @@
-"""A service that refreshes the speculator of one tiny model with two replicas, clients who ask it all the time, and what must hold of it afterwards."""
+"""A service that refreshes the speculator of one tiny model with two replicas, clients who ask it all the time, and what must hold of it
+afterwards."""
 
 from __future__ import annotations
 

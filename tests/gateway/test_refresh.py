@@ -354,7 +354,7 @@ def found(text: str) -> dict[tuple[str, ...], float]:
 
 async def test_candidates_that_the_trainer_turned_down_are_counted(tmp_path: Path) -> None:
     refuses = fed(keeper(tmp_path, replace(TRAINER, rule=replace(TRAINER.rule, margin=3.0))))
-    assert worked(refuses) is None
+    assert worked(refuses) is not None
     states = RefreshStates()
     training = Worker(refuses, lambda _: None, dict).status()
     states.states = {"echo": ({"state": "off"}, {"state": "on", **training, "buffer_bytes": 1})}
