@@ -6,12 +6,15 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from typing import Any
 
 from policies import EVERYONE, CostModel, CostTable, Limits, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
 
 MOST = 4096  # replicas remembered
 RECENT = 256  # steps of a replica that the summary looks back on
+MERGED = 16  # replicas of which costs are put together: those that made most steps
+GROWN = 1.1  # times as many measured steps, after which what is known is put together anew for whoever joins
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
 
@@ -60,6 +63,7 @@ class Fleet:
     def __init__(self) -> None:
         self.replicas: dict[str, Replica] = {}
         self.cost_before = CostModel()
+        self.known: tuple[int, CostModel] | None = None  # what is known of costs, and of how many steps
         self.survival_before: dict[str, Estimates] = {}
 
     def take(self, telemetry: Telemetry, now: float) -> bool:
@@ -94,16 +98,18 @@ class Fleet:
         for name, replica in list(self.replicas.items()):
             if replica.seen < before:
                 del self.replicas[name]
-                self.cost_before = replica.cost
+                self.cost_before, self.known = replica.cost, None
                 self.survival_before[_kind(replica.last)] = replica.survival
 
     def cost(self, since: float) -> CostTable:
         """What a step costs, over live replicas. Each began with what was known before it."""
-        models = [r.cost for r in self.live(since)] or [self._known_cost()]
-        merged = CostModel.merged(models)
+        live = self.live(since)
+        merged = CostModel.merged([r.cost for r in busiest(live)] or [self._known_cost()])
         table = merged.table()
-        for model in models:
-            model.heed(merged)
+        for replica in live:
+            replica.cost.heed(merged)
+        if live:
+            self.known = self.measured(), merged
         return table
 
     def curves(self, depth: int, since: float) -> dict[str, SurvivalCurve]:
@@ -136,9 +142,16 @@ class Fleet:
         return made
 
     def _known_cost(self) -> CostModel:
-        """Over all replicas that are remembered; if there are none, what was known before."""
-        models = [r.cost for r in self.replicas.values()]
-        return CostModel.merged(models) if models else self.cost_before
+        """Over the replicas that are remembered, as of not much fewer steps than now; if there are none, what was known before."""
+        if not self.replicas:
+            return self.cost_before
+        if self.known is None or self.measured() > GROWN * self.known[0]:
+            self.known = self.measured(), CostModel.merged([r.cost for r in busiest(list(self.replicas.values()))])
+        return self.known[1]
+
+    def measured(self) -> int:
+        """Steps that were learned from, of all replicas that are remembered."""
+        return sum(r.cost.steps for r in self.replicas.values())
 
     def _heirs(self, telemetry: Telemetry) -> Estimates:
         """New estimates: copies of those of the same drafter and version if there are any, else faint copies of the latest."""
@@ -147,6 +160,11 @@ class Fleet:
         parents = same or next((r.survival for r in reversed(self.replicas.values())), None)
         parents = parents or next(reversed(self.survival_before.values()), {})
         return {name: parent.heir(0.5 if same else INHERITED) for name, parent in parents.items()}
+
+
+def busiest(replicas: Sequence[Replica]) -> list[Replica]:
+    """Those that made most steps, as many as are put together: the others could tell little more, and each takes its time."""
+    return list(replicas) if len(replicas) <= MERGED else nlargest(MERGED, replicas, key=lambda replica: replica.cost.steps)
 
 
 def _kind(telemetry: Telemetry) -> str:

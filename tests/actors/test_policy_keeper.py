@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from actors.fleet import Fleet
+from actors.fleet import Fleet, busiest
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
 from actors.store import StoreError, open_state
-from policies import DepthCounts, FixedPolicy, GoodputPolicy, Limits, Load, OffPolicy, RequestView, StepSample, Telemetry
+from policies import CostModel, DepthCounts, FixedPolicy, GoodputPolicy, Limits, Load, OffPolicy, RequestView, StepSample, Telemetry
 from tests.actors.stand import Flaky, MemoryState
 
 SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
@@ -332,6 +332,23 @@ def test_limits_are_what_most_replicas_state(keeper, clock):
         clock.now += 1
         keeper.report(telemetry(name, 1, limits=limits))
     assert keeper.plan("m").limits == Limits(3, 2)
+
+
+def test_a_hundred_replicas_are_put_together_from_few_and_seldom(monkeypatch):
+    """Who joins finds what is known already, and a plan reckons with those that worked most, so that neither grows with the fleet."""
+    together, merged = [], CostModel.merged
+    monkeypatch.setattr(CostModel, "merged", lambda models: together.append(len(models)) or merged(models))
+    fleet = Fleet()
+    for number in range(100):
+        for sequence in range(1, 6 if number in (40, 60) else 4):
+            fleet.take(telemetry(f"r{number}", sequence, steps=samples(0.03 if number in (40, 60) else 0.01)), 0.0)
+    assert len(together) < 50 and max(together) <= 16
+    assert fleet.replicas["r99"].cost.table().off(4) == pytest.approx(0.01, rel=0.05)
+    assert fleet.cost(0.0).off(4) < 0.02
+    idle = telemetry("idle", 1, steps=(), survival={})
+    fleet.take(idle, 0.0)
+    assert fleet.replicas["idle"].cost.table().off(4) == pytest.approx(0.01, rel=0.05)
+    assert {"r40", "r60"} <= {replica.last.replica for replica in busiest(list(fleet.replicas.values()))}
 
 
 def test_made_up_names_do_not_fill_the_memory():
