@@ -195,6 +195,7 @@ class ModelRefreshSettings(Section):
     least_gain: AtLeast0 = Field(default=0.02, description="Tokens per step that a candidate must gain.")
     least_tokens: int = Field(default=8192, ge=0, le=2**40, description="Fresh answer tokens that a round waits for.")
     least_held: int = Field(default=8, ge=1, le=2**20, description="Held-out requests that a round needs to choose by.")
+    most_held: int = Field(default=256, ge=1, le=2**20, description="Held-out requests that a round chooses by at most, the latest.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What lets a candidate pass.")
     trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Where training runs.")
 
@@ -204,6 +205,12 @@ class ModelRefreshSettings(Section):
         if twice := sorted({tag for tag in tags if tags.count(tag) > 1}):
             raise ValueError(f"tags must differ: {', '.join(twice)}")
         return tags
+
+    @model_validator(mode="after")
+    def held(self) -> Self:
+        if self.most_held < self.least_held:
+            raise ValueError(f"most_held is {self.most_held}, which is less than least_held, {self.least_held}")
+        return self
 
     def domain(self, tag: str) -> str:
         """The domain of requests with a tag; "" is the common one."""

@@ -55,7 +55,7 @@ class RefreshSettings:
     `patience` measurements in which it got no better the round ends: a copy that is well trained already first loses at the full rate, and
     gains as that falls. least_gain: tokens per step that a candidate must gain on held-out requests.
     margin: by which share the loss may rise above what it was before it counts as diverged. least_tokens: fresh answer tokens that a round
-    waits for, and least_held the held-out requests it needs.
+    waits for, and least_held the held-out requests it needs; the latest `most_held` of them are measured on.
     """
 
     objective: ObjectiveName = "forward_kl"
@@ -75,18 +75,21 @@ class RefreshSettings:
     margin: float = 0.5
     least_tokens: int = 8192
     least_held: int = 8
+    most_held: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("objective", get_args(ObjectiveName)), ("positions", get_args(Positions))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("rate", "clip", "requests", "window", "steps", "interval", "patience", "least_held"):
+        for name in ("rate", "clip", "requests", "window", "steps", "interval", "patience", "least_held", "most_held"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected more than 0")
         for name in ("warmup", "weight_decay", "least_gain", "margin", "least_tokens"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 0")
+        if self.most_held < self.least_held:
+            raise ValueError(f"most_held is {self.most_held}, expected at least least_held, which is {self.least_held}")
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent is {self.recent!r}, expected 0 to 1")
 
@@ -318,7 +321,7 @@ class Refresher:
     def begin(self) -> Round:
         """A round that first measures the serving speculator."""
         trained = copy.deepcopy(self.live).requires_grad_(True).train()
-        held = self.held_out()
+        held = self.held_out()[-self.settings.most_held :]
         return Round(trained, self.optimizer_for(trained), held, Measurement(self.live, held))
 
     def optimizer_for(self, speculator: MLPSpeculator) -> torch.optim.Optimizer:
@@ -451,7 +454,7 @@ class Refresher:
         r.speculator.load_state_dict(state["speculator"])
         r.optimizer.load_state_dict(state["optimizer"])
         r.step, r.first, r.losses = state["step"], state["first"], state["losses"]
-        r.held = tuple(trace for trace in r.held if trace.request in state["held"])
+        r.held = tuple(trace for trace in self.held_out() if trace.request in state["held"])
         if len(r.held) < self.settings.least_held:
             return None
         if len(r.held) < len(state["held"]):

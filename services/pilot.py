@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from time import perf_counter
 
 from engine.drafter import Draft, Drafter
@@ -25,10 +26,12 @@ from services.protocol import Speculation
 MOST_SAMPLES = 1024  # steps remembered between two reports
 MOST_KNOWN = 1000  # requests that an order remembers beside those that run
 TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
-SELDOM = 8  # steps of which one draft is kept whole once there are enough
+SELDOM = 16  # steps of which one draft is kept whole once there are enough
 LOOKS = 8  # over which what pruning is worth is averaged
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
-Measured = tuple[StepReport, int, int, int, bool]  # with how many requests drafted, how deep and wide at most, and if it was rehearsed
+# A step with how many requests drafted, how deep and wide at most, if it was rehearsed, if it probed, and the seconds in which the plan was
+# asked anew.
+Measured = tuple[StepReport, int, int, int, bool, bool, float]
 
 
 @dataclass(slots=True)
@@ -56,7 +59,7 @@ class Pilot:
         self.lock = threading.Lock()
         self.samples: deque[Measured] = deque(maxlen=MOST_SAMPLES)
         self.survival: dict[str, DepthCounts] = {}
-        self.tokens = self.sequence = self.steps = self.switches = self.probes = 0
+        self.sequence = self.steps = 0
         self.deciding = 0.0  # seconds, since the last report
         self.asking = 0.0  # seconds of this step in which the plan was asked anew: they are not what its depth costs
         self.tallying = self.stepping = 0.0  # seconds of tallies and of steps, since the last report
@@ -67,7 +70,7 @@ class Pilot:
         self.order: Order | None = None
         self.made: dict[Decision, Budget] = {}  # budgets by decision
         self.drafting = self.depth = self.width = 0  # of this step: requests that draft, and how deep and wide at most
-        self.last_depth = 0
+        self.last_depth = 0  # of the last step that was reported
         self.probing = False  # whether this step tries what seems not to pay
 
     def take(self, drafter: Drafter | None) -> None:
@@ -188,38 +191,31 @@ class Pilot:
             self.counts(view.kind).drew(Profile(draft.budget.depth, nodes_of(draft.tree), draft.budget.width, view.level))
 
     def observe(self, report: StepReport) -> None:
-        """Remember what a step cost and how its drafts fared."""
-        drafting, depth, width, asking = self.drafting, self.depth, self.width, self.asking
-        self.drafting, self.depth, self.width, self.asking = 0, 0, 0, 0.0
-        if not report.requests:
-            return
+        """Remember what a step cost and how its drafts fared. What can be made of that later is made in `report`."""
         begun = self.clock()
-        cost = without(report, asking) if asking else report
-        with self.lock:
+        if report.requests:
             self.steps += 1
-            self.probes += self.probing
-            self.switches += depth != self.last_depth
-            self.last_depth = depth
-            self.tokens += report.emitted
-            self.samples.append((cost, drafting, depth, width, False))
+            self.samples.append((report, self.drafting, self.depth, self.width, False, self.probing, self.asking))
+            self.stepping += report.seconds
             if report.verified and (self.probing or self.tallying <= TALLYING * self.stepping):
                 self.tally(report.verified)
                 self.tallying += self.clock() - begun
-            self.stepping += report.duration
-            self.deciding += self.clock() - begun
+        self.drafting = self.depth = self.width = 0
+        self.asking = 0.0
+        self.deciding += self.clock() - begun
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
         """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
-        with self.lock:
-            self.samples.append((report, drafting, depth, 1, True))
+        self.samples.append((report, drafting, depth, 1, True, False, 0.0))
 
     def tally(self, verified: Sequence[Verified]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
         knowledge, policy = self.plan.knowledge, self.plan.policy
         shrinkage = policy.shrinkage if isinstance(policy, GoodputPolicy) else SHRINKAGE
-        for draft in verified:
-            view = self.views[draft.request]
-            fared(view, draft.nodes, knowledge.rates(view.kind, view.level), self.counts(view.kind), shrinkage)
+        with self.lock:
+            for draft in verified:
+                view = self.views[draft.request]
+                fared(view, draft.nodes, knowledge.rates(view.kind, view.level), self.counts(view.kind), shrinkage)
 
     def counts(self, kind: str) -> DepthCounts:
         found = self.survival.get(kind)
@@ -241,13 +237,16 @@ class Pilot:
 
     def report(self) -> Telemetry:
         """Everything since the last report."""
+        self.sequence += 1
+        found = [self.samples.popleft() for _ in range(len(self.samples))]
+        self.load = seen(found[-1][0].load) if found else self.load
+        served = [measured for measured in found if not measured[4]]
+        depths = [self.last_depth, *(depth for _, _, depth, *_ in served)]
+        self.last_depth = depths[-1]
         with self.lock:
-            self.sequence += 1
-            samples, self.samples = self.samples, deque(maxlen=MOST_SAMPLES)
-            told = {name: getattr(self, name) for name in ("survival", "tokens", "deciding", "switches", "probes")}
-            self.survival, self.tokens, self.deciding, self.switches, self.probes = {}, 0, 0.0, 0, 0
+            survival, self.survival = self.survival, {}
+            deciding, self.deciding = self.deciding, 0.0
             self.tallying, self.stepping, self.seen = 0.0, 0.0, 0
-            self.load = seen(samples[-1][0].load) if samples else self.load
         return Telemetry(
             replica=self.replica,
             model=self.plan.model,
@@ -255,10 +254,14 @@ class Pilot:
             speculator_version=self.version,
             sequence=self.sequence,
             load=self.load,
-            steps=tuple(sample(*measured) for measured in samples),
+            steps=tuple(map(sample, found)),
             plan_version=self.plan.version,
             limits=self.limits,
-            **told,
+            survival=survival,
+            tokens=sum(report.emitted for report, *_ in served),
+            deciding=deciding,
+            switches=sum(before != after for before, after in pairwise(depths)),
+            probes=sum(probing for *_, probing, _ in served),
         )
 
     def rest(self) -> None:
@@ -292,9 +295,10 @@ def kind(request: Request) -> str:
     return f"{drawn}, predicted" if request.prediction else drawn
 
 
-def sample(report: StepReport, drafting: int, depth: int, width: int, rehearsed: bool) -> StepSample:
+def sample(measured: Measured) -> StepSample:
     """A step as a policy sees it. Its rows are those that were computed."""
-    load = report.load
+    report, drafting, depth, width, rehearsed, _, asking = measured
+    report, load = without(report, asking) if asking else report, report.load
     return StepSample(
         requests=load.decoding,
         drafting=drafting,

@@ -143,6 +143,17 @@ def test_it_waits_for_traffic_and_for_held_out_requests() -> None:
     assert refresher.advance(units=1).phase == "measuring"
 
 
+def test_a_round_chooses_by_the_latest_of_many_held_out_requests() -> None:
+    buffer = filled()
+    refresher = Refresher(speculator(), "v1", buffer, replace(SETTINGS, most_held=5))
+    refresher.advance(units=1)
+    assert refresher.round is not None and refresher.round.held == buffer.choosing("")[-5:] and len(buffer.choosing("")) > 5
+    refresher.advance()
+    assert refresher.take().after.requests == 5
+    with pytest.raises(ValueError, match="most_held is 2, expected at least least_held, which is 3"):
+        replace(SETTINGS, most_held=2)
+
+
 def test_nothing_to_gain_ends_a_round_and_doubles_the_wait() -> None:
     buffer = filled()
     first = Refresher(speculator(), "v1", buffer, SETTINGS)
