@@ -108,7 +108,8 @@ def simulate(job: Job) -> dict[str, Any]:
     }
     everywhere = told(fleet.replicas)
     found: dict[str, Any] = facts | everywhere | ({"panel": told(panel)} if panel else {})
-    found["deciding_us_of_a_step"] = round(1e6 * fleet.deciding / everywhere["steps"], 1) if job.policy else None
+    deciding = sum(replica.flyer.seconds for replica in fleet.replicas)
+    found["deciding_us_of_a_step"] = round(1e6 * deciding / everywhere["steps"], 1) if job.policy else None
     return found | {"took_seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -120,7 +121,7 @@ class Fleet:
         self.costs = curves(job.model, job.device, job.results)
         self.keeper = PolicyKeeper(MemoryState(), lambda: self.now)
         self.pilots: list[Pilot] = []
-        self.keeping = self.deciding = 0.0  # seconds of this machine that the keeper and the pilots' decisions took
+        self.keeping = 0.0  # seconds of this machine that the keeper took
         self.rate = rate(self.costs, job.room, job.model)
         day = Day.of(job.day, job.seed)
         self.replicas = [self.replica(number, day) for number in job.replicas]
@@ -136,7 +137,8 @@ class Fleet:
         if job.policy is None:
             return Oracle(self.costs)
         limits = Limits(self.costs.depth, 1)
-        pilot = Pilot(f"replica-{number}", sent(self.keeper.register(job.model, job.policy, limits)))
+        # What deciding takes here is told apart: it must not be held against steps whose seconds are simulated.
+        pilot = Pilot(f"replica-{number}", sent(self.keeper.register(job.model, job.policy, limits)), lambda: self.now)
         pilot.drafter_name, pilot.version, pilot.limits = "simulated", "1", limits
         self.pilots.append(pilot)
         return Piloted(pilot)
@@ -155,7 +157,6 @@ class Fleet:
             if replica.idle:
                 pilot.rest()
             telemetry = pilot.report()
-            self.deciding += telemetry.deciding
             plan = self.keeper.report(telemetry)
             pilot.adopt(plan and sent(plan))
         self.keeping += time.process_time() - begun

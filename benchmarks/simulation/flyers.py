@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from engine.request import Stats
 from engine.sampling import Sampler, SamplingParams
 from engine.tree import Budget, Tree
 from services.pilot import Pilot
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,9 @@ class Worth:
 
 
 class Flyer(Protocol):
-    """Decides each step, and hears what became of it."""
+    """Decides each step, and hears what became of it. seconds: of this machine that it took for that."""
+
+    seconds: float
 
     def drafts(self, step: Step) -> Drafts: ...
 
@@ -79,16 +84,18 @@ class Piloted:
     """The replica's own pilot, which asks the plan in force: budgets before drafting, pruning after it."""
 
     def __init__(self, pilot: Pilot) -> None:
-        self.pilot, self.stats = pilot, Stats()
+        self.pilot, self.stats, self.seconds = pilot, Stats(), 0.0
         self.sampler = Sampler(SamplingParams(), (0,), 2)
 
     def drafts(self, step: Step) -> Drafts:
         able = [t for t in step.decoding if t.remaining > 1]  # as the engine asks, which also clips what it is told
-        budgets = self.pilot.budgets(step.load, [Candidate(t.request, t.remaining, self.stats) for t in able])
+        candidates = [Candidate(t.request, t.remaining, self.stats) for t in able]
+        budgets = self.timed(lambda: self.pilot.budgets(step.load, candidates))
         drawn = {t: self.drawn(t, min(b.depth, t.remaining - 1)) for t, b in zip(able, budgets, strict=True) if b.depth}
         if not drawn:
             return Drafts([0] * len(step.decoding))
-        self.pilot.prune(step.load, list(drawn.values()))
+        drafts = list(drawn.values())
+        self.timed(lambda: self.pilot.prune(step.load, drafts))
         nodes = [drawn[t].tree.drafted if t in drawn else 0 for t in step.decoding]
         return Drafts(nodes, len(drawn), max(draft.budget.depth for draft in drawn.values()))
 
@@ -98,14 +105,21 @@ class Piloted:
         return Draft(text.request.id, (), tree, Budget.of(depth), self.sampler)
 
     def observe(self, report: StepReport) -> None:
-        self.pilot.observe(report)
+        self.timed(lambda: self.pilot.observe(report))
+
+    def timed(self, act: Callable[[], T]) -> T:
+        begun = time.perf_counter()
+        try:
+            return act()
+        finally:
+            self.seconds += time.perf_counter() - begun
 
 
 class Oracle:
     """Verifies exactly what will be kept, of as many requests as make the step's tokens per second highest."""
 
     def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+        self.costs, self.seconds = costs, 0.0
 
     def drafts(self, step: Step) -> Drafts:
         return foreseen(self.costs, step)[1]

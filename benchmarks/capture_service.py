@@ -1,0 +1,118 @@
+"""What logging and capturing requests costs a whole service: `python benchmarks/capture_service.py`, with
+`--out benchmarks/results/capture-service.json`.
+
+A service of one model on this machine that logs requests and captures a share of them for a trainer that takes everything in and trains
+nothing. Bursts of users put the same requests twice in a round, in turn about: once as they are, and once with `store: false`, which keeps
+a request out of log and capture. The difference is all that keeping costs: copying features beside the forward, making records of
+them, handing them over through the object store, writing the log, and the trainer's reading on the same cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks.capture_overhead import interval  # noqa: E402
+from benchmarks.trainer_yield import Plan, Subject, configuration  # noqa: E402
+from services.cli.bench_service import serving  # noqa: E402
+from services.cli.bench_summary import document  # noqa: E402
+from services.cli.load_outcome import Outcome  # noqa: E402
+from services.cli.load_stream import Ask, Streams  # noqa: E402
+from services.cli.machine import machine  # noqa: E402
+
+NEVER = 2**40  # tokens that a round would wait for
+HANDED_OVER = 1.0  # seconds after a burst in which what was kept of it reaches the log and the trainer
+
+
+def main(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a base with its speculator.")] = ROOT / "models" / "demo-code",
+    shares: Annotated[str, typer.Option("--shares", help="Shares of requests that are captured.")] = "0.25,1",
+    users: Annotated[int, typer.Option("--users", min=1, help="Users in a burst.")] = 8,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests in a burst.")] = 48,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Tokens of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds of two bursts.")] = 40,
+    url: Annotated[str, typer.Option("--url", help="Loopback address to start the service at.")] = "http://127.0.0.1:8126",
+    out: Annotated[Path, typer.Option("--out", help="Write the JSON here.")] = Path("capture-service.json"),
+) -> None:
+    """Measure every share on a service of its own."""
+    plan = Plan(model, users, requests, max_tokens, rounds, 0, url)
+    cells = [measured(plan, float(share)) for share in shares.split(",")]
+    settings = {name: value for name, value in asdict(plan).items() if name != "watched"} | {"model": model.name}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(document({"command": ["python", *sys.argv], "machine": machine(), "settings": settings, "cells": cells}))
+
+
+def measured(plan: Plan, share: float) -> dict[str, Any]:
+    """One share of captured requests."""
+    fleet = configuration(plan, None)
+    fleet["models"][0]["refresh"] = {"enabled": True, "capture": {"share": share}, "least_tokens": NEVER, "trainer": {"running": None}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(fleet), encoding="utf-8")
+        with serving(str(file), plan.url):
+            found = {"share": share} | asyncio.run(compared(plan))
+    print(json.dumps(found), file=sys.stderr)
+    return found
+
+
+class Stored(Subject):
+    """Requests that are kept, or are not."""
+
+    stored = True
+
+    def asks(self, first: int, count: int, tokens: int) -> list[Ask]:
+        made = super().asks(first, count, tokens)
+        return [replace(ask, content=json.dumps(json.loads(ask.content) | {"store": self.stored}).encode()) for ask in made]
+
+
+async def compared(plan: Plan) -> dict[str, Any]:
+    """Both bursts of every round; the first round warms up."""
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    async with Streams(plan.url) as streams:
+        subject = Stored(plan, streams)
+        before = subject.trainer()["traces"]["seen"]
+        for number, stored in order(plan.rounds + 1):
+            subject.stored = stored
+            outcomes = await subject.answers(10**5 + number * plan.requests, plan.requests)
+            speeds[stored].append(rate(outcomes))
+            await asyncio.sleep(HANDED_OVER)
+        seen = subject.trainer()["traces"]["seen"] - before
+    kept, plain = speeds[True][1:], speeds[False][1:]
+    lost = [100 * (1 - with_ / without) for with_, without in zip(kept, plain, strict=True)]
+    return {
+        "captured": seen,
+        "tokens_per_second": {"kept": round(median(kept), 1), "not_kept": round(median(plain), 1)},
+        "lost_percent": round(median(lost), 2),
+        "interval": [round(bound, 2) for bound in interval(lost)],
+        "lost_percent_by_round": [round(one, 1) for one in lost],
+    }
+
+
+def order(rounds: int) -> Iterator[tuple[int, bool]]:
+    """Which burst of which round comes when: which is first is drawn by lot."""
+    lots = Random(0)
+    for number in range(rounds):
+        first = lots.random() < 0.5
+        yield from ((number, first), (number, not first))
+
+
+def rate(outcomes: list[Outcome]) -> float:
+    return sum(found.tokens for found in outcomes) / max(found.end for found in outcomes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
