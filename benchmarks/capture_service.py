@@ -84,13 +84,12 @@ async def compared(plan: Plan) -> dict[str, Any]:
     speeds: dict[bool, list[float]] = {True: [], False: []}
     async with Streams(plan.url) as streams:
         subject = Stored(plan, streams)
-        before = subject.trainer()["traces"]["seen"]
         for number, stored in order(plan.rounds + 1):
             subject.stored = stored
             outcomes = await subject.answers(10**5 + number * plan.requests, plan.requests)
             speeds[stored].append(rate(outcomes))
             await asyncio.sleep(HANDED_OVER)
-        seen = subject.trainer()["traces"]["seen"] - before
+        seen = subject.trainer()["traces"]["seen"]
     kept, plain = speeds[True][1:], speeds[False][1:]
     lost = [100 * (1 - with_ / without) for with_, without in zip(kept, plain, strict=True)]
     return {

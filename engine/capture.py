@@ -54,7 +54,7 @@ class Rows(Protocol):
         """Read some rows of logits [N, V] and hidden states [N, emb_dim]."""
 
     def take(self) -> Columns:
-        """What is kept of all rows since the last time, in order."""
+        """What is kept of all rows since the last time, in order; to be copied before more are read."""
 
 
 class Copies:
@@ -97,7 +97,7 @@ class Written:
         self.count += len(rows)
 
     def take(self) -> Columns:
-        hidden, ids, logprobs = (column[: self.count].clone() for column in self.columns)
+        hidden, ids, logprobs = (column[: self.count] for column in self.columns)
         self.count = 0
         return hidden, ids, logprobs
 
@@ -175,12 +175,18 @@ class Recorder:
                 self.deliver(features(text))
 
     def share(self) -> None:
-        """Give every request what is kept of its rows."""
+        """Give every request what is kept of its rows, those of several steps as one stretch."""
         assert self.rows is not None, "what waits was read"
         owners, self.owners, self.waiting = self.owners, [], 0
-        counts = [count for _, count in owners]
-        columns = (torch.split(column, counts) for column in self.rows.take())
-        for (text, _), hidden, ids, logprobs in zip(owners, *columns, strict=True):
+        places: dict[str, tuple[Open, list[int]]] = {}
+        start = 0
+        for text, count in owners:
+            places.setdefault(text.request.id, (text, []))[1].extend(range(start, start + count))
+            start += count
+        whole = self.rows.take()
+        for text, rows in places.values():
+            chosen = torch.tensor(rows)
+            hidden, ids, logprobs = (column.index_select(0, chosen) for column in whole)
             self.add(text, (hidden, ids, logprobs))
         while self.nbytes > self.budget and self.open:
             self.give_up(next(iter(self.open)))
