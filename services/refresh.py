@@ -32,6 +32,7 @@ from services.refresh_actors import RefreshPlan
 
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between two reports
+HANDING_OVER_S = 1.0  # seconds between two deliveries to the trainer: each takes the interpreter from the engine for a while
 RETRY_S = 5.0  # seconds between attempts at what another part did not let happen
 PATIENCE = 3  # attempts to reach a bundle before it is reported as one that cannot be loaded
 SILENCE_S = 60.0  # seconds in which the same trouble is logged once
@@ -132,13 +133,13 @@ class Refresh:
             self.again(self.register, "registration"),
             self.again(self.change, "a change of versions"),
             self.again(self.tell_load, "telling the trainer the load"),
-            self.again(self.send, "handing over to the trainer"),
+            self.again(self.send, "handing over to the trainer", HANDING_OVER_S),
         )
 
-    async def again(self, act: Callable[[], Awaitable[None]], what: str) -> None:
+    async def again(self, act: Callable[[], Awaitable[None]], what: str, every: float = REPORT_S) -> None:
         """Do it now and then, once the model is loaded."""
         while True:
-            await asyncio.sleep(REPORT_S)
+            await asyncio.sleep(every)
             if self.host.versions is not None:
                 await self.attempt(act, what)
 
