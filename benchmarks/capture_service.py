@@ -1,10 +1,10 @@
 """What logging and capturing requests costs a whole service: `python benchmarks/capture_service.py`, with
 `--out benchmarks/results/capture-service.json`.
 
-A service of one model on this machine that logs requests and captures a share of them for a trainer that takes everything in, makes way as
-usual, and trains nothing. Bursts of users put the same requests twice in a round, in turn about: once as they are, and once with `store: false`, which keeps
-a request out of log and capture. The difference is all that keeping costs: copying features beside the forward, making records of
-them, handing them over through the object store, writing the log, and the trainer's reading on the same cores.
+A service of one model on this machine that logs requests and captures a share of them for a trainer that takes everything in, makes way
+as usual, and trains nothing. Bursts of users put the same requests twice in a round, in turn about: once as they are, and once with
+`store: false`, which keeps a request out of log and capture. The difference is all that keeping costs: copying features beside the
+forward, making records of them, handing them over through the object store, writing the log, and the trainer's reading on the same cores.
 """
 
 from __future__ import annotations
