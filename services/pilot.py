@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
+from typing import NamedTuple
 
 from engine.drafter import Draft, Drafter
 from engine.engine import Candidate, Load, StepReport, Verified
@@ -29,9 +30,19 @@ TALLYING = 0.003  # of the time of steps that counting how drafts fared may take
 SELDOM = 16  # steps of which one draft is kept whole once there are enough
 LOOKS = 8  # over which what pruning is worth is averaged
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
-# A step with how many requests drafted, how deep and wide at most, if it was rehearsed, if it probed, and the seconds in which the plan was
-# asked anew.
-Measured = tuple[StepReport, int, int, int, bool, bool, float]
+
+
+class Measured(NamedTuple):
+    """A step with how many requests drafted, and how deep and wide at most. rehearsed: it served nobody; probing: it tried what seems not
+    to pay; asking: seconds in which the plan was asked anew."""
+
+    report: StepReport
+    drafting: int
+    depth: int
+    width: int = 1
+    rehearsed: bool = False
+    probing: bool = False
+    asking: float = 0.0
 
 
 @dataclass(slots=True)
@@ -195,7 +206,7 @@ class Pilot:
         begun = self.clock()
         if report.requests:
             self.steps += 1
-            self.samples.append((report, self.drafting, self.depth, self.width, False, self.probing, self.asking))
+            self.samples.append(Measured(report, self.drafting, self.depth, self.width, False, self.probing, self.asking))
             self.stepping += report.seconds
             if report.verified and (self.probing or self.tallying <= TALLYING * self.stepping):
                 self.tally(report.verified)
@@ -206,7 +217,7 @@ class Pilot:
 
     def measured(self, report: StepReport, drafting: int, depth: int) -> None:
         """Remember what a step cost in which that many requests drafted that deep; for steps that serve nobody."""
-        self.samples.append((report, drafting, depth, 1, True, False, 0.0))
+        self.samples.append(Measured(report, drafting, depth, rehearsed=True))
 
     def tally(self, verified: Sequence[Verified]) -> None:
         """Count what became of every drafted token that was tested, and let its request learn from it."""
@@ -239,9 +250,9 @@ class Pilot:
         """Everything since the last report."""
         self.sequence += 1
         found = [self.samples.popleft() for _ in range(len(self.samples))]
-        self.load = seen(found[-1][0].load) if found else self.load
-        served = [measured for measured in found if not measured[4]]
-        depths = [self.last_depth, *(depth for _, _, depth, *_ in served)]
+        self.load = seen(found[-1].report.load) if found else self.load
+        served = [step for step in found if not step.rehearsed]
+        depths = [self.last_depth, *(step.depth for step in served)]
         self.last_depth = depths[-1]
         with self.lock:
             survival, self.survival = self.survival, {}
@@ -258,10 +269,10 @@ class Pilot:
             plan_version=self.plan.version,
             limits=self.limits,
             survival=survival,
-            tokens=sum(report.emitted for report, *_ in served),
+            tokens=sum(step.report.emitted for step in served),
             deciding=deciding,
             switches=sum(before != after for before, after in pairwise(depths)),
-            probes=sum(probing for *_, probing, _ in served),
+            probes=sum(step.probing for step in served),
         )
 
     def rest(self) -> None:

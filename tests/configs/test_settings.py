@@ -138,6 +138,7 @@ BAD: list[tuple[Any, tuple[str, ...]]] = [
     ({"models": [MODEL | {"refresh": {"tags": ["sql", "law", "sql"]}}]}, ("models[0].refresh.tags", "must differ: sql")),
     ({"models": [MODEL | {"refresh": {"tags": [f"t{i}" for i in range(17)]}}]}, ("models[0].refresh.tags", "16")),
     ({"models": [MODEL | {"refresh": {"tags": "sql"}}]}, ("models[0].refresh.tags", "'sql'")),
+    ({"models": [MODEL | {"refresh": {"most_held": 7}}]}, ("models[0].refresh", "most_held is 7", "least_held, 8")),
     ({"models": [MODEL], "request_log": {"url": "mysql://x"}}, ("request_log", "sqlite:///")),
     ({"models": [MODEL], "state": {"url": "file"}}, ("state", "redis://")),
     ({"models": [MODEL], "ray": {"auth": "maybe"}}, ("ray.auth", "token")),
