@@ -59,7 +59,7 @@ class RequestRecord:
 
     def to_json(self) -> str:
         """The record as one JSON object of its fields."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> RequestRecord:
@@ -247,13 +247,13 @@ class LogWriter:
         self._thread = threading.Thread(target=self._work, name="request-log", daemon=True)
         self._thread.start()
 
-    def offer(self, record: RequestRecord) -> None:
-        """Take a record to write; never waits for the store and never raises. When the queue is full the oldest record is dropped."""
+    def offer(self, *records: RequestRecord) -> None:
+        """Take records to write; never waits for the store and never raises. When the queue is full the oldest records are dropped."""
         with self._change:
             if self._closing:
-                self._dropped += 1
+                self._dropped += len(records)
                 return
-            self._queue.append(record)
+            self._queue += records
             self._trim()
             self._change.notify_all()
 
@@ -365,8 +365,7 @@ class RequestLogActor:
         lost: records that the source, a name of its own, has lost so far for want of room; a count that is told twice counts once.
         """
         self._lost[source] = max(lost, self._lost.get(source, 0))
-        for record in records:
-            self._writer.offer(record)
+        self._writer.offer(*records)
 
     async def stats(self) -> dict[str, int]:
         """Counts of the writer: written, dropped, failed, queued; and lost: records that never came here, as their sources tell."""

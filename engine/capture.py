@@ -6,9 +6,9 @@ Elsewhere they are copied, and the most likely tokens and their log-probabilitie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.native import compiled, operations
 from engine.request import Request
 
+ROOM = 256  # places at first
 Columns = tuple[Tensor, Tensor, Tensor]  # hidden, top_ids and top_logprobs of some rows, as in Features
 
 
@@ -38,78 +39,113 @@ class Features:
 
 @dataclass(slots=True)
 class Open:
-    """A request that still runs. parts: hidden, top_ids and top_logprobs, a stretch of its tokens each."""
+    """A request that still runs. places: where the table keeps what was read of its tokens."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
-    parts: list[Columns] = field(default_factory=list)
-    nbytes: int = 0
+    places: list[int] = field(default_factory=list)
 
 
-class Rows(Protocol):
-    """What was read of the rows of several steps."""
-
-    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
-        """Read some rows of logits [N, V] and hidden states [N, emb_dim]."""
-
-    def take(self) -> Columns:
-        """What is kept of all rows since the last time, in order; to be copied before more are read."""
-
-
-class Copies:
-    """Copied rows; what is kept of them is computed when they are taken. For any device."""
-
-    def __init__(self, top: int) -> None:
-        self.top = top
-        self.logits, self.hidden = list[Tensor](), list[Tensor]()
-
-    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
-        chosen = torch.tensor(rows, device=logits.device)
-        self.logits.append(logits.index_select(0, chosen))
-        self.hidden.append(hidden.index_select(0, chosen).bfloat16())
-
-    def take(self) -> Columns:
-        logits, hidden = torch.cat(self.logits).float(), torch.cat(self.hidden)  # [rows, V], [rows, emb_dim]
-        self.logits, self.hidden = [], []
-        best = logits.topk(self.top, -1)
-        logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0)
-        return hidden.cpu(), best.indices.int().cpu(), logprobs.cpu()
-
-
-class Written:
-    """Rows of a CPU, of which what is kept is written down at once. room: rows for which there is space at first."""
+class Table(ABC):
+    """What is kept of rows that were read, a place on the CPU for each until it is taken. top: most likely tokens, width: of states.
+    room: places at first; there will be more when they are too few."""
 
     def __init__(self, top: int, width: int, room: int) -> None:
-        self.top, self.width, self.count = top, width, 0
-        self.columns = self.empty(room)
+        self.top, self.width, self.room = top, width, 0
+        self.columns, self.free = self.empty(0), list[int]()
+        self.grow(room)
 
     def empty(self, room: int) -> Columns:
         tops = torch.empty(room, self.top, dtype=torch.int32), torch.empty(room, self.top)
         return torch.empty(room, self.width, dtype=torch.bfloat16), *tops
 
-    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
-        if self.count + len(rows) > len(self.columns[0]):
-            before, self.columns = self.columns, self.empty(2 * (self.count + len(rows)))
-            for old, new in zip(before, self.columns, strict=True):
-                new[: len(old)] = old
-        operations.features(logits, hidden, rows, self.columns, self.count)
-        self.count += len(rows)
+    def grow(self, room: int) -> None:
+        before, self.columns = self.columns, self.empty(room)
+        for old, new in zip(before, self.columns, strict=True):
+            new[: len(old)] = old
+        self.free += range(self.room, room)
+        self.room = room
 
-    def take(self) -> Columns:
-        hidden, ids, logprobs = (column[: self.count] for column in self.columns)
-        self.count = 0
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the places that are taken."""
+        return (self.room - len(self.free)) * (2 * self.width + 8 * self.top)
+
+    def put(self, rows: Sequence[int], logits: Tensor, hidden: Tensor) -> list[int]:
+        """Read some rows of logits [N, V] and hidden states [N, emb_dim]; the places that they got."""
+        if len(self.free) < len(rows):
+            self.grow(self.room * 3 // 2 + len(rows))
+        places = self.free[-len(rows) :]
+        del self.free[-len(rows) :]
+        self.read(rows, places, logits, hidden)
+        return places
+
+    @abstractmethod
+    def read(self, rows: Sequence[int], places: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        """Read rows into places, now or when they are settled."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Fill in what was read and is not there yet."""
+
+    def take(self, places: Sequence[int]) -> Columns:
+        """What was kept in these places, in order; they are free again."""
+        self.leave(places)
+        chosen = torch.tensor(places)
+        hidden, ids, logprobs = (column.index_select(0, chosen) for column in self.columns)
         return hidden, ids, logprobs
 
+    def leave(self, places: Sequence[int]) -> None:
+        """These places are free again: what was read into them is there already, so that it cannot fall upon what comes next."""
+        self.settle()
+        self.free += places
 
-def rows_of(logits: Tensor, hidden: Tensor, top: int, room: int) -> Rows:
+
+class Copies(Table):
+    """Copied rows; what is kept of them is computed for `batch` of them at once. For any device."""
+
+    def __init__(self, top: int, width: int, room: int, batch: int) -> None:
+        super().__init__(top, width, room)
+        self.batch = batch
+        self.logits, self.hidden, self.places = list[Tensor](), list[Tensor](), list[int]()
+
+    def read(self, rows: Sequence[int], places: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        chosen = torch.tensor(rows, device=logits.device)
+        self.logits.append(logits.index_select(0, chosen))
+        self.hidden.append(hidden.index_select(0, chosen).bfloat16())
+        self.places += places
+        if len(self.places) >= self.batch:
+            self.settle()
+
+    def settle(self) -> None:
+        if not self.places:
+            return
+        logits, hidden = torch.cat(self.logits).float(), torch.cat(self.hidden)  # [rows, V], [rows, emb_dim]
+        best = logits.topk(self.top, -1)
+        logprobs = (best.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0)
+        places = torch.tensor(self.places)
+        for column, values in zip(self.columns, (hidden, best.indices.int(), logprobs), strict=True):
+            column[places] = values.cpu()
+        self.logits, self.hidden, self.places = [], [], []
+
+
+class Written(Table):
+    """Rows of a CPU, of which what is kept is written down at once."""
+
+    def read(self, rows: Sequence[int], places: Sequence[int], logits: Tensor, hidden: Tensor) -> None:
+        operations.features(logits, hidden, rows, self.columns, places)
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+
+def table_for(logits: Tensor, hidden: Tensor, top: int, batch: int) -> Table:
     """What reads rows of such logits and hidden states. top: most likely tokens kept, at most the vocabulary."""
-    top = min(top, logits.shape[1])
+    top, width = min(top, logits.shape[1]), hidden.shape[1]
     both = (logits, hidden)
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in both)
-    if plain and compiled.kernels() is not None:
-        return Written(top, hidden.shape[1], room)
-    return Copies(top)
+    return Written(top, width, ROOM) if plain and compiled.kernels() is not None else Copies(top, width, ROOM, batch)
 
 
 class Recorder:
@@ -128,10 +164,13 @@ class Recorder:
         self.given_up: set[str] = set()
         self.ended: list[Open] = []
         self.fresh: list[tuple[Open, Sequence[int]]] = []  # of this step: rows of its logits
-        self.rows: Rows | None = None
-        self.owners: list[tuple[Open, int]] = []  # of the rows that were read: so many each, in order
-        self.waiting = 0  # rows that were read
-        self.nbytes = self.dropped = self.failures = 0
+        self.table: Table | None = None
+        self.dropped = self.failures = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of requests that still run."""
+        return self.table.nbytes if self.table is not None else 0
 
     # -- during a step ------------------------------------------------------------------------------------------------------
 
@@ -153,7 +192,7 @@ class Recorder:
         if text is not None and finished:
             self.ended.append(text)
         elif text is not None:
-            self.nbytes -= text.nbytes
+            self.let_go(text)
 
     # -- after a step -------------------------------------------------------------------------------------------------------
 
@@ -161,62 +200,41 @@ class Recorder:
         """Read what this step's commits kept of its logits [N, V] and hidden states [N, emb_dim], and deliver what ended."""
         if self.fresh:
             fresh, self.fresh = self.fresh, []
-            self.rows = self.rows or rows_of(logits, hidden, self.top, 2 * self.batch)
-            chosen = [row for _, rows in fresh for row in rows]
-            self.rows.put(chosen, logits, hidden)
-            self.owners += [(text, len(rows)) for text, rows in fresh]
-            self.waiting += len(chosen)
-        if self.waiting >= self.batch or (self.ended and self.waiting):
-            self.share()
-        ended, self.ended = self.ended, []
-        for text in ended:
-            self.nbytes -= text.nbytes
-            if text.tokens:
-                self.deliver(features(text))
-
-    def share(self) -> None:
-        """Give every request what is kept of its rows, those of several steps as one stretch."""
-        assert self.rows is not None, "what waits was read"
-        owners, self.owners, self.waiting = self.owners, [], 0
-        places: dict[str, tuple[Open, list[int]]] = {}
-        start = 0
-        for text, count in owners:
-            places.setdefault(text.request.id, (text, []))[1].extend(range(start, start + count))
-            start += count
-        whole = self.rows.take()
-        for text, rows in places.values():
-            chosen = torch.tensor(rows)
-            hidden, ids, logprobs = (column.index_select(0, chosen) for column in whole)
-            self.add(text, (hidden, ids, logprobs))
+            self.table = self.table or table_for(logits, hidden, self.top, self.batch)
+            places = self.table.put([row for _, rows in fresh for row in rows], logits, hidden)
+            start = 0
+            for text, rows in fresh:
+                text.places += places[start : start + len(rows)]
+                start += len(rows)
+        while self.ended:
+            self.finish(self.ended[0])
+            del self.ended[0]
         while self.nbytes > self.budget and self.open:
             self.give_up(next(iter(self.open)))
 
-    def add(self, text: Open, parts: Columns) -> None:
-        """The next stretch of a request; one that was let go of meanwhile holds nothing."""
-        name = text.request.id
-        if self.open.get(name) is text or any(text is other for other in self.ended):
-            size = sum(part.nbytes for part in parts)
-            text.parts.append(parts)
-            text.nbytes += size
-            self.nbytes += size
+    def finish(self, text: Open) -> None:
+        """Deliver a request that ended by itself."""
+        if not text.tokens:
+            return
+        assert self.table is not None, "tokens come with rows"
+        hidden, ids, logprobs = self.table.take(text.places)
+        tokens = torch.tensor(text.tokens, dtype=torch.int32)
+        self.deliver(Features(text.request, tokens, hidden, ids, logprobs, torch.tensor(text.accepted)))
 
     def give_up(self, request: str) -> None:
         """Let go of a running request; nothing more of it is kept."""
-        self.nbytes -= self.open.pop(request).nbytes
+        self.let_go(self.open.pop(request))
         self.given_up.add(request)
         self.dropped += 1
+
+    def let_go(self, text: Open) -> None:
+        """Nobody wants what is kept of a request any more."""
+        if self.table is not None:
+            self.table.leave(text.places)
 
     def fail(self) -> None:
         """Start afresh after something went wrong: what was being recorded is incomplete."""
         self.failures += 1
         self.dropped += len(self.open) + len(self.ended)
         self.given_up |= self.open.keys()
-        self.open, self.ended, self.fresh, self.nbytes = {}, [], [], 0
-        self.rows, self.owners, self.waiting = None, [], 0
-
-
-def features(text: Open) -> Features:
-    """A finished request's stretches as one."""
-    hidden, ids, logprobs = (torch.cat(column) for column in zip(*text.parts, strict=True))
-    tokens = torch.tensor(text.tokens, dtype=torch.int32)
-    return Features(text.request, tokens, hidden, ids, logprobs, torch.tensor(text.accepted))
+        self.open, self.ended, self.fresh, self.table = {}, [], [], None

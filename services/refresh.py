@@ -292,12 +292,13 @@ class Refresh:
     # -- towards the trainer ------------------------------------------------------------------------------------------------
 
     async def tell_load(self) -> None:
-        """How many requests run or wait here, when that is news. A trainer with a device of its own need not know."""
+        """How many requests run or wait here, when that is news. A trainer with a device of its own is told once, which starts it."""
         if self.trainer is None:
             return
         assert self.host.runner is not None
         running, now = len(self.host.runner.engine.texts), self.clock()
-        if self.settings.refresh.trainer.running is None or (running == self.told[0] and now < self.told[1] + REMIND_S):
+        (before, at), apart = self.told, self.settings.refresh.trainer.running is None
+        if before >= 0 and (apart or (running == before and now < at + REMIND_S)):
             return
         await self.trainer.call("load", self.replica, running)
         self.told = (running, now)

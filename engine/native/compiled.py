@@ -73,8 +73,8 @@ def kernels() -> ctypes.CDLL | None:
     loaded.gumbel.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p)
     loaded.draw.argtypes = (c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_void_p)
     loaded.gumbel.restype = loaded.draw.restype = None
-    loaded.likeliest.argtypes = (c_void_p, c_int64, c_void_p, c_int, c_int64, c_int, c_void_p, c_void_p)
-    loaded.halved.argtypes = (c_void_p, c_int64, c_void_p, c_int, c_int64, c_void_p)
+    loaded.likeliest.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int, c_void_p, c_void_p)
+    loaded.halved.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_void_p)
     loaded.likeliest.restype = loaded.halved.restype = None
     loaded.linear.argtypes = (c_void_p, POINTER(Linear), c_void_p, c_int, c_void_p)
     return loaded

@@ -1175,9 +1175,12 @@ static float floor_of(const float *x, int64_t vocab, int k) {
 }
 
 /* The k best tokens of some rows of logits [..][stride], best first and the first of equals, and their log-softmax. k is at most vocab.
- * rows: [count]; ids, logprobs: [count][k] */
-void likeliest(const float *logits, int64_t stride, const int32_t *rows, int count, int64_t vocab, int k, int32_t *ids, float *logprobs) {
-    for (int row = 0; row < count; ++row, ids += k, logprobs += k) {
+ * rows, places: [count], where they are and where they are written to; all_ids, all_logprobs: [..][k] */
+void likeliest(const float *logits, int64_t stride, const int32_t *rows, const int32_t *places, int count, int64_t vocab, int k,
+               int32_t *all_ids, float *all_logprobs) {
+    for (int row = 0; row < count; ++row) {
+        int32_t *ids = all_ids + (int64_t)places[row] * k;
+        float *logprobs = all_logprobs + (int64_t)places[row] * k;
         const float *x = logits + rows[row] * stride;
         float bound = floor_of(x, vocab, k);
         int found = 0;
@@ -1202,13 +1205,13 @@ void likeliest(const float *logits, int64_t stride, const int32_t *rows, int cou
     }
 }
 
-/* Rows of float32 [..][stride] in bfloat16, rounded to the nearest and to even. rows: [count]; out: [count][width] */
-void halved(const float *x, int64_t stride, const int32_t *rows, int count, int64_t width, uint16_t *out) {
+/* Rows of float32 [..][stride] in bfloat16, rounded to the nearest and to even. rows, places: [count]; out: [..][width] */
+void halved(const float *x, int64_t stride, const int32_t *rows, const int32_t *places, int count, int64_t width, uint16_t *out) {
     for (int row = 0; row < count; ++row)
         for (int64_t i = 0; i < width; ++i) {
             uint32_t bits;
             memcpy(&bits, x + rows[row] * stride + i, 4);
-            out[row * width + i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+            out[places[row] * width + i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
         }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -60,15 +61,17 @@ def draw(logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor |
     return list(out)
 
 
-def features(logits: Tensor, hidden: Tensor, rows: Sequence[int], columns: tuple[Tensor, Tensor, Tensor], at: int) -> None:
-    """Write what is kept for training of some rows of logits [N, V] and hidden states [N, emb_dim], both float32, to columns from `at` on.
+def features(logits: Tensor, hidden: Tensor, rows: Sequence[int], columns: tuple[Tensor, Tensor, Tensor], places: Sequence[int]) -> None:
+    """Write what is kept for training of some rows of logits [N, V] and hidden states [N, emb_dim], both float32, to places of columns.
 
     columns: states [.., emb_dim] bfloat16, and the most likely tokens [.., k] int32, best first, with their log-softmax [.., k] float32.
     """
     states, ids, logprobs = columns
-    kernels, count, k = compiled.load(), len(rows), ids.shape[1]
-    places = (ctypes.c_int32 * count)(*rows)
-    best, likely = ids.data_ptr() + 4 * at * k, logprobs.data_ptr() + 4 * at * k
-    kernels.likeliest(logits.data_ptr(), logits.stride(0), places, count, logits.shape[1], k, best, likely)
-    width = hidden.shape[1]
-    kernels.halved(hidden.data_ptr(), hidden.stride(0), places, count, width, states.data_ptr() + 2 * at * width)
+    kernels, count = compiled.load(), len(rows)
+    both = array("i", (*rows, *places))
+    source, _ = both.buffer_info()
+    target = source + 4 * count
+    kernels.likeliest(
+        logits.data_ptr(), logits.stride(0), source, target, count, logits.shape[1], ids.shape[1], ids.data_ptr(), logprobs.data_ptr()
+    )
+    kernels.halved(hidden.data_ptr(), hidden.stride(0), source, target, count, hidden.shape[1], states.data_ptr())

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.capture import Copies, Features, Recorder, rows_of
+from engine.capture import Copies, Features, Recorder, table_for
 from engine.engine import Engine
 from engine.request import Request
 from engine.sampling import SamplingParams
@@ -41,10 +41,14 @@ def recorded(base, drafter, requests, **sizes):
     return outcomes, {f.request.id: f for f in found}, recorder
 
 
-@pytest.mark.parametrize("rows", [rows_of, lambda logits, hidden, top, room: Copies(top)], ids=["written", "copied"])
+def copying(logits, hidden, top, batch):
+    return Copies(top, hidden.shape[1], 3, batch)
+
+
+@pytest.mark.parametrize("table", [table_for, copying], ids=["written", "copied"])
 @pytest.mark.parametrize("sizes", [{}, {"slots": 180, "chunk": 40, "block": 8}, {"batch": 1}], ids=["roomy", "tight", "one by one"])
-def test_it_is_what_the_base_computed(base, asked, plain, sizes, rows, monkeypatch):
-    monkeypatch.setattr("engine.capture.rows_of", rows)
+def test_it_is_what_the_base_computed(base, asked, plain, sizes, table, monkeypatch):
+    monkeypatch.setattr("engine.capture.table_for", table)
     oracle = Oracle({r.id: [*r.prompt, *plain[r.id]] for r in asked}, 0.7)
     outcomes, kept, recorder = recorded(base, oracle, asked, **sizes)
     assert texts(outcomes) == plain and kept.keys() == plain.keys() and recorder.dropped == recorder.failures == 0

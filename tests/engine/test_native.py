@@ -292,19 +292,19 @@ def test_what_is_kept_of_rows_is_what_torch_says(vocab: int, k: int) -> None:
     logits, hidden = torch.randn(9, vocab + 3)[:, :vocab] * 3, torch.randn(9, 50)[:, :40]
     logits[3, 1::2] = -torch.inf
     columns = torch.zeros(7, 40, dtype=torch.bfloat16), torch.zeros(7, k, dtype=torch.int32), torch.zeros(7, k)
-    rows = [0, 8, 3, 8]
-    operations.features(logits, hidden, rows, columns, 2)
-    states, ids, logprobs = (column[2:6] for column in columns)
+    rows, places = [0, 8, 3, 8], [2, 6, 5, 3]
+    operations.features(logits, hidden, rows, columns, places)
+    states, ids, logprobs = (column[places] for column in columns)
     best = logits[rows].topk(k)
     assert torch.equal(states, hidden[rows].bfloat16()) and torch.equal(
         ids[best.values.isfinite()], best.indices.int()[best.values.isfinite()]
     )
     torch.testing.assert_close(logprobs, best.values - logits[rows].logsumexp(-1, keepdim=True), rtol=0, atol=1e-5)
-    assert not any(column[:2].any() or column[6:].any() for column in columns)
+    assert not any(column[[0, 1, 4]].any() for column in columns)
 
 
 def test_of_equal_logits_the_first_are_the_likeliest() -> None:
     columns = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 5)
-    operations.features(torch.zeros(1, 100), torch.zeros(1, 8), [0], columns, 0)
+    operations.features(torch.zeros(1, 100), torch.zeros(1, 8), [0], columns, [0])
     assert columns[1].tolist() == [[0, 1, 2, 3, 4]]
     torch.testing.assert_close(columns[2], torch.full((1, 5), -math.log(100)))

@@ -21,7 +21,7 @@ from actors.artefacts import Artefacts
 from actors.policy import parse_policy
 from actors.registry import RegistryKeeper, RegistrySettings
 from actors.store import StoreError, open_state
-from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings, Settings
+from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings, Settings, TrainerSettings
 from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
@@ -116,9 +116,13 @@ def job(name: str, **fields: Any) -> Job:
     return Job(id=name, model="toy", prompts=("The quick",), **{"max_tokens": 30, "seed": 3, "ignore_eos": True, **fields})
 
 
-def model_settings(folder: Path, share: float = 1.0, tags: tuple[str, ...] = (), **changes: Any) -> ModelSettings:
+def model_settings(
+    folder: Path, share: float = 1.0, tags: tuple[str, ...] = (), trainer: TrainerSettings | None = None, **changes: Any
+) -> ModelSettings:
     sizes = EngineSettings(kv_bytes=4096 * TOKEN_BYTES, max_running=8)
-    wanted = ModelRefreshSettings(enabled=True, capture=CaptureSettings(share=share, top=4), tags=tags)
+    wanted = ModelRefreshSettings(
+        enabled=True, capture=CaptureSettings(share=share, top=4), tags=tags, trainer=trainer or TrainerSettings()
+    )
     named = dict(name="toy", base=str(folder), speculator=str(folder / "speculator"))
     return ModelSettings(**named, engine=sizes, threads=1, packed_weights=None, refresh=wanted, **changes)
 
@@ -147,6 +151,20 @@ async def tagged(folder, tmp_path) -> AsyncIterator[Stand]:
     yield made
     made.host.stop()
     made.host.runner.engine.check()
+
+
+async def test_a_trainer_with_a_device_of_its_own_is_told_the_load_once_which_starts_it(folder, tmp_path):
+    told: list[tuple[str, int]] = []
+    for running in (None, 0):
+        made = Stand(folder, tmp_path / str(running), trainer=TrainerSettings(running=running))
+        made.trainer = Local(SimpleNamespace(load=lambda source, running: told.append((source, running))))
+        await made.host.start()
+        await made.beat(2)
+        for _ in range(3):
+            await made.refresh.tell_load()
+            made.now += 10.0
+        made.host.stop()
+    assert told == [("r1", 0)] * 4
 
 
 async def test_the_configured_speculator_is_what_the_registry_learns_first(stand):
