@@ -5,12 +5,15 @@ A service of one model on this machine that logs requests and captures a share o
 as usual, and trains nothing. Bursts of users put the same requests twice in a round, in turn about: once as they are, and once with
 `store: false`, which keeps a request out of log and capture. The difference is all that keeping costs: copying features beside the
 forward, making records of them, handing them over through the object store, writing the log, and the trainer's reading on the same cores.
+It is told as throughput lost, and as what all processes of the machine together worked longer for a token, the client's among them, until
+the burst's requests were handed over: where the cores are full that is the same, but it does not see who else waits for them. For Linux.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +38,7 @@ from services.cli.load_stream import Ask, Streams  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
 
 NEVER = 2**40  # tokens that a round would wait for
-HANDED_OVER = 1.0  # seconds after a burst in which what was kept of it reaches the log and the trainer
+HANDED_OVER = 1.3  # seconds after a burst in which what was kept of it reaches the log and the trainer
 
 
 def main(
@@ -82,22 +85,35 @@ class Stored(Subject):
 async def compared(plan: Plan) -> dict[str, Any]:
     """Both bursts of every round; the first round warms up."""
     speeds: dict[bool, list[float]] = {True: [], False: []}
+    works: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # for a token: in a burst, and until it was handed over
     async with Streams(plan.url) as streams:
         subject = Stored(plan, streams)
         for number, stored in order(plan.rounds + 1):
             subject.stored = stored
+            begun = worked()
             outcomes = await subject.answers(10**5 + number * plan.requests, plan.requests)
-            speeds[stored].append(rate(outcomes))
+            burst = worked() - begun
             await asyncio.sleep(HANDED_OVER)
+            tokens = sum(found.tokens for found in outcomes)
+            speeds[stored].append(rate(outcomes))
+            works[stored].append((burst / tokens, (worked() - begun) / tokens))
         seen = subject.trainer()["traces"]["seen"]
     kept, plain = speeds[True][1:], speeds[False][1:]
     lost = [100 * (1 - with_ / without) for with_, without in zip(kept, plain, strict=True)]
+    pairs = zip(works[True][1:], works[False][1:], strict=True)
+    longer = [100 * (with_ - without) / (burst + with_ - without) for (_, with_), (burst, without) in pairs]
     return {
         "captured": seen,
         "tokens_per_second": {"kept": round(median(kept), 1), "not_kept": round(median(plain), 1)},
         "lost_percent": round(median(lost), 2),
         "interval": [round(bound, 2) for bound in interval(lost)],
         "lost_percent_by_round": [round(one, 1) for one in lost],
+        "processor": {
+            "us_of_a_token": round(1e6 * median(burst for burst, _ in works[False][1:]), 1),
+            "lost_percent": round(median(longer), 2),
+            "interval": [round(bound, 2) for bound in interval(longer)],
+            "lost_percent_by_round": [round(one, 1) for one in longer],
+        },
     }
 
 
@@ -107,6 +123,12 @@ def order(rounds: int) -> Iterator[tuple[int, bool]]:
     for number in range(rounds):
         first = lots.random() < 0.5
         yield from ((number, first), (number, not first))
+
+
+def worked() -> float:
+    """Seconds that all cores together worked since the machine started."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text(encoding="ascii").split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def rate(outcomes: list[Outcome]) -> float:
