@@ -31,6 +31,7 @@ from services.vitals import VitalSigns
 
 log = logging.getLogger(__name__)
 REPORT_S = 0.25  # seconds between reports to the policy actor
+LOGGING_S = 1.0  # seconds between batches of finished requests for the request log
 IDLE = 4  # as many times as seldom while there is nothing to tell
 FIRST_PLAN_S = 20.0  # seconds to wait for a policy actor that is just starting
 RETRY_S = 15.0  # seconds between attempts to load
@@ -147,7 +148,7 @@ class ModelReplica:
     async def write(self) -> None:
         """Finished requests to the request log, again and again."""
         while True:
-            await asyncio.sleep(REPORT_S)
+            await asyncio.sleep(LOGGING_S)
             await self.flush()
 
     async def flush(self) -> None:
