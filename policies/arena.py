@@ -87,7 +87,7 @@ class Arena:
         told = [(r, self.yielded(r.kind, r.level, d.depth, 0, 1)[0]) for r, d in fixed]
         self.fixed_tokens, self.fixed_worth = sum(t for _, t in told), sum(t * terms.weight(r.priority) for r, t in told)
         self.worth = sum(terms.weight(r.priority) for r in requests) + self.requests - len(requests)
-        self.extra = knowledge.cost.beside(load.context, 0)
+        self.extra = knowledge.cost.slope * load.context
 
     def yielded(self, kind: str, level: int, depth: int, price: int, width: int) -> tuple[float, float]:
         """Draft tokens kept and nodes verified of one request's draft."""

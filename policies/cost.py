@@ -3,14 +3,16 @@
 Depth 0 is measured: only steps in which nothing drafted speak for it. The forward of a drafting step (its seconds less the drafting) is
 kept by (requests, rows); drafting by (drafting requests, depth, width). A cell is the median of its window, so outliers do not count and
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
-prompt adds to a step is another, so that steps beside which prompts are read speak as well. Samples count at the machine's present pace.
+prompt adds to a step is another, so that steps beside which prompts are read speak where there are no others. Samples count at the machine's present pace.
 
 Seconds are those that steps cost; where that is less than the time that passes, as beside other work of a processor, `stretch` says by how
 much.
 
 What a step takes depends on those before it: a processor that works hard slows down and recovers over some milliseconds, so that a single
 step without drafts among others is dearer than one of many, and a drafter that has not run for a while is slow at first, up to twice what
-it takes later. Windows hold steps that came after others of their like, and those of a profile until there are some.
+it takes later. Windows hold steps that came after others of their like, and those of a profile until there are some. Steps beside which
+prompts are read stand in for others: where a forward is bound by memory the first rows of a prompt cost nothing, and what later ones cost
+says nothing of them.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ OWN = 8.0  # weight from which what drafting takes at some number of requests co
 
 # x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, and how far it is to be believed
 Row = tuple[float, float, float, float, int, float, int]
-# Among steps of the other kind; before the replica served, when others may have started too; in service, after others of its like.
-SINGLE, REHEARSED, FIRM = range(3)
+# Beside a prompt; among steps of the other kind; before the replica served, when others may have started too; in service, after others of
+# its like.
+BESIDE, SINGLE, REHEARSED, FIRM = range(4)
 Moments = tuple[float, float, float]
 Line = tuple[tuple[float, float], list[Point]]  # drafting seconds at no request and what each adds; the cells it goes through
 Key = tuple[int, ...]
@@ -65,7 +68,7 @@ class Cell:
     """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
     changed much, and the step of the latest. Seconds are those without prompt rows.
 
-    rehearsed: whether all samples are from before the replica served. spread: usual deviation of a sample's seconds from their median, as
+    rehearsed: whether all samples are from before the replica served; beside: whether most are of steps beside prompts. spread: usual deviation of a sample's seconds from their median, as
     a part of it.
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
@@ -79,6 +82,7 @@ class Cell:
     since: int = field(default=0, compare=False)
     latest: int = field(default=0, compare=False)
     rehearsed: bool = field(default=False, compare=False)
+    beside: bool = field(default=False, compare=False)
     spread: float = field(default=0.0, compare=False)
     context_moments: Moments = (0.0, 0.0, 0.0)
     prompt_moments: Moments = (0.0, 0.0, 0.0)
@@ -90,8 +94,8 @@ class Cell:
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
         count, since = len(rows), sum(row[4] > shaken for row in rows)
-        rehearsed = all(row[6] == REHEARSED for row in rows)
-        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4], rehearsed)
+        rehearsed, beside = all(row[6] == REHEARSED for row in rows), 2 * sum(row[6] == BESIDE for row in rows) > count
+        made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4], rehearsed, beside)
         if count < 4:
             return made
         spread = 1.4826 * median(abs(t - seconds) for t in plain) / max(seconds, SHORTEST)
@@ -140,6 +144,12 @@ class Window:
             del found[:-CHANGED]
             self.rows = deque(list(self.rows)[-CHANGED:], maxlen=self.rows.maxlen)
         return found
+
+
+def trust(rows: Iterable[Row]) -> int:
+    """How far samples must be to be believed to count: as far as the best of them, where these are enough to be believed alone."""
+    found = sorted((row[6] for row in rows), reverse=True)
+    return found[min(TRUSTED, len(found)) - 1] if found else BESIDE
 
 
 def changed(seconds: Sequence[float]) -> bool:
@@ -192,6 +202,8 @@ class Cells:
         out = cls()
         for key in {key: None for table in tables for key in table.windows}:
             share = [t.later(key, steps) for t, steps in zip(tables, behind, strict=True) if key in t.windows]
+            least = trust(row for rows in share for row in rows)
+            share = [rows for rows in ([row for row in rows if row[6] >= least] for rows in share) if rows]
             most = max(WINDOW // len(share), 1)
             out.windows[key] = Window(key, (row for rows in share for row in rows[-most:]), max(WINDOW, len(share)))
         return out
@@ -217,7 +229,8 @@ class Cells:
             for x, context, seconds, prompt in rows:
                 if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
                     raise ValueError("not a cost table")
-                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, FIRM))
+                belief = BESIDE if prompt else FIRM
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, belief))
         return made
 
 
@@ -256,10 +269,9 @@ class CostModel:
         self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
 
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
-        belief = self.belief(s)
+        belief = BESIDE if s.prefill and not s.rehearsed else self.belief(s)
         if belief == FIRM:
-            beside = self.price * s.prefill + self.slope * s.context
-            self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - beside, 0.1 * seconds))
+            self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - self.slope * s.context, 0.1 * seconds))
         cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, belief))
 
     def belief(self, s: StepSample) -> int:
@@ -317,7 +329,8 @@ class CostModel:
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
-        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price, self.stretch)
+        off, forward = lifted(off, off, self.slope), lifted(forward, both, self.slope)
+        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.stretch)
 
     def to_dict(self) -> dict[str, Any]:
         present = self.now()
@@ -330,6 +343,18 @@ class CostModel:
             return cls._by_table(lambda name: Cells.from_list(data[name], 3 if name == "draft" else 2))
         except (KeyError, TypeError) as error:
             raise ValueError("not a cost model") from error
+
+
+def lifted(cells: Sequence[Cell], known: Sequence[Cell], slope: float) -> list[Cell]:
+    """The cells, those that were measured beside prompts only at least as dear as the nearest that is known otherwise, of no more requests
+    and rows: what a prompt's rows cost on average is too much where its first ones cost nothing. slope: seconds per context token."""
+    plain = sorted((cell for cell in known if not cell.beside), key=lambda cell: cell.x)
+    found = list[Cell]()
+    for cell in cells:
+        below = [other for other in plain if other.x <= cell.x and other.key[0] <= cell.key[0]] if cell.beside else []
+        least = below[-1].seconds + slope * (cell.context - below[-1].context) if below else 0.0
+        found.append(replace(cell, seconds=max(cell.seconds, least)) if below else cell)
+    return found
 
 
 def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> float:
@@ -347,15 +372,13 @@ def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> fl
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token; prompt: seconds per row of a prompt read beside; stretch: seconds that pass while
-    a step costs one.
+    slope: seconds per context token; stretch: seconds that pass while a step costs one.
     """
 
     off_cells: tuple[Cell, ...] = ()
     forward_cells: tuple[Cell, ...] = ()
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
-    prompt: float = 0.0
     stretch: float = 1.0
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -366,10 +389,6 @@ class CostTable:
             return own.seconds + self.slope * (context - own.context)
         curve = self._curve("off", lambda: self.off_cells)
         return None if curve is None else curve.at(requests) + self.slope * context
-
-    def beside(self, context: float, prompt: float) -> float:
-        """What context and the prompts read in it add to a step."""
-        return self.slope * context + self.prompt * prompt
 
     @property
     def rehearsed(self) -> bool:

@@ -99,8 +99,11 @@ class Pace:
 
     @property
     def shaken(self) -> int:
-        """The end of the latest stretch whose pace was much another than the present one; -1 if there is none.
+        """The end of the latest two stretches one after the other whose pace was much another than the present one, on the same side; -1 if
+        there are none. One alone may have been held up by something else.
 
         Whether the machine has changed since or the kind of most steps, only other kinds can tell.
         """
-        return next((end for end, level in reversed(self.levels().items()) if abs(level) > MUCH), -1)
+        levels = list(self.levels().items())
+        both = zip(reversed(levels), reversed(levels[:-1]), strict=False)
+        return next((end for (end, level), (_, before) in both if min(abs(level), abs(before)) > MUCH and level * before > 0), -1)

@@ -16,6 +16,7 @@ from policies import CostModel, CostTable, DepthCounts, GoodputPolicy, Limits, L
 from policies.cost import CELLS, Cells, bucket
 from policies.curve import Curve
 from policies.pace import STRETCH, Pace
+from policies.step import SETTLING
 
 
 def off(n: int, seconds: float, context: int = 0) -> StepSample:
@@ -85,14 +86,14 @@ def test_what_was_inherited_gives_way_to_few_samples_of_ones_own():
 def test_prompt_rows_are_priced_over_replicas_too():
     rng, models = random.Random(3), [CostModel(), CostModel()]
     for i in range(1200):
-        prompt = rng.choice((0, 16, 64))
+        prompt = rng.choice((4, 16, 64))
         models[i % 2].add(replace(off(8, 0.01 + 5e-5 * prompt), rows=8 + prompt, prefill=prompt))
         if i % 100 == 99:
             merged = CostModel.merged(models)
             table = merged.table()
             for model in models:
                 model.heed(merged)
-    assert table.prompt == pytest.approx(5e-5, rel=0.1) and table.off(8) == pytest.approx(0.01, rel=0.05)
+    assert [model.price for model in models] == pytest.approx([5e-5, 5e-5], rel=0.1) and table.off(8) == pytest.approx(0.01, rel=0.05)
 
 
 def test_a_new_replica_begins_with_what_was_known_before():
@@ -257,21 +258,58 @@ def test_drafting_is_learned_by_depth_apart_from_the_forward():
     assert table.draft(3, 2) == pytest.approx(0.004) and table.draft(2, 0) == 0 and table.draft(0, 3) == 0
 
 
-def test_prompts_read_beside_are_taken_off_and_priced():
-    """At high load almost every step reads some prompt: what it adds is told apart from what decoding costs."""
+@pytest.mark.parametrize("prompts", [(0, 16, 64, 64), (4, 16, 64, 64)], ids=["some", "all"])
+def test_what_decoding_costs_is_told_apart_from_the_prompts_beside_it(prompts):
     rng, model = random.Random(3), CostModel()
-    for i in range(400):
-        prompt, n = rng.choice((0, 16, 64, 64)), rng.choice((8, 16))
+    for i in range(800):
+        prompt, n = rng.choice(prompts), rng.choice((8, 16))
         seconds = (0.01 + 1e-4 * n + 5e-5 * prompt) * rng.lognormvariate(0, 0.03)
-        model.add(replace(off(n, seconds), rows=n + prompt, prefill=prompt))
-        if i % 2:
+        if i // 10 % 2:
             model.add(replace(drafting(n, 3, seconds + 0.004, 0.001), rows=4 * n + prompt, prefill=prompt))
+        else:
+            model.add(replace(off(n, seconds), rows=n + prompt, prefill=prompt))
         if i % 40 == 39:
             table = model.table()
-    assert table.prompt == pytest.approx(5e-5, rel=0.1)
     assert [table.off(n) for n in (8, 16)] == pytest.approx([0.0108, 0.0116], rel=0.04)
     assert table.forward(16, 64) == pytest.approx(0.0146, rel=0.04)
-    assert table.beside(0, 10) == pytest.approx(5e-4, rel=0.1)
+
+
+def memory_bound(rows: int) -> float:
+    """Seconds of a forward that reads its weights, which takes as long as multiplying 150 rows."""
+    return 0.01 * max(1.0, rows / 150)
+
+
+@pytest.mark.parametrize("alone", [0.5, 0.1, 0.0], ids=["half alone", "few alone", "at few requests only"])
+def test_prompt_rows_that_cost_nothing_make_no_step_cheap(alone):
+    """Where the first rows of a forward cost nothing and those beyond it do, nothing can be taken off a step for the prompt beside it."""
+    rng, model = random.Random(3), CostModel()
+    for i in range(4000):
+        n = 1 if i % 4 < 2 else rng.choice((16, 32))
+        prompt = 0 if n == 1 or rng.random() < alone else rng.choice((20, 60, 200, 500))
+        depth = 0 if i // 10 % 2 else 3
+        rows = n * (1 + depth) + prompt
+        seconds = memory_bound(rows) * rng.lognormvariate(0, 0.03)
+        step = drafting(n, depth, seconds + 0.001, 0.001) if depth else off(n, seconds)
+        model.add(replace(step, rows=rows, prefill=prompt))
+        if i % 40 == 39:
+            table = model.table()
+    assert [table.off(n) for n in (1, 16, 32)] == pytest.approx([0.01] * 3, rel=0.06)
+    assert [table.forward(n, 4 * n) for n in (1, 16, 32)] == pytest.approx([0.01] * 3, rel=0.06)
+
+
+def test_what_was_saved_of_steps_beside_prompts_stands_in_for_others():
+    model = learned(*[replace(off(8, 0.02), rows=108, prefill=100)] * 10)
+    again = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    for _ in range(3 + SETTLING):
+        again.add(off(8, 0.01))
+    assert again.table().off(8) == pytest.approx(0.01)
+
+
+def test_one_stretch_that_was_held_up_does_not_pass_for_another_machine():
+    model = CostModel()
+    for i in range(600):
+        model.add(off(2, 0.05 if i in (300, 301) else 0.01) if i % 20 < 15 else drafting(2, 3, 0.02))
+    assert model.table().off_count(2) == 64
 
 
 def test_steps_in_which_nothing_was_proposed_are_not_depth_0():
