@@ -3,7 +3,8 @@
 Depth 0 is measured: only steps in which nothing drafted speak for it. The forward of a drafting step (its seconds less the drafting) is
 kept by (requests, rows); drafting by (drafting requests, depth, width). A cell is the median of its window, so outliers do not count and
 old samples leave. Between cells a monotone curve is the prior; the pull of context is one slope, fitted within cells, and what a row of a
-prompt adds to a step is another, so that steps beside which prompts are read speak where there are no others. Samples count at the machine's present pace.
+prompt adds to a step is another, so that steps beside which prompts are read speak where there are no others. Samples count at the
+machine's present pace.
 
 Seconds are those that steps cost; where that is less than the time that passes, as beside other work of a processor, `stretch` says by how
 much.
@@ -68,8 +69,8 @@ class Cell:
     """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
     changed much, and the step of the latest. Seconds are those without prompt rows.
 
-    rehearsed: whether all samples are from before the replica served; beside: whether most are of steps beside prompts. spread: usual deviation of a sample's seconds from their median, as
-    a part of it.
+    rehearsed: whether all samples are from before the replica served; beside: whether most are of steps beside prompts. spread: usual
+    deviation of a sample's seconds from their median, as a part of it.
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
     """

@@ -49,7 +49,8 @@ class Standing:
     def decision(self, group: Group | None) -> Decision | None:
         """None if the choice says nothing about such requests."""
         if group not in self.known:
-            depth = 0 if group is None or not self.choice.drafts else self.choice.depth(group)
+            off = self.choice.depths and not self.choice.drafts
+            depth = 0 if group is None or off else self.choice.depth(group)
             self.known[group] = None if depth is None else decision(depth, self.choice.width)
         return self.known[group]
 
@@ -85,7 +86,8 @@ class GoodputPolicy(BaseModel):
                     return made
         arena = Arena(self, load, requests, knowledge)
         best = arena.best()
-        memo["standing"] = standings[running] = Standing(best, step, running, best.rate)
+        if arena.groups or "standing" not in memo:  # what is chosen for nobody says nothing about those who come
+            memo["standing"] = standings[running] = Standing(best, step, running, best.rate)
         return arena.decisions(best.depths, best.width)
 
     def moves(self, requests: int, knowledge: Knowledge, step: int) -> bool:
@@ -161,9 +163,11 @@ class GoodputPolicy(BaseModel):
         return Span(standing.step + LASTING, due, standing.requests - slack, standing.requests + slack)
 
     def _hurries(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, agenda: Agenda, step: int) -> bool:
-        """Whether depth 0 at about so many requests is hardly measured, while drafting rests on it."""
-        enough = knowledge.cost.off_count(max(load.running, len(requests), 1)) >= ENOUGH
-        return not enough and step - agenda.made.get(probes.OFF, step - self.probe_every) >= self.probe_every
+        """Whether depth 0 at about so many requests, as have been there for a while, is hardly measured while drafting rests on it."""
+        running = max(load.running, len(requests), 1)
+        lasted = step - agenda.entered(running, step)
+        rested = step - agenda.made.get(probes.OFF, step - self.probe_every)
+        return knowledge.cost.off_count(running) < ENOUGH and min(lasted, rested) >= self.probe_every
 
     def agenda(self, knowledge: Knowledge) -> Agenda:
         found = knowledge.recalled("agenda", lambda: Agenda(self.probe_every))

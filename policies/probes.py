@@ -44,7 +44,7 @@ class Agenda:
 
     every: steps between probes of one kind at least. due: the step at which a kind is thought of; made: at which it was tried last, and
     turns: how often; looks: how often at about so many requests. Depth 0 is first due at a multiple of `every`, the others in between.
-    trial: the latest, which goes on until a step.
+    trial: the latest, which goes on until a step. load: about how many requests there are, as a power of two, and since which step.
     """
 
     every: int
@@ -54,6 +54,13 @@ class Agenda:
     looks: dict[tuple[str, int], int] = field(default_factory=dict)
     trial: Trial | None = None
     until: int = 0
+    load: tuple[int, int] = (0, 0)
+
+    def entered(self, requests: int, step: int) -> int:
+        """The step since which there have been about so many requests, as far as was asked."""
+        if self.load[0] != requests.bit_length():
+            self.load = requests.bit_length(), step
+        return self.load[1]
 
     def next(self, drafting: bool, step: int) -> tuple[str, int]:
         """The kind that is due first, and when."""

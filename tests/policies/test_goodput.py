@@ -285,3 +285,23 @@ def test_a_profile_alone_does_not_keep_anybody_from_drafting_unless_off_is_far_b
     """Models that start at once make each other's profiles dear, and who never drafts never learns better."""
     decided = rehearsed(seconds).decide(Load(1, 0, 10, 1000), [RequestView("a")], 1)
     assert (decided[0].depth > 0) is drafts
+
+
+def test_what_is_chosen_while_nobody_can_draft_says_nothing_about_those_who_come():
+    plan = rehearsed(0.0015)
+    request = RequestView("a")
+    load = Load(1, 0, 100, 1000)
+    assert plan.settle(load, [], 101) == []
+    assert plan.join(load, [request], 102) is None
+    drafts = plan.settle(load, [request], 102)
+    assert drafts[0].depth > 0
+    plan.settle(load, [], 103)
+    assert plan.join(load, [request], 104) == drafts, "nor is what holds for them forgotten"
+
+
+def test_depth_0_is_measured_soon_at_a_load_that_lasts_but_not_at_once():
+    """Load that comes in bursts is drafted for by what is known of other loads."""
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(2, 2000)
+    tried = runs([step for step, depths in probes(replica, 400, requests=16) if not any(depths)])
+    assert tried and 100 <= tried[0][0] <= 120
