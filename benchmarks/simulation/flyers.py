@@ -89,6 +89,8 @@ class Piloted:
 
     def drafts(self, step: Step) -> Drafts:
         able = [t for t in step.decoding if t.remaining > 1]  # as the engine asks, which also clips what it is told
+        if not able:
+            return Drafts([0] * len(step.decoding))
         candidates = [Candidate(t.request, t.remaining, self.stats) for t in able]
         budgets = self.timed(lambda: self.pilot.budgets(step.load, candidates))
         drawn = {t: self.drawn(t, min(b.depth, t.remaining - 1)) for t, b in zip(able, budgets, strict=True) if b.depth}

@@ -119,6 +119,7 @@ def test_a_chain_ends_with_the_answer() -> None:
 
 
 def test_long_answers_are_walked_through_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
     speculator, trace = MLPSpeculator(config()), make_trace(count=30, temperature=1.0)
     whole, counts = walk(speculator, trace), survived(speculator, trace)
     monkeypatch.setattr("drafters.walk.ROWS", 7)
