@@ -189,8 +189,10 @@ class GoodputPolicy(BaseModel):
         knowledge: Knowledge,
         step: int,
         counts: tuple[int, ...],
+        prompt: int,
     ) -> list[Sequence[int] | None]:
-        """The nodes of each request's draft that pay their rows, None for all of them. counts: see `Load.row_counts`."""
+        """The nodes of each request's draft that pay their rows, None for all of them. counts: see `Load.row_counts`; prompt: rows of
+        prompts in the step."""
         memo = knowledge.memo
         standing: Standing | None = memo.get("standing")
         if standing is None or memo.get("whole") == step:
@@ -205,7 +207,8 @@ class GoodputPolicy(BaseModel):
                 rates = memo.get((request.kind, request.level)) or knowledge.rates(request.kind, request.level)
                 gains.append(offered(tree, rates, 1.0 if request.priority == 1 else self.weight(request.priority)))
                 most += len(tree.confidence)
-        return admitted(gains, knowledge.forwards(running, running + fixed + most, counts), fixed, standing.rate)
+        forwards = knowledge.forwards(running, running + fixed + most + prompt, counts)
+        return admitted(gains, forwards[prompt:] if prompt else forwards, fixed, standing.rate)
 
     def weight(self, priority: int) -> float:
         """What a token of a request of that priority is worth."""

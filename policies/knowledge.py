@@ -77,16 +77,17 @@ class Knowledge:
         forest = self.curve(kind).forests.get(width) or Forest.of((), self.deepest, width)
         return None if forest is None else Yields.of(forest, self.rates(kind, level), level)
 
-    def forwards(self, requests: int, rows: int, counts: tuple[int, ...] = ()) -> Sequence[float]:
+    def forwards(self, requests: int, rows: int, counts: tuple[int, ...] = (), prompt: int = 0) -> Sequence[float]:
         """Forward seconds at context 0 by rows beyond one a request: index 0 is `requests` rows, the list goes to `rows` at least.
 
-        counts: numbers of rows that are rounded up to, see `Load`. Only asked once something was measured.
+        counts: numbers of rows that are rounded up to, see `Load`; prompt: rows of prompts beside, which cost what others do. Only asked
+        once something was measured.
         """
-        key = ("forward", requests, counts)
+        key = ("forward", requests, counts, prompt)
         known: Sequence[float] = self.memo.get(key, ())
         if len(known) <= rows - requests:
             count = max(rows - requests + 1, 2 * len(known), 32)
-            found = self.cost.forwards(requests, computed(requests + np.arange(count, dtype=float), counts))
+            found = self.cost.forwards(requests, computed(requests + np.arange(count, dtype=float), counts) + prompt)
             known = self.memo[key] = array("d", found.tobytes())
         return known
 

@@ -99,24 +99,30 @@ class Plan:
             self.knowledge.memo["agenda"] = before.knowledge.memo["agenda"]
 
     def prune(
-        self, running: int, requests: Sequence[RequestView], drafts: Sequence[Drawn], step: int, row_counts: tuple[int, ...] = ()
+        self,
+        running: int,
+        requests: Sequence[RequestView],
+        drafts: Sequence[Drawn],
+        step: int,
+        row_counts: tuple[int, ...] = (),
+        prompt: int = 0,
     ) -> list[Sequence[int] | None]:
         """The nodes of each drawn draft that are worth verifying in that step of so many requests, parents first; None for all of them.
 
-        row_counts: numbers of rows that its forward is rounded up to, see `Load`; none beside prompts.
+        row_counts: numbers of rows that its forward is rounded up to, see `Load`; none beside prompts. prompt: rows of those.
 
         Only the policy `goodput` prunes, and never the draft of a request that fixes its depth.
         """
         if not isinstance(self.policy, GoodputPolicy):
             return [None] * len(drafts)
-        return self.policy.prune(running, requests, drafts, self.knowledge, step, row_counts)
+        return self.policy.prune(running, requests, drafts, self.knowledge, step, row_counts, prompt)
 
-    def saved(self, running: int, drawn: int, kept: int, row_counts: tuple[int, ...] = ()) -> float:
+    def saved(self, running: int, drawn: int, kept: int, row_counts: tuple[int, ...] = (), prompt: int = 0) -> float:
         """Seconds that a step of so many requests takes less when only `kept` of the `drawn` nodes are verified; 0 while unmeasured."""
         if kept >= drawn or not self.knowledge.measured:
             return 0.0
-        seconds = self.knowledge.forwards(running, running + drawn, row_counts)
-        return seconds[drawn] - seconds[kept]
+        seconds = self.knowledge.forwards(running, running + drawn + prompt, row_counts)
+        return seconds[drawn + prompt] - seconds[kept + prompt]
 
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""

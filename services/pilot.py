@@ -28,6 +28,7 @@ MOST_SAMPLES = 1024  # steps remembered between two reports
 MOST_KNOWN = 1000  # requests that an order remembers beside those that run
 TALLYING = 0.003  # of the time of steps that counting how drafts fared may take: where steps are short, not every one is counted
 SELDOM = 16  # steps of which one draft is kept whole once there are enough
+READING = 64  # steps that say how many rows of prompts there are in one
 LOOKS = 8  # over which what pruning is worth is averaged
 SHRINKAGE = GoodputPolicy().shrinkage  # under policies that state none
 
@@ -74,6 +75,7 @@ class Pilot:
         self.deciding = 0.0  # seconds, since the last report
         self.asking = 0.0  # seconds of this step in which the plan was asked anew: they are not what its depth costs
         self.tallying = self.stepping = 0.0  # seconds of tallies and of steps, since the last report
+        self.reading = 0.0  # rows of prompts in a step of late
         self.seen = 0  # drafts remembered whole since the last report
         self.worth = 0.0  # seconds that looking for what to prune saves in a step more than it takes
         self.load = PolicyLoad()
@@ -128,11 +130,15 @@ class Pilot:
         """Ask the plan anew."""
         begun, plan = self.clock(), self.plan
         self.views = {c.request.id: self.view(c) for c in candidates}
-        decisions = plan.settle(seen(load), list(self.views.values()), self.steps)
+        decisions = plan.settle(self.usual(load), list(self.views.values()), self.steps)
         order = Order(plan, plan.span(self.steps, load.decoding), {})
         order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
         self.asking += self.clock() - begun
         return order
+
+    def usual(self, load: Load) -> PolicyLoad:
+        """A step's load with as many rows of prompts as steps have had of late: what is settled stands for steps with and without them."""
+        return replace(seen(load), prompt=round(self.reading))
 
     def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
         """Give those who came since the plan was asked what stands for them; where nothing does, ask anew."""
@@ -154,7 +160,7 @@ class Pilot:
         """What the plan wants to try in this step, if anything."""
         assert self.order is not None
         begun, plan, views = self.clock(), self.order.plan, {c.request.id: self.view(c) for c in candidates}
-        decisions = plan.probe(seen(load), list(views.values()), self.steps)
+        decisions = plan.probe(self.usual(load), list(views.values()), self.steps)
         self.order.span = replace(self.order.span, due=plan.span(self.steps, load.decoding).due)
         self.asking += self.clock() - begun
         if decisions is None:
@@ -186,14 +192,14 @@ class Pilot:
         """Seconds of the step that it saves."""
         views, trees = [self.views[draft.request] for draft in drafts], [draft.tree for draft in drafts]
         counts = () if load.prompt else tuple(load.row_counts)
-        kept = self.plan.prune(load.decoding, views, trees, self.steps, counts)
+        kept = self.plan.prune(load.decoding, views, trees, self.steps, counts, load.prompt)
         drawn = left = 0
         for tree, nodes in zip(trees, kept, strict=True):
             drawn += tree.drafted
             if nodes is not None:
                 tree.cut([tree.forced + node for node in nodes])
             left += tree.drafted
-        return self.plan.saved(load.decoding, drawn, left, counts)
+        return self.plan.saved(load.decoding, drawn, left, counts, load.prompt)
 
     def remember(self, view: RequestView, draft: Draft) -> None:
         """Keep a draft as it was drawn: one of a step, another request's each time, and none of most steps once there are enough."""
@@ -206,6 +212,7 @@ class Pilot:
         begun = self.clock()
         if report.requests:
             self.steps += 1
+            self.reading += (report.load.prompt - self.reading) / READING
             self.samples.append(Measured(report, self.drafting, self.depth, self.width, False, self.probing, self.asking))
             self.stepping += report.seconds
             if report.verified and (self.probing or self.tallying <= TALLYING * self.stepping):

@@ -305,3 +305,28 @@ def test_depth_0_is_measured_soon_at_a_load_that_lasts_but_not_at_once():
     replica.run(2, 2000)
     tried = runs([step for step, depths in probes(replica, 400, requests=16) if not any(depths)])
     assert tried and 100 <= tried[0][0] <= 120
+
+
+def test_beside_prompts_it_drafts_and_verifies_less_where_further_rows_cost_more():
+    """Rows of prompts take what a forward has to spare: what drafts take then costs, in the step and in the long run."""
+    replica = Replica(Machine(kinked, 0.8))
+    replica.run(16, 2000)
+    replica.run(4, 1200)
+    views, chain = [RequestView(str(i)) for i in range(4)], replica.machine.drawn([True] * 6)
+    plan = replica.plan
+    alone, beside = (plan.settle(Load(4, 0, 400, prompt=prompt), views, 3000 + 2000 * (prompt > 0))[0].depth for prompt in (0, 60))
+    assert 0 < beside < alone
+    plan.settle(Load(4, 0, 400), views, 7000)
+    drawn = [chain] * 4
+    kept = [sum(6 if nodes is None else len(nodes) for nodes in plan.prune(4, views, drawn, 7001, (), prompt)) for prompt in (0, 60)]
+    assert kept[1] < kept[0] == 24
+    saved = [plan.saved(4, 24, 8, (), prompt) for prompt in (0, 60)]
+    assert saved[1] == pytest.approx(kinked(4 + 24, 0) - kinked(4, 0) + 16 * 3e-4, rel=0.15) and saved[0] < 0.2 * saved[1]
+
+
+def test_a_step_without_drafts_beside_prompts_costs_what_its_prompts_add():
+    replica = Replica(Machine(kinked, 0.8))
+    replica.run(16, 2000)
+    plan, views = replica.plan, [RequestView(str(i)) for i in range(16)]
+    seconds = [Arena(plan.policy, Load(16, 0, 0, prompt=prompt), views, plan.knowledge).off().seconds for prompt in (0, 60)]
+    assert seconds[1] - seconds[0] == pytest.approx(kinked(76, 0) - kinked(16, 0), rel=0.15)

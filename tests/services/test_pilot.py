@@ -136,12 +136,12 @@ def test_requests_that_are_gone_are_forgotten_while_no_new_plan_comes():
 def test_where_looking_for_what_to_prune_does_not_pay_few_steps_are_looked_at(base, monkeypatch, saved, steps):
     looked: list[int] = []
 
-    def prune(plan, running, views, drafts, step, counts=()):
+    def prune(plan, running, views, drafts, step, counts=(), prompt=0):
         looked.append(step)
         return [[0]] * len(drafts)
 
     monkeypatch.setattr(Plan, "prune", prune)
-    monkeypatch.setattr(Plan, "saved", lambda plan, running, drawn, kept, counts: saved * (drawn > kept))
+    monkeypatch.setattr(Plan, "saved", lambda plan, running, drawn, kept, counts, prompt: saved * (drawn > kept))
     fly(base, {"kind": "fixed", "depth": 3}, [Speculation()], right=0.0)
     assert len(looked) == steps and looked[-1] >= 16
 
