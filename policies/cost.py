@@ -48,9 +48,9 @@ OWN = 8.0  # weight from which what drafting takes at some number of requests co
 
 # x (rows, requests or depth), context, seconds, prompt rows, step, what a second of it is at another pace, and how far it is to be believed
 Row = tuple[float, float, float, float, int, float, int]
-# Beside a prompt; among steps of the other kind; before the replica served, when others may have started too; in service, after others of
-# its like.
-BESIDE, SINGLE, REHEARSED, FIRM = range(4)
+# Among steps of the other kind; before the replica served, when others may have started too; in service, after others of its like: beside
+# prompts, and without.
+SINGLE, REHEARSED, BESIDE, FIRM = range(4)
 Moments = tuple[float, float, float]
 Line = tuple[tuple[float, float], list[Point]]  # drafting seconds at no request and what each adds; the cells it goes through
 Key = tuple[int, ...]
@@ -95,7 +95,7 @@ class Cell:
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
         count, since = len(rows), sum(row[4] > shaken for row in rows)
-        rehearsed, beside = all(row[6] == REHEARSED for row in rows), 2 * sum(row[6] == BESIDE for row in rows) > count
+        rehearsed, beside = all(row[6] == REHEARSED for row in rows), 2 * sum(row[3] > 0 for row in rows) > count
         made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4], rehearsed, beside)
         if count < 4:
             return made
@@ -150,7 +150,7 @@ class Window:
 def trust(rows: Iterable[Row]) -> int:
     """How far samples must be to be believed to count: as far as the best of them, where these are enough to be believed alone."""
     found = sorted((row[6] for row in rows), reverse=True)
-    return found[min(TRUSTED, len(found)) - 1] if found else BESIDE
+    return found[min(TRUSTED, len(found)) - 1] if found else SINGLE
 
 
 def changed(seconds: Sequence[float]) -> bool:
@@ -270,7 +270,7 @@ class CostModel:
         self._learn(self.forward, (bucket(s.requests), bucket(rows)), s, rows, s.seconds - s.draft_seconds)
 
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
-        belief = BESIDE if s.prefill and not s.rehearsed else self.belief(s)
+        belief = min(self.belief(s), BESIDE) if s.prefill else self.belief(s)
         if belief == FIRM:
             self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - self.slope * s.context, 0.1 * seconds))
         cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, belief))
