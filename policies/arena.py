@@ -71,8 +71,7 @@ def decision(depth: int, width: int) -> Decision:
 
 
 class Arena:
-    """The groups that choose freely, beside the requests that do not, and beside prompts: more of these are read in the same forward, where
-    a row costs more the more there are already."""
+    """The groups that choose freely, beside the requests that do not, and beside the prompts that are read in the same forward."""
 
     def __init__(self, terms: Terms, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> None:
         self.terms, self.load, self.knowledge = terms, load, knowledge
@@ -86,7 +85,8 @@ class Arena:
         self.fixed_tokens, self.fixed_worth = sum(t for _, t in told), sum(t * terms.weight(r.priority) for r, t in told)
         self.worth = sum(terms.weight(r.priority) for r in requests) + self.requests - len(requests)
         self.extra = knowledge.cost.slope * load.context
-        self.beside = float(self._forward(np.zeros(1))[0] - self._forward(np.zeros(1), 0)[0]) if load.prompt and knowledge.measured else 0.0
+        if load.prompt and knowledge.measured:
+            self.extra += knowledge.cost.beside(self.requests, load.prompt)
 
     def yielded(self, kind: str, level: int, depth: int, price: int, width: int) -> tuple[float, float]:
         """Draft tokens kept and nodes verified of one request's draft."""
@@ -147,10 +147,10 @@ class Arena:
         spent = np.array([self.knowledge.drafts(n, width) for n in drafting])[:, depths, None] + self.extra
         return np.where(rows <= self.load.free_slots, worth / (self._forward(rows) + spent), 0.0)
 
-    def _forward(self, rows: Numbers, prompt: int | None = None) -> Numbers:
-        """Seconds at fractional numbers of rows beyond one a request. prompt: rows of prompts; None for as many as there are."""
-        beside = self.load.prompt if prompt is None else prompt
-        forwards = self.knowledge.forwards(self.requests, self.requests + int(rows.max()) + 1, self.load.row_counts, beside)
+    def _forward(self, rows: Numbers) -> Numbers:
+        """Seconds at fractional numbers of rows beyond one a request."""
+        load = self.load
+        forwards = self.knowledge.forwards(self.requests, self.requests + int(rows.max()) + 1, load.row_counts, load.prompt)
         found: Numbers = np.interp(rows, np.arange(len(forwards)), np.asarray(forwards))
         return found
 
@@ -169,7 +169,7 @@ class Arena:
 
     def _seconds(self, rows: float, drafting: int, depth: int, width: int) -> float:
         if not drafting:
-            return self.knowledge.off(self.requests) + self.extra + self.beside
+            return self.knowledge.off(self.requests) + self.extra
         return float(self._forward(np.array([rows]))[0]) + self.knowledge.draft(drafting, depth, width) + self.extra
 
     def decisions(self, depths: Mapping[Group, int], width: int) -> list[Decision]:

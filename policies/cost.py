@@ -331,7 +331,7 @@ class CostModel:
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
         off, forward = lifted(off, off, self.slope), lifted(forward, both, self.slope)
-        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.stretch)
+        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price, self.stretch)
 
     def to_dict(self) -> dict[str, Any]:
         present = self.now()
@@ -373,13 +373,14 @@ def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> fl
 class CostTable:
     """Expected seconds. All answers are None while nothing was measured.
 
-    slope: seconds per context token; stretch: seconds that pass while a step costs one.
+    slope: seconds per context token; prompt: seconds per row of a prompt beside; stretch: seconds that pass while a step costs one.
     """
 
     off_cells: tuple[Cell, ...] = ()
     forward_cells: tuple[Cell, ...] = ()
     draft_cells: tuple[Cell, ...] = ()
     slope: float = 0.0
+    prompt: float = 0.0
     stretch: float = 1.0
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -391,14 +392,19 @@ class CostTable:
         curve = self._curve("off", lambda: self.off_cells)
         return None if curve is None else curve.at(requests) + self.slope * context
 
+    def beside(self, requests: int, prompt: int) -> float:
+        """What so many rows of prompts add to a step of that many requests: at most what as many drafted ones would."""
+        first, more = self.forwards(requests, np.array([requests, requests + prompt], dtype=float))
+        return float(min(self.prompt * prompt, more - first))
+
     @property
     def rehearsed(self) -> bool:
         """Whether no draft was measured in service yet."""
         return self._recalled("rehearsed", lambda: all(c.rehearsed for c in self.forward_cells))
 
     def off_count(self, requests: int) -> int:
-        """Samples of depth 0 at about that many requests (within a quarter) since the machine's pace last changed much."""
-        return sum(c.since for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests)
+        """Samples of depth 0 in service at about that many requests (within a quarter) since the machine's pace last changed much."""
+        return sum(c.since for c in self.off_cells if 0.75 * requests <= c.key[0] <= 1.25 * requests and not c.rehearsed)
 
     def forward(self, requests: int, rows: float, context: float = 0) -> float | None:
         """The forward, sampling and commit of a step with drafts in it, without the drafting."""

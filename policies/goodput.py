@@ -207,8 +207,7 @@ class GoodputPolicy(BaseModel):
                 rates = memo.get((request.kind, request.level)) or knowledge.rates(request.kind, request.level)
                 gains.append(offered(tree, rates, 1.0 if request.priority == 1 else self.weight(request.priority)))
                 most += len(tree.confidence)
-        forwards = knowledge.forwards(running, running + fixed + most + prompt, counts)
-        return admitted(gains, forwards[prompt:] if prompt else forwards, fixed, standing.rate)
+        return admitted(gains, knowledge.forwards(running, running + fixed + most, counts, prompt), fixed, standing.rate)
 
     def weight(self, priority: int) -> float:
         """What a token of a request of that priority is worth."""

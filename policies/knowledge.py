@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from policies.cost import CostTable
+from policies.cost import CostTable, bucket
 from policies.drafts import DEEPEST
 from policies.forest import Forest, Numbers
 from policies.load import LEVEL, Limits
@@ -80,14 +80,19 @@ class Knowledge:
     def forwards(self, requests: int, rows: int, counts: tuple[int, ...] = (), prompt: int = 0) -> Sequence[float]:
         """Forward seconds at context 0 by rows beyond one a request: index 0 is `requests` rows, the list goes to `rows` at least.
 
-        counts: numbers of rows that are rounded up to, see `Load`; prompt: rows of prompts beside, which cost what others do. Only asked
-        once something was measured.
+        counts: numbers of rows that are rounded up to, see `Load`; prompt: rows of prompts beside, about. What these take themselves is
+        not in it, but what further rows cost more for them is, where rows cost more the more there are. Only asked once something was
+        measured.
         """
-        key = ("forward", requests, counts, prompt)
+        key = ("forward", requests, counts, bucket(prompt))
         known: Sequence[float] = self.memo.get(key, ())
         if len(known) <= rows - requests:
             count = max(rows - requests + 1, 2 * len(known), 32)
-            found = self.cost.forwards(requests, computed(requests + np.arange(count, dtype=float), counts) + prompt)
+            rows_of = computed(requests + np.arange(count, dtype=float), counts)
+            found = self.cost.forwards(requests, rows_of)
+            if prompt:
+                beside = self.cost.forwards(requests, rows_of + bucket(prompt))
+                found = found + np.maximum((beside - beside[0]) - (found - found[0]), 0.0)
             known = self.memo[key] = array("d", found.tobytes())
         return known
 

@@ -121,8 +121,8 @@ class Plan:
         """Seconds that a step of so many requests takes less when only `kept` of the `drawn` nodes are verified; 0 while unmeasured."""
         if kept >= drawn or not self.knowledge.measured:
             return 0.0
-        seconds = self.knowledge.forwards(running, running + drawn + prompt, row_counts)
-        return seconds[drawn + prompt] - seconds[kept + prompt]
+        seconds = self.knowledge.forwards(running, running + drawn, row_counts, prompt)
+        return seconds[drawn] - seconds[kept]
 
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""

@@ -324,9 +324,15 @@ def test_beside_prompts_it_drafts_and_verifies_less_where_further_rows_cost_more
     assert saved[1] == pytest.approx(kinked(4 + 24, 0) - kinked(4, 0) + 16 * 3e-4, rel=0.15) and saved[0] < 0.2 * saved[1]
 
 
-def test_a_step_without_drafts_beside_prompts_costs_what_its_prompts_add():
-    replica = Replica(Machine(kinked, 0.8))
+def flattening(rows: int, depth: int) -> float:
+    """Rows cost less the more there are."""
+    return 0.002 + 0.001 * rows**0.7 + 3e-4 * depth
+
+
+@pytest.mark.parametrize("seconds", [compute_bound, flattening])
+def test_prompts_beside_change_nothing_where_further_rows_cost_no_more(seconds):
+    replica = Replica(Machine(seconds, 0.7))
     replica.run(16, 2000)
-    plan, views = replica.plan, [RequestView(str(i)) for i in range(16)]
-    seconds = [Arena(plan.policy, Load(16, 0, 0, prompt=prompt), views, plan.knowledge).off().seconds for prompt in (0, 60)]
-    assert seconds[1] - seconds[0] == pytest.approx(kinked(76, 0) - kinked(16, 0), rel=0.15)
+    views = [RequestView(str(i)) for i in range(16)]
+    alone, beside = (replica.plan.forecast(Load(16, 0, 1600, prompt=prompt), views) for prompt in (0, 60))
+    assert beside.decisions == alone.decisions
