@@ -289,7 +289,7 @@ class Worker:
             self.closing = True
             self.change.notify_all()
         self.thread.join()
-        self.read()
+        self.read(everything=True)
         self.stop_saving()
         self.attempt(self.keeper.save, SAVING)
 
@@ -302,18 +302,25 @@ class Worker:
         now = self.clock()
         return sum(n for at, n in self.loads.values() if now - at < self.settings.believed) > self.settings.running
 
-    def resting(self) -> bool:
-        return self.paused or self.busy() or self.clock() - self.busy_at < self.settings.quiet
+    def makes_way(self) -> bool:
+        """Whether serving needs the device, or did a moment ago."""
+        return self.busy() or self.clock() - self.busy_at < self.settings.quiet
+
+    def reads(self) -> bool:
+        """Whether there is something to read or to forget now. While it makes way traces stay where they are, unless they are many."""
+        waits = bool(self.inbox) and (2 * self.waiting > self.settings.inbox or not self.makes_way())
+        return waits or bool(self.unwanted) or self.clock() - self.aged >= AGING
 
     def loop(self) -> None:
         while not self.closing:
-            self.read()
+            if self.reads():
+                self.read()
             self.attempt(self.follow, FOLLOWING)
             with self.change:
-                domain = None if self.resting() else self.keeper.next()
+                domain = None if self.paused or self.makes_way() else self.keeper.next()
                 rests = domain is None and not self.writes()
                 self.note(rests)
-                if rests and not (self.closing or self.inbox or self.unwanted):
+                if rests and not (self.closing or self.reads()):
                     self.change.wait(min(self.settings.quiet, self.settings.poll))
             if not rests:
                 self.work(domain)
@@ -338,21 +345,31 @@ class Worker:
         domains = self.keeper.domains
         self.problems = {what: told for what, told in self.problems.items() if what not in domains or domains[what].busy}
 
-    def read(self) -> None:
-        """Move traces from the inbox to the buffer, and forget what is to be forgotten."""
-        if self.clock() - self.aged >= AGING:
-            self.aged = self.clock()
-            if (outdated := self.keeper.outdated()) is not None:
-                self.forget(outdated)
+    def read(self, everything: bool = False) -> None:
+        """One slice of moving traces from the inbox to the buffer; all of them where some are to be forgotten, which is done then."""
         with self.change:
-            found, self.inbox, self.waiting = self.inbox, deque(), 0
             unwanted, self.unwanted = self.unwanted, deque()
-        self.unsaved = self.unsaved or bool(found)
-        for data in found:
+        until = self.clock() + self.settings.slice
+        ages = until - self.aged >= AGING
+        while (everything or ages or unwanted or self.clock() < until) and (data := self.next_trace()) is not None:
+            self.unsaved = True
             self.keeper.add(data)
+        if ages:
+            self.aged = until
+            if (outdated := self.keeper.outdated()) is not None:
+                unwanted.append((outdated, Future()))
         for what, done in unwanted:
             if done.set_running_or_notify_cancel():
                 self.answer(done, what)
+
+    def next_trace(self) -> bytes | None:
+        """The oldest in the inbox, taken out of it."""
+        with self.change:
+            if not self.inbox:
+                return None
+            data = self.inbox.popleft()
+            self.waiting -= len(data)
+            return data
 
     def answer(self, done: Future[int], what: Selection) -> None:
         self.stop_saving()

@@ -37,7 +37,7 @@ from services.cli.load_stream import Ask, Streams  # noqa: E402
 from services.cli.machine import machine  # noqa: E402
 
 NEVER = 2**40  # tokens that a round would wait for
-HANDED_OVER = 1.3  # seconds after a burst in which what was kept of it reaches the log and the trainer
+HANDED_OVER = 3.0  # seconds after a burst in which what was kept of it reaches the log and is read by the trainer, which makes way for one
 
 
 def main(

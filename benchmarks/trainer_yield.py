@@ -170,6 +170,7 @@ async def compared(plan: Plan, makes_way: bool) -> dict[str, Any]:
         subject = Subject(plan, streams)
         for first in itertools.count(0, plan.requests):
             await subject.answers(first, plan.requests)
+            subject.until(lambda found: found["traces"]["seen"] > 0 and not found["inbox"])
             if subject.trainer()["traces"]["tokens"] > 2 * ENDLESS["least_tokens"]:  # type: ignore[operator]
                 break
         subject.until(lambda found: found["phase"] == "training" and found["step"] > 0)

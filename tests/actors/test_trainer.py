@@ -180,12 +180,16 @@ def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path
     wait_until(lambda: not worker.status()["working"], 30)
     status = worker.status()
     assert status["yields"] == 1 and 0 < status["slowest_yield"] < 5.0
-    for index in range(80, 85):  # what comes in is read at every turn, and nothing else is done
+    for index in range(80, 85):  # what comes in stays where it is, and nothing else is done
         worker.load("replica", 1)
         worker.offer([many(1, first=index)[0].to_bytes()])
-        wait_until(lambda: worker.status()["traces"]["seen"] > index, 30)  # noqa: B023 (waited for at once)
-        assert worker.status()["step"] == status["step"]
+    worker.forget(Selection(request="r-80")).result(30)
+    wait_until(lambda: (found := worker.status()["traces"])["seen"] == 85 and found["dropped"] == 1, 30)  # all was read for that
+    worker.load("replica", 1)
+    worker.offer([many(1, first=85)[0].to_bytes()])
+    assert worker.status()["inbox"] == 1 and worker.status()["step"] == status["step"]
     worker.load("replica", 0)
+    wait_until(lambda: worker.status()["traces"]["seen"] == 86, 30)
     wait_until(lambda: worker.status()["step"] > status["step"], 30)
     worker.pause(True)
     wait_until(lambda: not worker.status()["working"], 30)
@@ -358,6 +362,27 @@ def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
     worker = Worker(keeper(tmp_path, replace(TRAINER, inbox=sum(map(len, data[6:])))), lambda found: None, dict)
     worker.offer(data)
     assert list(worker.inbox) == data[6:] and worker.status()["dropped_before_reading"] == 6
+
+
+def test_while_it_makes_way_traces_stay_where_they_are_unless_they_are_many(tmp_path: Path) -> None:
+    data = [trace.to_bytes() for trace in many(10)]
+    now = [1000.0]
+    room = replace(TRAINER, inbox=3 * sum(map(len, data)), quiet=5.0)
+    worker = Worker(keeper(tmp_path, room), lambda found: None, dict, lambda: now[0])
+    worker.read()
+    assert not worker.reads()
+    worker.load("replica", 1)
+    worker.offer(data)
+    assert not worker.reads() and worker.status()["inbox"] == 10
+    worker.offer(data)
+    assert worker.reads()
+    worker.read()
+    assert remembered(worker.keeper) == {f"r-{i}" for i in range(10)} and not worker.reads()
+    worker.offer(data)
+    worker.load("replica", 0)
+    assert not worker.reads()
+    now[0] += 5.0
+    assert worker.reads()
 
 
 def test_a_trace_is_kept_no_longer_than_what_was_answered(tmp_path: Path) -> None:
