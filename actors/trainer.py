@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -510,7 +510,8 @@ class TrainerActor:
         artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
         registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
         try:
-            found = registrar.parents()
+            with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
+                found = apart.submit(registrar.parents).result()
         except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
             log.warning("%s: which versions are to be refreshed is not known yet: %s", model, error)
             found = {}

@@ -185,6 +185,7 @@ def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path
         worker.offer([many(1, first=index)[0].to_bytes()])
     worker.forget(Selection(request="r-80")).result(30)
     wait_until(lambda: (found := worker.status()["traces"])["seen"] == 85 and found["dropped"] == 1, 30)  # all was read for that
+    status = worker.status()
     worker.load("replica", 1)
     worker.offer([many(1, first=85)[0].to_bytes()])
     assert worker.status()["inbox"] == 1 and worker.status()["step"] == status["step"]
