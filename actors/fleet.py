@@ -48,7 +48,7 @@ class Replica:
         for sample in telemetry.steps:
             self.cost.add(sample)
         for kind, counts in telemetry.survival.items():
-            for name in (kind, EVERYONE):
+            for name in (kind,) if kind in telemetry.apart else (kind, EVERYONE):
                 self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
         self.steps.extend(telemetry.steps)
         if telemetry.tokens and telemetry.steps:
@@ -65,6 +65,7 @@ class Fleet:
         self.cost_before = CostModel()
         self.known: tuple[int, CostModel] | None = None  # what is known of costs, and of how many steps
         self.survival_before: dict[str, Estimates] = {}
+        self.apart: set[str] = set()  # classes for which other versions than the live one draft, or did
 
     def take(self, telemetry: Telemetry, now: float) -> bool:
         """Learn from validated telemetry; False, and nothing learned, if it is not newer than the last of its replica."""
@@ -75,6 +76,7 @@ class Fleet:
             known = self.replicas[telemetry.replica] = Replica(telemetry, now, self._known_cost().heir(), self._heirs(telemetry))
         elif _kind(known.last) != _kind(telemetry):
             known.survival = self._heirs(telemetry)
+        self.apart |= telemetry.apart
         known.last, known.seen = telemetry, now
         known.learn(telemetry)
         return True
@@ -127,7 +129,7 @@ class Fleet:
         """What was learned, as JSON."""
         survival = self.survival_before | {_kind(r.last): r.survival for r in self.replicas.values()}
         recent = dict(list(survival.items())[-8:])
-        told = {kind: {name: e.to_dict() for name, e in estimates.items()} for kind, estimates in recent.items()}
+        told = {kind: {name: e.to_dict() for name, e in found.items() if name not in self.apart} for kind, found in recent.items()}
         return {"cost": self._known_cost().to_dict(), "survival": told}
 
     @classmethod
@@ -159,7 +161,7 @@ class Fleet:
         same = next((r.survival for r in reversed(self.replicas.values()) if _kind(r.last) == kind), self.survival_before.get(kind))
         parents = same or next((r.survival for r in reversed(self.replicas.values())), None)
         parents = parents or next(reversed(self.survival_before.values()), {})
-        return {name: parent.heir(0.5 if same else INHERITED) for name, parent in parents.items()}
+        return {name: parent.heir(0.5 if same else INHERITED) for name, parent in parents.items() if name not in self.apart}
 
 
 def busiest(replicas: Sequence[Replica]) -> list[Replica]:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -22,7 +22,9 @@ from actors.store import StateStore, StoreError, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
 
 NAME = "specfleet-policy"
+KINDS = tuple(str(member.model_fields["kind"].default) for member in get_args(get_args(Policy)[0]))
 BLOCK = 1000  # plan versions reserved at a time
+FARTHEST = 1 << 40  # the latest plan version that is believed of a replica: there is room for as many after it as are ever published
 PART, MANY = 0.1, 1024  # of all steps told of, and steps of each replica, that are worth a new plan
 SELDOM = 4  # times the least distance of plans after which any news are
 
@@ -68,7 +70,7 @@ class KeeperSettings:
 class Entry:
     """One model: its policy, the version of that (0: never changed), its replicas and the plan in force.
 
-    steps, news: told of in all, and since the plan.
+    steps, news: told of in all, and since the plan. unsure: whether the store may hold a change that it did not confirm.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Entry:
     steps: int = 0
     news: int = 0
     saved: float = 0.0
+    unsure: bool = False
 
 
 def parse_policy(data: object) -> Policy:
@@ -104,11 +107,11 @@ def _as_json(data: Mapping[str, Any]) -> bytes:
 def _refused(error: ValidationError) -> PolicyError:
     first = error.errors(include_url=False)[0]
     path = [str(p) for p in first["loc"]]
-    if path and path[0] in ("off", "fixed", "threshold", "goodput"):
+    if path and path[0] in KINDS:
         path = path[1:]
     accepted = first["msg"]
     if first["type"].startswith("union_tag"):
-        path, accepted = ["kind"], "one of off, fixed, threshold, goodput"
+        path, accepted = ["kind"], f"one of {', '.join(KINDS)}"
     elif first["type"] == "extra_forbidden":
         accepted = "no field of this name"
     return PolicyError(".".join(path), first["input"], accepted)
@@ -153,8 +156,8 @@ class PolicyKeeper:
         except (ValueError, TypeError, AttributeError):
             self._refused_reports += 1
             return entry.plan
-        behind = clean.plan_version > self._version
-        self._version = max(self._version, clean.plan_version)
+        behind = self._version < clean.plan_version <= FARTHEST
+        self._version = clean.plan_version if behind else self._version
         news = len(clean.steps) + MANY * MOST * entry.fleet.unlike(clean)
         fresh = entry.fleet.take(clean, now)
         if fresh:
@@ -225,10 +228,7 @@ class PolicyKeeper:
     def _recover(self, model: str, policy: BaseModel, limits: Limits) -> Entry:
         """The model as the store remembers it."""
         entry = Entry(model, policy, 0, limits, saved=self._clock())
-        for change in self._store.entries(f"policy/{model}", 1):
-            entry.revision = int(change["version"])
-            with contextlib.suppress(PolicyError):  # a kind or field of another release: the default stands until somebody changes it
-                entry.policy = parse_policy(change["to"])
+        self._reread(entry)
         learned = self._store.get(f"policy/learned/{model}")
         if learned:
             entry.fleet = Fleet.from_dict(learned)
@@ -236,6 +236,7 @@ class PolicyKeeper:
         return entry
 
     def _change(self, entry: Entry, policy: Policy, who: str, why: str, expected: int | None, dry_run: bool) -> Value:
+        self._settle(entry)
         if expected is not None and expected != entry.revision:
             raise PolicyConflict(f"the policy of {entry.name!r} is at version {entry.revision}, not {expected}")
         if dry_run:
@@ -246,10 +247,28 @@ class PolicyKeeper:
         change = {"model": entry.name, "who": who, "why": why, "at": self._clock(), "version": version}
         change |= {"from": entry.policy.model_dump(mode="json"), "to": policy.model_dump(mode="json")}
         reserved = self._next_version()
+        entry.unsure = True
         self._store.append(f"policy/{entry.name}", change)
-        entry.policy, entry.revision = policy, version
+        entry.policy, entry.revision, entry.unsure = policy, version, False
         self._publish(entry, reserved)
         return self._answer(entry, policy, version)
+
+    def _settle(self, entry: Entry) -> None:
+        """Find out what became of a change that the store did not confirm: it holds if it is there. StoreError."""
+        if not entry.unsure:
+            return
+        before = entry.revision
+        self._reread(entry)
+        entry.unsure = False
+        if entry.revision != before:
+            self._publish(entry)
+
+    def _reread(self, entry: Entry) -> None:
+        """Take over the latest change that the store holds, if there is one."""
+        for change in self._store.entries(f"policy/{entry.name}", 1):
+            entry.revision = int(change["version"])
+            with contextlib.suppress(PolicyError):  # a kind or field of another release: the default stands until somebody changes it
+                entry.policy = parse_policy(change["to"])
 
     def _answer(self, entry: Entry, policy: BaseModel, version: int) -> Value:
         plan = self.plan(entry.name).version
@@ -262,6 +281,7 @@ class PolicyKeeper:
                 self._publish(entry)
             if not 0 <= now - entry.saved < self._settings.save:
                 entry.saved = now
+                self._settle(entry)
                 self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
         except StoreError:
             self._unsaved += 1

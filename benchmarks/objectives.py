@@ -107,10 +107,8 @@ class Recorder:
     def draft(self, batch: Sequence[Draft]) -> None:
         self.drafter.draft(batch)
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        for kept in batch:
-            self.kept.setdefault(kept.request, []).append(replace(kept, hidden=kept.hidden.clone()))
-        self.drafter.observe(batch)
+    def observer(self, kept: Kept) -> None:
+        self.kept.setdefault(kept.request, []).append(replace(kept, hidden=kept.hidden.clone()))
 
     def forget(self, request: str) -> None:
         self.drafter.forget(request)

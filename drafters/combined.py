@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from drafters.ngram import NgramDrafter
-from engine.drafter import Draft, Drafter, Kept
+from engine.drafter import Draft, Drafter, Observer
 
 
 class CombinedDrafter:
@@ -47,9 +47,9 @@ class CombinedDrafter:
         draft.tree.extend(match.path, draft.budget.nodes)
         return replace(draft, budget=replace(draft.budget, width=draft.budget.width - 1))
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        self.primary.observe(batch)
-        self.ngram.observe(batch)
+    @property
+    def observer(self) -> Observer | None:
+        return self.primary.observer
 
     def forget(self, request: str) -> None:
         self.primary.forget(request)

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.drafter import Draft, Kept
+from engine.drafter import Draft, Observer
 
 LONGEST, SHORTEST = 4, 2  # lengths of the n-grams looked up, in tokens
 NEARBY = 8  # tokens of a prediction searched for a single token after a divergence
@@ -138,8 +138,10 @@ class NgramDrafter:
             memory.prediction = Prediction.of(draft.prediction, draft.tokens)
         return memory
 
-    def observe(self, batch: Sequence[Kept]) -> None:
+    @property
+    def observer(self) -> Observer | None:
         """The text itself is read when it is drafted for."""
+        return None
 
     def forget(self, request: str) -> None:
         self.memories.pop(request, None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from drafters.chains import NativeChains, suits
 from drafters.mlp import EPS, MLPSpeculator
-from engine.drafter import Draft, Kept
+from engine.drafter import Draft, Observer
 from engine.native.compiled import kernels
 from engine.native.operations import NativeLinear
 from engine.packed import PackedLinear, available
@@ -154,8 +154,10 @@ class MLPDrafter:
             for job, leaves in zip(jobs, forest.leaves, strict=True):
                 plant(job, forest, leaves)
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        """Nothing to learn while serving."""
+    @property
+    def observer(self) -> Observer | None:
+        """There is nothing to learn while serving."""
+        return None
 
     def forget(self, request: str) -> None:
         """Nothing is remembered of a request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.drafter import Draft, Drafter, Kept
+from engine.drafter import Draft, Drafter, Kept, Observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +116,18 @@ class Versions:
         for drafter, own in shares.items():
             drafter.draft(own)
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        """Count, while there is a canary to compare with, and hand on."""
-        for kept in batch:
-            name = self.line(kept.tag)
-            line = self.lines[name]
-            drafter = line.serving(kept.request)
-            if line.canary is not None and kept.drafted and kept.request not in self.older:
-                count = self.counts.setdefault(kept.request, Count(name, drafter.version))
-                count.drafts += 1
-                count.kept += kept.accepted
-            drafter.observe([kept])
+    @property
+    def observer(self) -> Observer | None:
+        """Counts while there is a canary to compare with."""
+        return self.count if any(line.canary is not None for line in self.lines.values()) else None
+
+    def count(self, kept: Kept) -> None:
+        name = self.line(kept.tag)
+        line = self.lines[name]
+        if line.canary is not None and kept.drafted and kept.request not in self.older:
+            count = self.counts.setdefault(kept.request, Count(name, line.serving(kept.request).version))
+            count.drafts += 1
+            count.kept += kept.accepted
 
     def forget(self, request: str) -> None:
         self.older.discard(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,6 +48,9 @@ class Kept:
     tag: str = ""
 
 
+Observer = Callable[[Kept], None]
+
+
 class Drafter(Protocol):
     """Proposes tokens. A drafter may propose anything: verification by replay makes every draft lossless."""
 
@@ -69,8 +72,10 @@ class Drafter(Protocol):
         """Extend each tree in place by at most its budget; a tree may be left as it is."""
         ...
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        """Learn from what a step kept."""
+    @property
+    def observer(self) -> Observer | None:
+        """What is to be told of everything that steps keep, one request at a time; None while nobody wants to know, so that it costs
+        nothing. May change between two steps."""
         ...
 
     def forget(self, request: str) -> None:

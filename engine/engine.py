@@ -11,13 +11,14 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.attention import KVStore, Row
 from engine.capture import Recorder
-from engine.drafter import Draft, Drafter, Kept
+from engine.drafter import Draft, Drafter, Kept, Observer
 from engine.executor import DeviceLost
 from engine.loading import Base
 from engine.request import Outcome, Overloaded, Request, Stats, Text, TokenScore
@@ -27,6 +28,7 @@ from engine.slots import Block, Key, SlotPool, SlotTable
 from engine.tree import Budget, Tree, replay
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Engine:
         block: int = 16,
     ) -> None:
         self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
+        self.observer: Observer | None = None  # of this step
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
         self.store = KVStore(slots)
@@ -226,6 +229,7 @@ class Engine:
         except Exception as error:
             log.exception("a step failed; its %d requests fail with it", len(plans))
             return StepReport((*dropped, *self.fail(plans, error)), load, seconds=perf_counter() - started)
+        self.observer = self.drafter.observer if self.drafter is not None else None
         results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
         self.record(logits, hidden)
         self.pool.make_room()
@@ -488,8 +492,8 @@ class Engine:
         self.pool.give([slot for node, slot in enumerate(plan.slots) if node not in kept])
         self.keep(text, [plan.slots[node] for node in path])
         text.hidden = hidden[at[-1]]
-        if self.drafter is not None:
-            self.tell(Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at), text.request.tag))
+        if self.observer is not None:
+            self.tell(self.observer, Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at), text.request.tag))
         if self.recorder is not None and text.request.record:
             self.recorder.keep(text.request, emitted, accepted, at)
         scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
@@ -538,17 +542,16 @@ class Engine:
         """Give back everything a request holds."""
         del self.texts[text.request.id]
         self.vacate(text)
-        self.tell(text.request.id)
+        if self.drafter is not None:
+            self.tell(self.drafter.forget, text.request.id)
         if self.recorder is not None:
             self.recorder.end(text.request.id, finish in ("stop", "length"))
         return Outcome(text.request, tuple(tokens), scores, finish, error, text.stats)
 
-    def tell(self, news: Kept | str) -> None:
+    def tell(self, told: Callable[[T], None], news: T) -> None:
         """Let the drafter learn from what was kept, or forget a request; what it makes of that is its own affair."""
-        if self.drafter is None:
-            return
         try:
-            self.drafter.forget(news) if isinstance(news, str) else self.drafter.observe([news])
+            told(news)
         except Exception:
             log.exception("the drafter could not take in what happened")
             self.draft_failures += 1

@@ -177,9 +177,10 @@ class Arena:
         return [OFF if group is None else decision(depths[group], width) for group in self.member]
 
     def within(self, depths: Mapping[Group, int], width: int) -> dict[Group, int]:
-        """The depths, lowered until their nodes fit in the free slots."""
-        found, room = dict(depths), self.load.free_slots
+        """The depths, lowered until their nodes fit in the free slots; those of the lowest priority give way first."""
+        found, room = dict(depths), self.load.free_slots - self.fixed_nodes
         while any(found.values()) and sum(d * self.groups[g] for g, d in found.items()) * width > room:
-            top = max(found.values())
-            found = {g: min(d, top - 1) for g, d in found.items()}
+            last = max(g[3] for g, d in found.items() if d)
+            top = max(d for g, d in found.items() if g[3] == last)
+            found = {g: min(d, top - 1) if g[3] == last else d for g, d in found.items()}
         return found

@@ -218,7 +218,7 @@ class Cells:
 
     def to_list(self) -> list[Any]:
         filled = {key: window.rows for key, window in self.windows.items() if window.rows}
-        return [[list(key), [[x, c, t * pace, p] for x, c, t, p, _, pace, _ in rows]] for key, rows in filled.items()]
+        return [[list(key), [[x, c, t * pace, p, belief] for x, c, t, p, _, pace, belief in rows]] for key, rows in filled.items()]
 
     @classmethod
     def from_list(cls, data: Iterable[Any], numbers: int) -> Cells:
@@ -227,11 +227,10 @@ class Cells:
         for key, rows in data:
             if len(key) != numbers:
                 raise ValueError("not a cost table")
-            for x, context, seconds, prompt in rows:
-                if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)):
+            for x, context, seconds, prompt, belief in rows:
+                if not all(math.isfinite(v) and v >= 0 for v in (x, context, seconds, prompt)) or belief not in range(FIRM + 1):
                     raise ValueError("not a cost table")
-                belief = BESIDE if prompt else FIRM
-                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, belief))
+                made.add(tuple(int(k) for k in key), (float(x), float(context), float(seconds), float(prompt), 0, 1.0, int(belief)))
         return made
 
 

@@ -57,5 +57,8 @@ class Profile:
 
     def sane(self) -> bool:
         """True if this can be a draft."""
-        size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and len(self.nodes) <= 1024 and abs(self.level) <= DEEPEST
+        numbers = (self.allowed, self.width, self.level, *(n for node in self.nodes for n in node))
+        if len(self.nodes) > 1024 or not all(isinstance(n, int) for n in numbers):
+            return False
+        size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and abs(self.level) <= DEEPEST
         return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))

@@ -163,7 +163,10 @@ class GoodputPolicy(BaseModel):
         return Span(standing.step + LASTING, due, standing.requests - slack, standing.requests + slack)
 
     def _hurries(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, agenda: Agenda, step: int) -> bool:
-        """Whether depth 0 at about so many requests, as have been there for a while, is hardly measured while drafting rests on it."""
+        """Whether depth 0 at about so many requests, as have been there for a while, is hardly measured while drafting rests on it; never
+        while a request fixes its depth, since then no step is without drafts."""
+        if any(request.mode == "fixed" for request in requests):
+            return False
         running = max(load.running, len(requests), 1)
         lasted = step - agenda.entered(running, step)
         rested = step - agenda.made.get(probes.OFF, step - self.probe_every)

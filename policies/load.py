@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +29,8 @@ class Load:
     def sane(self) -> bool:
         """True if every field is a finite, non-negative count of a believable size."""
         counts = (self.running, self.waiting, self.context, self.free_slots, self.prompt, *self.row_counts)
-        return len(counts) <= MOST_COUNTS and all(math.isfinite(n) and 0 <= n <= 1 << 40 for n in counts)
+        hashable = isinstance(self.row_counts, tuple)
+        return hashable and len(counts) <= MOST_COUNTS and all(isinstance(n, int) and 0 <= n <= 1 << 40 for n in counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,13 +166,15 @@ class Plan:
 
 
 def _fit(decisions: list[Decision], requests: Sequence[RequestView], free_slots: int) -> list[Decision]:
-    """Shorten the deepest free drafts until all nodes fit in the free slots."""
+    """Shorten free drafts until all nodes fit in the free slots: those of the lowest priority first, of them the deepest."""
     over = sum(d.depth * d.width for d in decisions) - free_slots
     while over > 0:
-        depth, index = max((d.depth if r.mode == "auto" else 0, -i) for i, (d, r) in enumerate(zip(decisions, requests, strict=True)))
-        if not depth:
+        both = enumerate(zip(decisions, requests, strict=True))
+        free = [(r.priority, d.depth, i) for i, (d, r) in both if r.mode == "auto" and d.depth]
+        if not free:
             break
-        old = decisions[-index]
-        decisions[-index] = Decision(old.depth - 1, old.width) if old.depth > 1 else OFF
+        index = max(free)[2]
+        old = decisions[index]
+        decisions[index] = Decision(old.depth - 1, old.width) if old.depth > 1 else OFF
         over -= old.width
     return decisions

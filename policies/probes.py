@@ -107,8 +107,8 @@ class Agenda:
 
 def trial(kind: str, turn: int, arena: Arena, best: Choice, widths: list[int]) -> Trial | None:
     """What a kind of probe tries at its turn; None if there is nothing to try. best: the choice that stands."""
-    if kind == OFF:
-        return Trial(arena.off(), RUN)
+    if kind == OFF:  # no step is without drafts while somebody asks for them
+        return None if arena.fixed_count else Trial(arena.off(), RUN)
     if kind == "one":
         return whole(arena, dict.fromkeys(arena.groups, 1), 1)
     if kind == "best":

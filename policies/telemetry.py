@@ -21,9 +21,9 @@ class Telemetry:
     """Since the last report of this replica.
 
     sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
-    them); survival: drafts tested since, by class of requests; tokens: emitted since; deciding: seconds spent on decisions since; switches:
-    steps since that drafted differently from the one before; probes: steps since that tried what seemed not to pay; plan_version: of the
-    plan in force, 0 for none; limits: the drafter's.
+    them); survival: drafts tested since, by class of requests; apart: classes for which other versions draft than this one; tokens:
+    emitted since; deciding: seconds spent on decisions since; switches: steps since that drafted differently from the one before; probes:
+    steps since that tried what seemed not to pay; plan_version: of the plan in force, 0 for none; limits: the drafter's.
     """
 
     replica: str
@@ -34,6 +34,7 @@ class Telemetry:
     load: Load
     steps: tuple[StepSample, ...] = ()
     survival: Mapping[str, DepthCounts] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
     tokens: int = 0
     deciding: float = 0.0
     switches: int = 0
@@ -53,6 +54,7 @@ class Telemetry:
             load=self.load if isinstance(self.load, Load) and self.load.sane() else Load(),
             steps=tuple(s for s in self.steps[-MOST_STEPS:] if isinstance(s, StepSample) and s.sane()),
             survival=self._drafts(),
+            apart=self.apart if isinstance(self.apart, frozenset) else frozenset(),
             tokens=self.tokens if _count(self.tokens) else 0,
             deciding=self.deciding if _count(self.deciding) else 0.0,
             switches=self.switches if _count(self.switches) else 0,
@@ -69,7 +71,8 @@ class Telemetry:
 
 
 def _possible(limits: Limits) -> bool:
-    return _count(limits.max_depth) and _count(limits.max_width) and limits.max_depth <= DEEPEST and limits.max_width <= 256
+    whole = isinstance(limits.max_depth, int) and isinstance(limits.max_width, int)
+    return whole and 0 <= limits.max_depth <= DEEPEST and 0 <= limits.max_width <= 256
 
 
 def _count(n: object) -> bool:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import NamedTuple
 
+from drafters.registry import versions_of
+from drafters.versions import Versions
 from engine.drafter import Draft, Drafter
 from engine.engine import Candidate, Load, StepReport, Verified
 from engine.request import Request
@@ -67,10 +69,12 @@ class Pilot:
     def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter) -> None:
         self.replica, self.plan, self.clock = replica, plan, clock
         self.drafter_name, self.version = "none", ""
+        self.versions: Versions | None = None
         self.limits = Limits(0, 0)
         self.lock = threading.Lock()
         self.samples: deque[Measured] = deque(maxlen=MOST_SAMPLES)
         self.survival: dict[str, DepthCounts] = {}
+        self.apart: set[str] = set()  # classes of which other versions than the live one draft
         self.sequence = self.steps = 0
         self.deciding = 0.0  # seconds, since the last report
         self.asking = 0.0  # seconds of this step in which the plan was asked anew: they are not what its depth costs
@@ -87,10 +91,14 @@ class Pilot:
         self.probing = False  # whether this step tries what seems not to pay
 
     def take(self, drafter: Drafter | None) -> None:
-        """Fly this drafter from now on."""
+        """Fly this drafter, or the versions that it has now, from the next step on. What was counted of others since the last report is
+        dropped."""
         if drafter is not None:
-            self.drafter_name, self.version = drafter.name, drafter.version
+            self.drafter_name, self.version, self.versions = drafter.name, drafter.version, versions_of(drafter)
             self.limits = Limits(drafter.max_depth, drafter.max_width)
+        self.order, self.views = None, {}
+        with self.lock:
+            self.survival, self.apart = {}, set()
 
     def adopt(self, plan: Plan | None) -> None:
         """Fly by a newer plan."""
@@ -247,9 +255,20 @@ class Pilot:
         known = self.views.get(request.id)
         if known is None:
             wish = request.limits if isinstance(request.limits, Speculation) else Speculation()
-            known = RequestView(request.id, wish.mode, wish.max_depth, wish.width, kind=kind(request), priority=request.priority)
+            kind = self.kind(request)
+            known = RequestView(request.id, wish.mode, wish.max_depth, wish.width, kind=kind, priority=request.priority)
         known.remaining = candidate.remaining
         return known
+
+    def kind(self, request: Request) -> str:
+        """The class of requests whose drafts fare alike; those for which another version drafts than the live one are apart."""
+        drawn = "greedy" if request.params.temperature <= 0 else "sampled"
+        found = f"{drawn}, predicted" if request.prediction else drawn
+        serving = self.versions.serving(request.id, request.tag).version if self.versions is not None else self.version
+        if serving == self.version:
+            return found
+        self.apart.add(other := f"{found}, by {serving}")
+        return other
 
     # -- in the event loop --------------------------------------------------------------------------------------------------
 
@@ -276,6 +295,7 @@ class Pilot:
             plan_version=self.plan.version,
             limits=self.limits,
             survival=survival,
+            apart=frozenset(self.apart & survival.keys()),
             tokens=sum(step.report.emitted for step in served),
             deciding=deciding,
             switches=sum(before != after for before, after in pairwise(depths)),
@@ -305,12 +325,6 @@ def without(report: StepReport, asking: float) -> StepReport:
 def seen(load: Load) -> PolicyLoad:
     """The engine's load as a policy sees it."""
     return PolicyLoad(load.decoding, load.waiting, load.context, load.free, load.prompt, tuple(load.row_counts))
-
-
-def kind(request: Request) -> str:
-    """The class of requests whose drafts fare alike."""
-    drawn = "greedy" if request.params.temperature <= 0 else "sampled"
-    return f"{drawn}, predicted" if request.prediction else drawn
 
 
 def sample(measured: Measured) -> StepSample:

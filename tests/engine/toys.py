@@ -71,8 +71,8 @@ class Oracle:
                 ]
                 draft.tree.extend(path, draft.budget.nodes)
 
-    def observe(self, batch: Sequence[Kept]) -> None:
-        self.kept += batch
+    def observer(self, kept: Kept) -> None:
+        self.kept.append(kept)
 
     def forget(self, request: str) -> None:
         self.forgotten.append(request)

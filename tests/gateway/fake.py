@@ -22,6 +22,16 @@ def status(name: str, state: Any = "ready") -> ModelStatus:
     return ModelStatus(name, state, detail, 2048, "mlp+ngram", "v1", "chat", 1700000000, 4096, 1024, 512)
 
 
+DECIDED = {
+    "policy": {"kind": "goodput"},
+    "depths": {"0": 0.25, "3": 0.75},
+    "survival": [0.8, 0.6],
+    "expected": {"gain_over_off": 0.5},
+    "probes_per_step": 0.02,
+    "switches_per_step": 0.1,
+}
+
+
 class FakeFleet:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -56,7 +66,7 @@ class FakeDesk:
         if self.away:
             raise refused(503, "The policy actor is away.", retry_after=1.0)
         log = {"written": 7, "dropped": 2, "failed": 3, "queued": 4, "lost": 1}
-        return {"at": 1.0, "models": {"echo": {"running": 2, "waiting": 0.5, "note": "text"}}, "request_log": log}
+        return {"at": 1.0, "models": {"echo": {"running": 2, "waiting": 0.5, "note": "text", **DECIDED}}, "request_log": log}
 
     async def policy(self, model: str) -> Mapping[str, Any]:
         return {"model": model, "version": 3, "policy": {"kind": "goodput"}}

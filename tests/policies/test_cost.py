@@ -305,6 +305,19 @@ def test_what_was_saved_of_steps_beside_prompts_stands_in_for_others():
     assert again.table().off(8) == pytest.approx(0.01)
 
 
+def test_what_was_rehearsed_is_no_better_for_having_been_saved():
+    model = CostModel()
+    for _ in range(20):
+        model.add(replace(off(1, 0.03), rehearsed=True))
+        model.add(replace(drafting(1, 3, 0.02), rehearsed=True))
+    again = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    table = again.table()
+    assert table.rehearsed and table.off_count(1) == 0
+    for _ in range(SETTLING + 3):
+        again.add(off(1, 0.01))
+    assert again.table().off(1) == pytest.approx(0.01)
+
+
 def test_one_stretch_that_was_held_up_does_not_pass_for_another_machine():
     model = CostModel()
     for i in range(600):
@@ -360,8 +373,10 @@ def test_survives_the_trip_through_json():
 DAMAGED = [
     {},
     {"off": 3},
-    {"off": [[[1, 0], [[1, 0, math.nan, 0]]]], "forward": [], "draft": []},
-    {"off": [], "forward": [], "draft": [[[1, 0], [[1, 0, 1, 0]]]]},
+    {"off": [[[1, 0], [[1, 0, math.nan, 0, 3]]]], "forward": [], "draft": []},
+    {"off": [[[1, 0], [[1, 0, 1, 0, 9]]]], "forward": [], "draft": []},
+    {"off": [[[1, 0], [[1, 0, 1, 0]]]], "forward": [], "draft": []},
+    {"off": [], "forward": [], "draft": [[[1, 0], [[1, 0, 1, 0, 3]]]]},
 ]
 
 

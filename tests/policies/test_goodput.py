@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from policies import CostModel, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample
+from policies import CostModel, FixedPolicy, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample, SurvivalCurve
 from policies.arena import Arena, Choice
 from policies.goodput import LASTING
 from policies.probes import RUN, Agenda, Trial
@@ -215,6 +215,60 @@ def test_nodes_stay_within_the_free_slots():
     for free in range(40):
         for step in (1, 50, 150):
             assert sum(d.nodes for d in replica.plan.decide(Load(4, 0, 400, free), views, step)) <= free
+
+
+@pytest.mark.parametrize("policy", [GoodputPolicy(), FixedPolicy(depth=4)])
+def test_where_slots_are_few_interactive_requests_keep_their_drafts_longest(policy):
+    replica = Replica(Machine(memory_bound, 0.9))
+    replica.run(3, 1200)
+    plan = Plan.of(10**6, "m", policy, replica.plan.cost, replica.plan.knowledge.curves, replica.limits)
+    views = [RequestView(str(i), priority=i) for i in range(3)]
+    ample = [d.nodes for d in plan.settle(Load(3, 0, 300), views, 1)]
+    for free in range(sum(ample)):
+        plan.knowledge.memo.clear()
+        nodes = [d.nodes for d in plan.settle(Load(3, 0, 300, free), views, 1)]
+        assert sum(nodes) <= free and nodes[0] >= nodes[1] >= nodes[2]
+        assert policy.kind == "goodput" or nodes[0] == ample[0] or not nodes[1], "whoever is lower gives way first"
+
+
+def test_what_a_request_fixed_is_room_that_others_do_not_have():
+    replica = Replica(Machine(memory_bound, 0.9))
+    replica.run(2, 1200)
+    views = [RequestView("fixed", "fixed", 4), RequestView("interactive", priority=0), RequestView("batch", priority=2)]
+    fixed, interactive, batch = replica.plan.settle(Load(3, 0, 300, 8), views, 1)
+    assert fixed.nodes == 4 and 0 < interactive.nodes <= 4 - batch.nodes and batch.nodes < interactive.nodes
+
+
+def test_while_a_request_fixes_its_depth_nobody_tries_to_be_without_drafts():
+    """Its load is new, so that depth 0 would be measured in haste; but no step of it is without drafts."""
+    replica = Replica(Machine(memory_bound, 0.85))
+    replica.run(2, 2000)
+    views = [RequestView("fixed", "fixed", 2), *(RequestView(str(i)) for i in range(15))]
+    load = Load(16, 0, 1600)
+    replica.plan.settle(load, views, replica.step)
+    tried = [replica.plan.probe(load, views, replica.step + step) for step in range(600)]
+    assert any(tried) and all(any(d.depth for d in made[1:]) for made in tried if made is not None)
+
+
+@pytest.mark.parametrize(("margin", "drafts"), [(0.0, True), (0.05, False)])
+def test_drafting_that_gains_less_than_the_margin_is_left(margin, drafts):
+    model = CostModel()
+    for i in range(80):  # a draft of one token that is kept half the time, in a step that takes 1.47 times as long: 2 % faster
+        depth = i // 10 % 2
+        model.add(StepSample(1, depth, 1 + depth, 100, depth, 0.0147 if depth else 0.01, 0.002 if depth else 0.0))
+    curves = {"": SurvivalCurve((0.5,))}
+    plan = Plan.of(1, "m", GoodputPolicy(margin=margin, max_depth=1), model.table(), curves, Limits(1, 1))
+    assert (plan.settle(Load(1, 0, 100), [RequestView("a")], 1)[0].depth > 0) is drafts
+
+
+def test_each_class_of_requests_drafts_by_its_own_keep_rates():
+    replica = Replica(Machine(kinked, 0.75))
+    replica.run(8, 1600)
+    curves = {"": SurvivalCurve((0.5,) * 8), "greedy": SurvivalCurve((0.95,) * 8), "sampled": SurvivalCurve((0.05,) * 8)}
+    plan = Plan.of(10**6, "m", GoodputPolicy(), replica.plan.cost, curves, replica.limits)
+    views = [RequestView(str(i), kind="greedy" if i % 2 else "sampled") for i in range(8)]
+    depths = [d.depth for d in plan.settle(Load(8, 0, 800), views, 1)]
+    assert min(depths[1::2]) > max(depths[::2])
 
 
 def test_max_depth_0_never_drafts():

@@ -12,7 +12,7 @@ from actors.policy import parse_policy
 from configs.settings import EngineSettings, ModelSettings
 from engine.engine import Engine
 from engine.executor import Eager
-from policies import Plan
+from policies import CostModel, GoodputPolicy, Plan, StepSample
 from services.host import MOST_CHUNK_S, ModelHost, joined, spacing
 from services.pilot import Pilot
 from services.protocol import Accepted, Failure, Job, Piece, Speculation, Usage
@@ -308,3 +308,17 @@ def test_the_more_streams_the_wider_chunks_are_apart_within_a_bound() -> None:
 async def test_what_is_loaded_is_not_searched_for_garbage_while_serving(host) -> None:
     """A full collection stops every thread: it passes over what was there when the model was ready."""
     assert gc.get_freeze_count() > 10_000
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_replica_measures_itself_only_where_nothing_is_known_of_what_steps_cost(folder, monkeypatch, known):
+    measured = []
+    monkeypatch.setattr("services.host.profile", lambda engine, pilot: measured.append(pilot))
+    cost = CostModel()
+    for depth in (0, 3) * 20:
+        cost.add(StepSample(1, bool(depth), 1 + depth, 10, depth, 0.01, 0.001 * bool(depth)))
+    plan = Plan.of(0, "toy", GoodputPolicy(), cost.table() if known else None)
+    host = ModelHost(settings(folder), Pilot("r1", plan))
+    await host.start()
+    host.stop()
+    assert measured == ([] if known else [host.pilot])

@@ -9,6 +9,7 @@ import pytest
 
 from actors.policy import PolicyKeeper, parse_policy
 from actors.store import open_state
+from drafters.versions import Canary, Line, Versions
 from engine.engine import Candidate, Engine, Load, StepReport
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
@@ -187,3 +188,32 @@ def free_rows() -> CostTable:
     """Ten milliseconds, whatever is drafted."""
     off = tuple(Cell((n, 0), n, 0.0, 0.01, 64) for n in (1, 2, 4))
     return CostTable(off, tuple(Cell((n, n * (1 + d)), n * (1 + d), 0.0, 0.01, 64) for n in (1, 2, 4) for d in (1, 2, 4)))
+
+
+def test_what_a_canary_drafts_is_counted_apart_until_it_is_the_live_version(base):
+    plain = texts(run(Engine(base, slots=1024), requests([None], 12)))
+    known = {r.id: list(r.prompt) + plain[r.id] for r in requests([None], 12)}
+    old, new = Oracle(known, 1.0), Oracle(known, 0.0)
+    new.version = "2"
+    versions = Versions(old)
+    versions.swap({"": Line(old, Canary(new, lambda request: request > "p5", "run"))}, {})
+    pilot = Pilot("r1", Plan.of(0, "toy", FixedPolicy(depth=3), limits=Limits(3, 1)))
+    pilot.take(versions)
+    engine = Engine(base, versions, pilot.budgets, pilot.prune, slots=1024)
+
+    def told():
+        for _ in range(6):
+            pilot.observe(engine.step())
+        return pilot.report()
+
+    for request in requests([None], 12):
+        engine.submit(request)
+    first = told()
+    assert set(first.survival) == {"sampled", "sampled, by 2"} and first.apart == {"sampled, by 2"}
+    assert first.survival["sampled"].survived[1] == first.survival["sampled"].trials[1]
+    assert not any(first.survival["sampled, by 2"].survived[1])
+    versions.swap({"": Line(new)}, {name: text.request.tag for name, text in engine.texts.items()})
+    pilot.take(versions)
+    second = told()
+    assert set(second.survival) == {"sampled"} and not second.apart and second.speculator_version == "2"
+    assert not any(second.survival["sampled"].survived[1])
