@@ -15,6 +15,7 @@ MOST = 4096  # replicas remembered
 RECENT = 256  # steps of a replica that the summary looks back on
 MERGED = 16  # replicas of which costs are put together: those that made most steps
 GROWN = 1.1  # times as many measured steps, after which what is known is put together anew for whoever joins
+DEVICES = 16  # kinds of them that are remembered after their replicas are gone
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
 
@@ -62,8 +63,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.replicas: dict[str, Replica] = {}
-        self.cost_before = CostModel()
-        self.known: tuple[int, CostModel] | None = None  # what is known of costs, and of how many steps
+        self.cost_before: dict[str, CostModel] = {}  # by device
+        self.known: dict[str, tuple[int, CostModel]] = {}  # what is known of costs, and of how many steps; by device
         self.survival_before: dict[str, Estimates] = {}
         self.apart: set[str] = set()  # classes for which other versions than the live one draft, or did
 
@@ -73,7 +74,9 @@ class Fleet:
         if (known and telemetry.sequence <= known.last.sequence) or (known is None and len(self.replicas) >= MOST):
             return False
         if known is None:
-            known = self.replicas[telemetry.replica] = Replica(telemetry, now, self._known_cost().heir(), self._heirs(telemetry))
+            known = self.replicas[telemetry.replica] = Replica(
+                telemetry, now, self._known_cost(telemetry.device).heir(), self._heirs(telemetry)
+            )
         elif _kind(known.last) != _kind(telemetry):
             known.survival = self._heirs(telemetry)
         self.apart |= telemetry.apart
@@ -100,18 +103,28 @@ class Fleet:
         for name, replica in list(self.replicas.items()):
             if replica.seen < before:
                 del self.replicas[name]
-                self.cost_before, self.known = replica.cost, None
+                device = replica.last.device
+                self.cost_before.pop(device, None)
+                self.cost_before[device] = replica.cost
+                self.known.pop(device, None)
                 self.survival_before[_kind(replica.last)] = replica.survival
+        for device in list(self.cost_before)[:-DEVICES]:
+            del self.cost_before[device]
 
-    def cost(self, since: float) -> CostTable:
-        """What a step costs, over live replicas. Each began with what was known before it."""
-        live = self.live(since)
-        merged = CostModel.merged([r.cost for r in busiest(live)] or [self._known_cost()])
+    def devices(self) -> list[str]:
+        """All that something is known of, that of most replicas last."""
+        found = Counter(r.last.device for r in self.replicas.values())
+        return sorted({**self.cost_before, **found}, key=lambda device: found[device])
+
+    def cost(self, since: float, device: str = "") -> CostTable:
+        """What a step costs on a device, over live replicas. Each began with what was known before it."""
+        live = [r for r in self.live(since) if r.last.device == device]
+        merged = CostModel.merged([r.cost for r in busiest(live)] or [self._known_cost(device)])
         table = merged.table()
         for replica in live:
             replica.cost.heed(merged)
         if live:
-            self.known = self.measured(), merged
+            self.known[device] = self.measured(device), merged
         return table
 
     def curves(self, depth: int, since: float) -> dict[str, SurvivalCurve]:
@@ -130,30 +143,33 @@ class Fleet:
         survival = self.survival_before | {_kind(r.last): r.survival for r in self.replicas.values()}
         recent = dict(list(survival.items())[-8:])
         told = {kind: {name: e.to_dict() for name, e in found.items() if name not in self.apart} for kind, found in recent.items()}
-        return {"cost": self._known_cost().to_dict(), "survival": told}
+        return {"cost": {device: self._known_cost(device).to_dict() for device in self.devices()[-DEVICES:]}, "survival": told}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fleet:
         """A fleet that knows what `to_dict` wrote; parts that cannot be read are left out."""
         made = cls()
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            made.cost_before = CostModel.from_dict(data["cost"])
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            made.cost_before = {device: CostModel.from_dict(cost) for device, cost in data["cost"].items()}
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             told = data["survival"].items()
             made.survival_before = {kind: {n: Survival.from_dict(e) for n, e in estimates.items()} for kind, estimates in told}
         return made
 
-    def _known_cost(self) -> CostModel:
-        """Over the replicas that are remembered, as of not much fewer steps than now; if there are none, what was known before."""
-        if not self.replicas:
-            return self.cost_before
-        if self.known is None or self.measured() > GROWN * self.known[0]:
-            self.known = self.measured(), CostModel.merged([r.cost for r in busiest(list(self.replicas.values()))])
-        return self.known[1]
+    def _known_cost(self, device: str) -> CostModel:
+        """Over the replicas on a device that are remembered, as of not much fewer steps than now; without any, what was known before."""
+        same = [r for r in self.replicas.values() if r.last.device == device]
+        if not same:
+            return self.cost_before.get(device) or CostModel()
+        steps, known = self.known.get(device, (-1, None))
+        if known is None or self.measured(device) > GROWN * steps:
+            known = CostModel.merged([r.cost for r in busiest(same)])
+            self.known[device] = self.measured(device), known
+        return known
 
-    def measured(self) -> int:
-        """Steps that were learned from, of all replicas that are remembered."""
-        return sum(r.cost.steps for r in self.replicas.values())
+    def measured(self, device: str) -> int:
+        """Steps that were learned from, of all replicas on a device that are remembered."""
+        return sum(r.cost.steps for r in self.replicas.values() if r.last.device == device)
 
     def _heirs(self, telemetry: Telemetry) -> Estimates:
         """New estimates: copies of those of the same drafter and version if there are any, else faint copies of the latest."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from actors.fleet import MOST, Fleet, load_now, typical
 from actors.hindsight import Hindsight
 from actors.store import StateStore, StoreError, Value, check_state, open_state
-from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, Telemetry
+from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, SurvivalCurve, Telemetry
 
 NAME = "specfleet-policy"
 KINDS = tuple(str(member.model_fields["kind"].default) for member in get_args(get_args(Policy)[0]))
@@ -68,7 +68,7 @@ class KeeperSettings:
 
 @dataclass(slots=True)
 class Entry:
-    """One model: its policy, the version of that (0: never changed), its replicas and the plan in force.
+    """One model: its policy, the version of that (0: never changed), its replicas and the plans in force, by device, of one version.
 
     steps, news: told of in all, and since the plan. unsure: whether the store may hold a change that it did not confirm.
     """
@@ -79,7 +79,8 @@ class Entry:
     limits: Limits
     fleet: Fleet = field(default_factory=Fleet)
     past: Hindsight = field(default_factory=Hindsight)
-    plan: Plan | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
+    survival: dict[str, SurvivalCurve] = field(default_factory=dict)
     steps: int = 0
     news: int = 0
     saved: float = 0.0
@@ -155,7 +156,7 @@ class PolicyKeeper:
             clean = telemetry.validated()
         except (ValueError, TypeError, AttributeError):
             self._refused_reports += 1
-            return entry.plan
+            return next(reversed(entry.plans.values()), None)
         behind = self._version < clean.plan_version <= FARTHEST
         self._version = clean.plan_version if behind else self._version
         news = len(clean.steps) + MANY * MOST * entry.fleet.unlike(clean)
@@ -165,13 +166,20 @@ class PolicyKeeper:
             entry.steps, entry.news = entry.steps + len(clean.steps), entry.news + news
         if fresh or behind:
             self._refresh(entry, now, at_once=behind)
-        plan = self.plan(entry.name)
+        plan = self.plan(entry.name, clean.device)
         return plan if plan.version != clean.plan_version else None
 
-    def plan(self, model: str) -> Plan:
-        """The plan in force. UnknownModel."""
+    def plan(self, model: str, device: str | None = None) -> Plan:
+        """The plan in force for replicas on a device, or on that of most replicas. UnknownModel."""
         entry = self._entry(model)
-        return entry.plan or self._publish(entry)
+        if not entry.plans:
+            self._publish(entry)
+        if device is None:
+            device = next(reversed(entry.plans))
+        if device not in entry.plans:
+            version = next(iter(entry.plans.values())).version
+            entry.plans = {device: self._made(entry, version, device, self._clock())} | entry.plans
+        return entry.plans[device]
 
     def policy(self, model: str) -> Value:
         """The policy in force with the version of it. UnknownModel."""
@@ -288,22 +296,26 @@ class PolicyKeeper:
 
     def _due(self, entry: Entry, now: float) -> bool:
         """Whether there is news enough for a plan: soon while little is known, seldom later, as replicas think anew with each."""
-        if entry.plan is None or now < entry.plan.published:
+        published = next((plan.published for plan in reversed(entry.plans.values())), now)
+        if not entry.plans or now < published:
             return True
-        age, least = now - entry.plan.published, self._settings.publish
+        age, least = now - published, self._settings.publish
         enough = min(PART * entry.steps, MANY * len(entry.fleet.replicas))
         return entry.news > 0 and age >= least and (entry.news >= enough or age >= SELDOM * least)
 
     def _publish(self, entry: Entry, reserved: int | None = None) -> Plan:
-        """A new plan of what is known now, under the version reserved for it or else the next."""
+        """New plans of what is known now, under the version reserved for them or else the next; that for most replicas."""
         now, version = self._clock(), reserved or self._next_version()
         entry.fleet.forget(now - self._settings.gone)
         entry.limits = entry.fleet.limits(now - self._settings.stale) or entry.limits
-        survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
-        cost = entry.fleet.cost(now - self._settings.stale)
-        policy: Any = entry.policy
-        entry.plan, entry.news = Plan.of(version, entry.name, policy, cost, survival, entry.limits, now), 0
-        return entry.plan
+        entry.survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
+        entry.plans = {device: self._made(entry, version, device, now) for device in entry.fleet.devices() or [""]}
+        entry.news = 0
+        return next(reversed(entry.plans.values()))
+
+    def _made(self, entry: Entry, version: int, device: str, now: float) -> Plan:
+        cost, policy = entry.fleet.cost(now - self._settings.stale, device), entry.policy
+        return Plan.of(version, entry.name, policy, cost, entry.survival, entry.limits, now)  # type: ignore[arg-type]
 
     def _next_version(self) -> int:
         """Versions rise over restarts: a block of them is reserved in the store before any of it is used."""
@@ -378,8 +390,8 @@ class PolicyActor:
     async def report(self, telemetry: Telemetry) -> Plan | None:
         return self._keeper.report(telemetry)
 
-    async def plan(self, model: str) -> Plan:
-        return self._keeper.plan(model)
+    async def plan(self, model: str, device: str | None = None) -> Plan:
+        return self._keeper.plan(model, device)
 
     async def policy(self, model: str) -> Value:
         return self._keeper.policy(model)

@@ -23,7 +23,8 @@ class Telemetry:
     sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
     them); survival: drafts tested since, by class of requests; apart: classes for which other versions draft than this one; tokens:
     emitted since; deciding: seconds spent on decisions since; switches: steps since that drafted differently from the one before; probes:
-    steps since that tried what seemed not to pay; plan_version: of the plan in force, 0 for none; limits: the drafter's.
+    steps since that tried what seemed not to pay; plan_version: of the plan in force, 0 for none; limits: the drafter's; device: what its
+    steps run on and in which precision, in words: replicas that say the same learn from each other what steps cost.
     """
 
     replica: str
@@ -41,10 +42,11 @@ class Telemetry:
     probes: int = 0
     plan_version: int = 0
     limits: Limits | None = None
+    device: str = ""
 
     def validated(self) -> Telemetry:
         """Itself without the samples that cannot be true; implausible counts and loads become empty ones. ValueError if it names no one."""
-        names = (self.replica, self.model, self.drafter, self.speculator_version)
+        names = (self.replica, self.model, self.drafter, self.speculator_version, self.device)
         if not all(isinstance(n, str) and len(n) <= NAME for n in names) or not self.replica or not self.model:
             raise ValueError("telemetry must name its replica and model")
         if not _count(self.sequence):

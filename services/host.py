@@ -27,6 +27,8 @@ from engine.loading import load_base
 from engine.request import Outcome, Overloaded, Priority, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
 from policies import in_canary
+from policies.telemetry import NAME
+from services.cli.machine import processor
 from services.hub import local_copy
 from services.pilot import Pilot
 from services.profile import profile, warm_up
@@ -444,6 +446,13 @@ def stays() -> None:
 def device(name: str) -> str:
     """A device name for torch; auto is the GPU if there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def hardware(settings: ModelSettings) -> str:
+    """What a replica computes on, what, and how precisely, in words."""
+    place, precision = device(settings.device), dtype(settings.dtype, settings.device)
+    name = torch.cuda.get_device_name(place) if place.startswith("cuda") and torch.cuda.is_available() else processor()
+    return f"{name}, {Path(settings.base).name}, {str(precision).removeprefix('torch.')}"[:NAME]
 
 
 def dtype(name: str, device_name: str) -> torch.dtype:

@@ -64,10 +64,10 @@ class Order:
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by."""
+    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by; device: see `Telemetry`."""
 
-    def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter) -> None:
-        self.replica, self.plan, self.clock = replica, plan, clock
+    def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter, device: str = "") -> None:
+        self.replica, self.plan, self.clock, self.device = replica, plan, clock, device
         self.drafter_name, self.version = "none", ""
         self.versions: Versions | None = None
         self.limits = Limits(0, 0)
@@ -294,6 +294,7 @@ class Pilot:
             steps=tuple(map(sample, found)),
             plan_version=self.plan.version,
             limits=self.limits,
+            device=self.device,
             survival=survival,
             apart=frozenset(self.apart & survival.keys()),
             tokens=sum(step.report.emitted for step in served),

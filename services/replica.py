@@ -20,7 +20,7 @@ from actors.policy import parse_policy
 from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
 from policies import Plan
-from services.host import ModelHost
+from services.host import ModelHost, hardware
 from services.outbox import Outbox
 from services.peers import Peer
 from services.pilot import Pilot
@@ -55,7 +55,7 @@ class ModelReplica:
         self.policy, self.request_log = Peer(policy_actor), Peer(log_actor)
         self.settings = settings
         first = Plan.of(0, settings.name, parse_policy(settings.policy))
-        self.pilot = Pilot(replica_name(), first)
+        self.pilot = Pilot(replica_name(), first, device=hardware(settings))
         self.vitals = VitalSigns()
         self.outbox: Outbox[RequestRecord] = Outbox(MOST_RECORDS)
         self.host = ModelHost(settings, self.pilot, self.outbox.put)
@@ -121,7 +121,7 @@ class ModelReplica:
         deadline = clock() + FIRST_PLAN_S
         while clock() < deadline:
             try:
-                self.pilot.adopt(await self.policy.call("plan", self.settings.name))
+                self.pilot.adopt(await self.policy.call("plan", self.settings.name, self.pilot.device))
                 return
             except Exception as error:
                 log.info("no plan yet (%s)", type(error).__name__)

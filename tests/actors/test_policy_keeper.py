@@ -354,6 +354,7 @@ NONSENSE = [
     {"survival": {"greedy": DepthCounts(profiles=[Profile(1, ((0.5, 0),))])}},
     {"survival": {"greedy": DepthCounts(profiles=[Profile(1.5, ((-1, 0),))])}},
     {"apart": ["greedy"]},
+    {"device": None},
 ]
 
 
@@ -381,6 +382,24 @@ def test_what_other_versions_draft_says_nothing_of_the_live_one(keeper, store, c
     assert "greedy, by v2" not in keeper.plan("m").knowledge.curves
     keeper.save()
     assert "greedy, by v2" not in PolicyKeeper(store, clock, SETTINGS).plan("m").knowledge.curves
+
+
+def test_each_kind_of_device_has_its_own_costs(keeper, store, clock):
+    """Two replicas of one model, the one on a device that is ten times as fast; and one of a kind that nobody knows."""
+    for sequence in range(1, 21):
+        clock.now += 1
+        for device, seconds in (("slow", 0.1), ("fast", 0.01)):
+            plan = keeper.report(telemetry(device, sequence, steps=samples(seconds), device=device))
+    again = PolicyKeeper(store, clock, SETTINGS)
+    for made in (keeper, again):
+        assert made.plan("m", "slow").cost.off(4) == pytest.approx(0.1, rel=0.05)
+        assert made.plan("m", "fast").cost.off(4) == pytest.approx(0.01, rel=0.05)
+        assert not made.plan("m", "new").knowledge.measured
+    assert keeper.plan("m").cost.off(4) in (keeper.plan("m", "slow").cost.off(4), keeper.plan("m", "fast").cost.off(4))
+    assert plan.cost.off(4) == pytest.approx(0.01, rel=0.05) and keeper.plan("m", "new").version == keeper.plan("m").version
+    clock.now += 100
+    keeper.report(telemetry("other", 1, device="slow"))
+    assert keeper.plan("m", "fast").cost.off(4) == pytest.approx(0.01, rel=0.05), "kept when its replicas are gone"
 
 
 def test_a_replica_that_lies_is_outvoted(keeper, clock):

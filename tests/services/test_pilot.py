@@ -90,7 +90,7 @@ def test_the_keeper_learns_from_a_real_engine(base, tmp_path):
     """Telemetry of an engine whose drafts are all wrong turns goodput off; plans flow back. Rows cost what they would on a larger model."""
     ticks = itertools.count(0.0, 1.0)
     keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), lambda: next(ticks))
-    pilot = Pilot("r1", keeper.register("toy", {"kind": "goodput"}))
+    pilot = Pilot("r1", keeper.register("toy", {"kind": "goodput"}), lambda: 0.0)  # steps are told to take what they would not
     drafter = Oracle({}, 0.0)
     drafter.texts = AlwaysWrong()
     pilot.take(drafter)
