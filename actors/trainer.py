@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -36,15 +37,15 @@ from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import RefreshSettings
 from drafters.replay import BufferSettings, ReplayBuffer
-from drafters.traces import InvalidTrace, Trace
+from drafters.traces import InvalidTrace, Trace, time_of
 from policies.gate import GateRule
 
 log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
 CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
-AGING = 600.0  # seconds between two looks for traces that are too old
-FOLLOWING, SAVING = "following the registry", "saving"  # what may go wrong beside the training of a domain
+AGING = 600.0  # seconds between two looks for traces that are too old, at least
+WORKING, FOLLOWING, SAVING = "working", "following the registry", "saving"  # what may go wrong beside the training of a domain
 Parent = tuple[MLPSpeculator, str]  # what is refreshed: a speculator and its version
 
 
@@ -123,13 +124,30 @@ class TrainerKeeper:
         self.save()
         return sum(gone.values())
 
-    def outdated(self) -> Selection | None:
-        """What is older than traces may be; None if nothing is."""
-        if self.settings.max_age is None:
-            return None
-        before = self.now() - self.settings.max_age
-        kept = (trace for tag in self.domains for trace in (*self.buffer.training(tag), *self.buffer.held_out(tag)))
-        return Selection(before=before) if any(trace.at < before for trace in kept) else None
+    def age(self) -> bool:
+        """Give up the traces that are older than they may be, and the rounds that go on with one, in memory: what `save` wrote has them
+        until it writes again. Whether there were any."""
+        outdated = partial(meant, Selection(before=self.horizon))
+        gone = self.buffer.forget(outdated)
+        held = {tag: domain.holding(outdated) for tag, domain in self.domains.items()}
+        for tag, domain in self.domains.items():
+            if held[tag]:
+                domain.drop(f"dropped: {held[tag]} of its traces are older than they may be")
+            elif gone.get(tag):
+                domain.refresher.reread()
+        return any(gone.values()) or any(held.values())
+
+    def outdated(self, data: bytes) -> bool:
+        """Whether a trace that was not added yet is older than traces may be; what is none is refused when it is added."""
+        try:
+            return time_of(data) < self.horizon
+        except InvalidTrace:
+            return False
+
+    @property
+    def horizon(self) -> float:
+        """Seconds since the epoch before which no trace may be from."""
+        return -math.inf if self.settings.max_age is None else self.now() - self.settings.max_age
 
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long, see `DomainTrainer.run`."""
@@ -220,7 +238,7 @@ class Worker:
         self.unwanted: deque[tuple[Selection, Future[int]]] = deque()
         self.waiting = self.dropped = self.lost = self.yields = 0
         self.loads: dict[str, tuple[float, int]] = {}
-        self.busy_at, self.slowest = -float("inf"), 0.0
+        self.busy_at, self.slowest = -math.inf, 0.0
         self.asked: float | None = None  # when load came while it worked
         self.paused, self.closing, self.working = was_paused(keeper.work / PAUSED), False, False
         self.shown: Value = keeper.status()
@@ -228,7 +246,7 @@ class Worker:
         self.unsaved = False
         self.saving: Generator[None, None, None] | None = None  # a checkpoint under way
         self.saved = self.polled = clock()
-        self.aged = -float("inf")
+        self.aged = -math.inf
         self.thread = threading.Thread(target=self.loop, name="trainer", daemon=True)
 
     def start(self) -> None:
@@ -258,11 +276,13 @@ class Worker:
     def load(self, source: str, running: int) -> None:
         """How many requests run on the trainer's device, as one replica tells. Work stops after the unit that is under way."""
         with self.change:
-            self.loads[source] = (self.clock(), running)
-            if self.busy():
-                self.busy_at = self.clock()
-                if self.working and self.asked is None:
-                    self.asked = self.busy_at
+            now, before = self.clock(), self.busy()
+            believed = {other: told for other, told in self.loads.items() if now - told[0] < self.settings.believed}
+            self.loads = believed | {source: (now, running)}  # another one: the thread may be going through the last
+            if (busy := self.busy()) or before:  # what was busy until this report was busy until now
+                self.busy_at = now
+            if busy and self.working and self.asked is None:
+                self.asked = now
             self.change.notify_all()
 
     def pause(self, paused: bool) -> None:
@@ -289,7 +309,7 @@ class Worker:
             self.closing = True
             self.change.notify_all()
         self.thread.join()
-        self.read(everything=True)
+        self.attempt(partial(self.read, everything=True), WORKING)
         self.stop_saving()
         self.attempt(self.keeper.save, SAVING)
 
@@ -309,25 +329,31 @@ class Worker:
     def reads(self) -> bool:
         """Whether there is something to read or to forget now. While it makes way traces stay where they are, unless they are many."""
         waits = bool(self.inbox) and (2 * self.waiting > self.settings.inbox or not self.makes_way())
-        return waits or bool(self.unwanted) or self.clock() - self.aged >= AGING
+        return waits or bool(self.unwanted)
 
     def loop(self) -> None:
         while not self.closing:
-            if self.reads():
-                self.read()
-            self.attempt(self.follow, FOLLOWING)
-            with self.change:
-                domain = None if self.paused or self.makes_way() else self.keeper.next()
-                rests = domain is None and not self.writes()
-                self.note(rests)
-                if rests and not (self.closing or self.reads()):
-                    self.change.wait(min(self.settings.quiet, self.settings.poll))
-            if not rests:
-                self.work(domain)
+            self.attempt(self.go_round, WORKING)
+
+    def go_round(self) -> None:
+        """Read, follow the registry, and do one slice of work, or rest for a moment where there is none."""
+        if self.reads():
+            self.read()
+        if self.ages():
+            self.age()
+        self.attempt(self.follow, FOLLOWING)
+        with self.change:
+            domain = None if self.paused or self.makes_way() else self.keeper.next()
+            rests = domain is None and not self.writes()
+            self.note(rests)
+            if rests and not (self.closing or self.reads()):
+                self.change.wait(min(self.settings.quiet, self.settings.poll))
+        if not rests:
+            self.work(domain)
 
     def work(self, domain: DomainTrainer | None) -> None:
         """One slice of a checkpoint that is under way; else one of the domain's training, after which a checkpoint may be due."""
-        if self.saving is not None and not self.busy():
+        if self.saving is not None and not self.makes_way():
             self.attempt(self.save, SAVING)
             return
         if domain is not None:
@@ -347,18 +373,14 @@ class Worker:
 
     def read(self, everything: bool = False) -> None:
         """One slice of moving traces from the inbox to the buffer; all of them where some are to be forgotten, which is done then."""
-        with self.change:
-            unwanted, self.unwanted = self.unwanted, deque()
-        until = self.clock() + self.settings.slice
-        ages = until - self.aged >= AGING
-        while (everything or ages or unwanted or self.clock() < until) and (data := self.next_trace()) is not None:
+        unwanted, until = len(self.unwanted), self.clock() + self.settings.slice
+        while (data := self.next_trace()) is not None:
             self.unsaved = True
             self.keeper.add(data)
-        if ages:
-            self.aged = until
-            if (outdated := self.keeper.outdated()) is not None:
-                unwanted.append((outdated, Future()))
-        for what, done in unwanted:
+            if not (everything or unwanted) and self.clock() >= until:
+                break
+        for _ in range(unwanted):
+            what, done = self.unwanted.popleft()
             if done.set_running_or_notify_cancel():
                 self.answer(done, what)
 
@@ -372,12 +394,31 @@ class Worker:
             return data
 
     def answer(self, done: Future[int], what: Selection) -> None:
+        """Forget, and say how many there were; what cannot be written is what the next checkpoint is for."""
         self.stop_saving()
         try:
             done.set_result(self.keeper.forget(what))
         except Exception as error:
             log.exception("%s: what was to be forgotten may still be on the disk", self.keeper.model)
+            self.unsaved = True
             done.set_exception(error)
+
+    def ages(self) -> bool:
+        """Whether it is time to look for traces that are too old."""
+        kept = self.settings.max_age
+        return kept is not None and self.clock() - self.aged >= max(AGING, kept / 100)
+
+    def age(self) -> None:
+        """Give up what is too old, such that serving is not held up: in memory and unread now, on the disk with the next checkpoint, which
+        is then due."""
+        with self.change:
+            kept = deque(data for data in self.inbox if not self.keeper.outdated(data))
+            self.dropped += len(self.inbox) - len(kept)
+            self.inbox, self.waiting = kept, sum(map(len, kept))
+        if self.keeper.age():
+            self.stop_saving()
+            self.unsaved, self.saved = True, -math.inf
+        self.aged = self.clock()
 
     def turn(self) -> None:
         """One slice, and what comes of it."""
@@ -385,12 +426,12 @@ class Worker:
         if (found := self.keeper.run(self.settings.slice)) is not None:
             self.submit(found)
             self.keeper.settle(found.tag)
-            self.polled = -float("inf")  # the next round goes on from it
+            self.polled = -math.inf  # the next round goes on from it
 
     def writes(self) -> bool:
         """Whether a checkpoint is under way or due, and serving can spare the disk."""
         due = self.unsaved and self.clock() - self.saved >= self.settings.checkpoint
-        return (due or self.saving is not None) and not self.busy()
+        return (due or self.saving is not None) and not self.makes_way()
 
     def save(self) -> bool:
         """One slice of the checkpoint that is under way; whether that was the last one."""

@@ -270,6 +270,11 @@ class Refresher:
         if self.round is not None or self.candidate is not None:
             self.round, self.candidate, self.outcome = None, None, reason
 
+    def reread(self) -> None:
+        """Begin the step that is under way anew: the buffer has given up traces, and this one may be of them."""
+        if self.round is not None:
+            self.round.under_way = None
+
     # -- rounds -------------------------------------------------------------------------------------------------------------
 
     def able(self) -> bool:

@@ -129,6 +129,14 @@ class Trace:
             raise InvalidTrace(f"not a trace: {type(error).__name__} {error}") from None
 
 
+def time_of(data: bytes) -> float:
+    """`at` of what `Trace.to_bytes` made; its tensors are not read. Raises InvalidTrace for what has none."""
+    try:
+        return float(json.loads(metadata_of(data)["trace"])["at"])
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise InvalidTrace(f"not a trace: {type(error).__name__} {error}") from None
+
+
 def check_tensor(name: str, value: Tensor, kinds: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
     """Refuse a tensor of another type or shape; None is any length but 0."""
     fits = value.dim() == len(shape) and all(n > 0 and n == (want or n) for n, want in zip(value.shape, shape, strict=True))

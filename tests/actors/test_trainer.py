@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -198,6 +199,89 @@ def test_a_worker_makes_way_when_load_comes_and_goes_on_when_it_is_gone(tmp_path
     wait_until(lambda: worker.status()["working"], 30)
 
 
+def test_training_rests_for_a_while_from_the_end_of_load_on(tmp_path: Path) -> None:
+    """An unchanged load is not told again at once: until the report that it is gone it was there."""
+    now = [1000.0]
+    worker = Worker(keeper(tmp_path, replace(TRAINER, quiet=1.0)), lambda found: None, dict, lambda: now[0])
+    worker.load("replica", 0)
+    assert not worker.makes_way()
+    worker.load("replica", 1)
+    now[0] += 1.9
+    worker.load("replica", 0)
+    now[0] += 0.9
+    worker.load("other", 0)
+    assert not worker.busy() and worker.makes_way()
+    now[0] += 0.2
+    assert not worker.makes_way()
+
+
+def test_a_replica_may_tell_its_load_while_loads_are_added_up(tmp_path: Path) -> None:
+    """As from the actor's thread, while the worker's goes through them."""
+    others = (f"replica-{index}" for index in range(3))
+
+    class Now(float):
+        def __sub__(self, at: float) -> float:
+            if (other := next(others, None)) is not None:
+                worker.load(other, 1)
+            return float(self) - at
+
+    worker = Worker(keeper(tmp_path), lambda found: None, dict, lambda: Now(1000.0))
+    worker.load("replica", 1)
+    assert worker.busy() and worker.busy() and len(worker.loads) == 4
+
+
+def test_replicas_that_are_gone_are_not_kept(tmp_path: Path) -> None:
+    now = [1000.0]
+    worker = Worker(keeper(tmp_path), lambda found: None, dict, lambda: now[0])
+    worker.load("one", 1)
+    now[0] += TRAINER.believed
+    worker.load("other", 0)
+    assert not worker.busy() and worker.loads.keys() == {"other"}
+
+
+@pytest.mark.parametrize("what", ["add", "next", "status"])
+def test_what_goes_wrong_between_two_slices_is_told_of_and_tried_again(
+    tmp_path: Path, start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    found = keeper(tmp_path)
+    well, broken = getattr(found, what), threading.Event()
+
+    def failing(*arguments: object) -> Any:
+        if broken.is_set():
+            raise RuntimeError("out of order")
+        return well(*arguments)
+
+    monkeypatch.setattr(found, what, failing)
+    worker = start(found, lambda submission: None)
+    broken.set()
+    data = [trace.to_bytes() for trace in many(80)]
+    worker.offer(data[:1])
+    wait_until(lambda: worker.status()["problem"] == "working: RuntimeError: out of order", 30)
+    broken.clear()
+    worker.offer(data[1:])
+    wait_until(lambda: (status := worker.status())["step"] > 0 and not status["problem"], 30)
+
+
+def test_a_slice_of_reading_ends_when_it_is_over(tmp_path: Path) -> None:
+    """By a clock that is a second on at every look. A slice that is too short is one trace."""
+    for slice, read in ((0.5, 1), (3.5, 4)):
+        ticks = count()
+        found = keeper(tmp_path, replace(TRAINER, slice=slice))
+        worker = Worker(found, lambda submission: None, dict, lambda ticks=ticks: float(next(ticks)))  # type: ignore[misc]
+        worker.offer([trace.to_bytes() for trace in many(10)])
+        worker.read()
+        assert (len(remembered(found)), worker.status()["inbox"]) == (read, 10 - read)
+
+
+def test_what_is_unread_when_it_ends_is_saved(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    worker = start(keeper(tmp_path), lambda found: None)
+    worker.load("replica", 1)
+    worker.offer([trace.to_bytes() for trace in many(5)])
+    assert worker.status()["inbox"] == 5
+    worker.close()
+    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(5)}
+
+
 def remembered(found: TrainerKeeper) -> set[str]:
     return {trace.request for trace in (*found.buffer.training(""), *found.buffer.held_out(""))}
 
@@ -259,7 +343,9 @@ def test_a_worker_that_cannot_clear_its_disk_says_so_and_goes_on(tmp_path: Path,
     with pytest.raises(OSError, match="cannot write"):
         worker.forget(Selection()).result(30)
     assert remembered(worker.keeper) == set()
+    wait_until(lambda: "cannot write" in worker.status()["problem"], 30)  # it is tried again
     (tmp_path / "work" / "traces").rmdir()
+    wait_until(lambda: (tmp_path / "work" / "traces").is_file() and not worker.status()["problem"], 30)
     assert worker.forget(Selection()).result(30) == 0 and remembered(keeper(tmp_path)) == set()
 
 
@@ -321,6 +407,28 @@ def test_a_checkpoint_is_written_in_slices_and_given_up_for_what_is_to_be_forgot
     assert turns > 60 and remembered(keeper(tmp_path)) == remembered(worker.keeper)
 
 
+def test_no_checkpoint_is_written_while_it_makes_way(tmp_path: Path) -> None:
+    """Nor begun or gone on with in the quiet time after load."""
+    now = [1000.0]
+    worker = Worker(fed(keeper(tmp_path, replace(TRAINER, quiet=5.0, slice=0.0))), lambda found: None, dict, lambda: now[0])
+    worker.unsaved = True
+    worker.load("replica", 1)
+    worker.load("replica", 0)
+    assert not worker.busy() and not worker.writes()
+    now[0] += 5.0
+    assert worker.writes()
+    worker.work(None)
+    worker.load("replica", 1)
+    worker.load("replica", 0)
+    written = worker.saving
+    assert written is not None and not worker.writes()
+    worker.work(None)
+    assert not (tmp_path / "work" / "traces.partial").exists()
+    now[0] += 5.0
+    worker.work(None)
+    assert (tmp_path / "work" / "traces.partial").exists() and worker.saving is written
+
+
 def test_a_worker_with_a_device_of_its_own_does_not_care(tmp_path: Path, start: Callable[..., Worker]) -> None:
     sent: list[Submission] = []
     worker = start(keeper(tmp_path, replace(TRAINER, running=None)), sent.append)
@@ -370,7 +478,6 @@ def test_while_it_makes_way_traces_stay_where_they_are_unless_they_are_many(tmp_
     now = [1000.0]
     room = replace(TRAINER, inbox=3 * sum(map(len, data)), quiet=5.0)
     worker = Worker(keeper(tmp_path, room), lambda found: None, dict, lambda: now[0])
-    worker.read()
     assert not worker.reads()
     worker.load("replica", 1)
     worker.offer(data)
@@ -386,16 +493,94 @@ def test_while_it_makes_way_traces_stay_where_they_are_unless_they_are_many(tmp_
     assert worker.reads()
 
 
-def test_a_trace_is_kept_no_longer_than_what_was_answered(tmp_path: Path) -> None:
-    """Also where there is room for it, and on the disk."""
-    found = fed(keeper(tmp_path, replace(TRAINER, max_age=60.0)))
+AGED = replace(TRAINER, max_age=60.0, quiet=5.0, checkpoint=600.0)
+
+
+def test_a_trace_is_kept_no_longer_than_what_was_answered(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    """Also where there is room for it, and on the disk, though the next checkpoint would be long off."""
+    found = fed(keeper(tmp_path, AGED))
     found.save()
-    found.now = lambda: 50.0
-    assert found.outdated() is None
+    found.now = lambda: 60.0
+    assert not found.age() and len(remembered(found)) == 80
     found.now = lambda: 100.0
-    worker = Worker(found, lambda submission: None, dict)
-    worker.read()
-    assert remembered(found) == remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)} and found.outdated() is None
+    start(found, lambda submission: None)
+    wait_until(lambda: remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)}, 30)
+    assert remembered(found) == {f"r-{i}" for i in range(40, 80)} and not found.age()
+
+
+def test_what_is_too_old_goes_at_once_and_from_the_disk_when_serving_can_spare_it(tmp_path: Path) -> None:
+    """What waits unread while it makes way is dropped where it is, and the rest of it is not read for that."""
+    found, now = fed(keeper(tmp_path, AGED), 30), [1000.0]
+    found.save()
+    worker = Worker(found, lambda submission: None, dict, lambda: now[0])
+    data = [b"nothing", *(trace.to_bytes() for trace in many(50, first=30))]
+    worker.offer(data)
+    worker.load("replica", 1)
+    found.now = lambda: 100.0
+    worker.go_round()
+    assert remembered(found) == set() and list(worker.inbox) == [data[0], *data[11:]] and worker.waiting == sum(map(len, worker.inbox))
+    assert worker.status()["dropped_before_reading"] == 10
+    assert len(remembered(keeper(tmp_path))) == 30 and not (tmp_path / "work" / "traces.partial").exists()
+    found.now = lambda: 110.0
+    worker.load("replica", 0)
+    now[0] += 5.0
+    while worker.inbox or worker.saving or worker.writes():
+        worker.go_round()
+    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)} and worker.status()["invalid"] == 1
+    now[0] += 595.0
+    worker.go_round()  # those that were too old when they were read
+    assert remembered(found) == {f"r-{i}" for i in range(50, 80)}
+
+
+def test_a_disk_that_does_not_let_go_of_what_is_too_old_is_told_of_and_tried_again(tmp_path: Path) -> None:
+    found, now = fed(keeper(tmp_path, AGED)), [1000.0]
+    worker = Worker(found, lambda submission: None, dict, lambda: now[0])
+    (tmp_path / "work" / "traces").mkdir(parents=True)  # in the way
+    worker.paused, worker.closing = True, True  # nothing else is done, and it does not wait between attempts
+    found.now = lambda: 100.0
+    for _ in range(2):
+        worker.go_round()
+    assert "cannot write" in worker.status()["problem"] and worker.unsaved
+    (tmp_path / "work" / "traces").rmdir()
+    now[0] += AGED.checkpoint
+    while worker.status()["problem"] or worker.saving:
+        worker.go_round()
+    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)}
+
+
+@pytest.mark.parametrize(("max_age", "every"), [(60.0, 600.0), (30 * 86400.0, 0.01 * 30 * 86400.0)])
+def test_a_long_age_is_not_looked_at_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_age: float, every: float) -> None:
+    found, now, looks = keeper(tmp_path, replace(AGED, max_age=max_age)), [1000.0], list[float]()
+    monkeypatch.setattr(found, "age", lambda: looks.append(now[0]))
+    worker = Worker(found, lambda submission: None, dict, lambda: now[0])
+    worker.paused, worker.closing = True, True
+    for later in (0.0, 1.0, every - 1.0, 1.0, every - 2.0):
+        now[0] += later
+        worker.go_round()
+    assert looks == [1000.0, 1000.0 + every]
+
+
+@pytest.mark.parametrize("phase", ["training", "judging"])
+def test_only_rounds_that_hold_a_trace_that_is_too_old_are_dropped(tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drafters.refresh.PART", 8)
+    found = keeper(tmp_path, AGED)
+    for trace in many(80, first=1):
+        found.add(trace.to_bytes())
+    domain = found.domains[""]
+    held = found.buffer.choosing("") if phase == "training" else found.buffer.judging("")
+    while found.status()["phase"] != phase:
+        found.run(0.0)
+    found.run(0.0)
+    assert domain.refresher.round is not None and (phase == "judging" or domain.refresher.round.under_way is not None)
+    oldest = min(trace.at for trace in (*domain.refresher.round.held, *held))
+    assert 1.0 < oldest < 40.0
+    found.now = lambda: 60.0 + oldest
+    assert found.age() and found.status()["phase"] == phase and min(trace.at for trace in found.buffer.training("")) > oldest
+    assert domain.refresher.round.under_way is None  # it may have been of what is gone
+    found.run(0.0)
+    found.now = lambda: 60.5 + oldest
+    assert found.age() and found.status()["phase"] == "waiting"
+    assert found.status()["outcome"] == "dropped: 1 of its traces are older than they may be"
 
 
 def test_what_replicas_lost_is_counted(tmp_path: Path) -> None:

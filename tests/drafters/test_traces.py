@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from drafters.traces import InvalidTrace, Trace
+from drafters.traces import InvalidTrace, Trace, time_of
 from tests.drafters.traced import VOCAB, WIDTH, K, make_trace
 
 
@@ -25,6 +25,14 @@ def test_what_bytes_hold_is_ids_and_numbers() -> None:
     """No field of a trace can carry text but the names that the service gave."""
     texts = {field.name for field in fields(Trace) if field.type == "str"}
     assert texts == {"request", "model", "tag", "version"}
+
+
+def test_when_it_was_is_known_without_reading_it() -> None:
+    data = make_trace(at=7.5).to_bytes()
+    assert time_of(data) == time_of(data[:-1]) == 7.5
+    for torn in (b"", data[:100], data.replace(b"trace", b"grace")):
+        with pytest.raises(InvalidTrace, match="not a trace"):
+            time_of(torn)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])
