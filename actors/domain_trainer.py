@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from actors.artefacts import Artefacts
 from actors.releases import Base
 from actors.store import Value
 from drafters.bundle import Bundle, Manifest, Origin, write_bundle
+from drafters.choices import request_of, requests
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings
 from drafters.replay import ReplayBuffer
@@ -49,8 +51,11 @@ class Trial:
         (self.tried if self.parent.whole else self.parent).advance()
 
     def pairs(self) -> list[tuple[float, float]]:
-        """Tokens per step of the parent and of the candidate on each request."""
-        return [(before.per_step, after.per_step) for before, after in zip(self.parent.walks, self.tried.walks, strict=True)]
+        """Tokens per step of the parent and of the candidate on each request: the mean over its choices, which are not independent."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for before, after in zip(self.parent.walks, self.tried.walks, strict=True):
+            found.setdefault(request_of(before.request), []).append((before.per_step, after.per_step))
+        return [(fmean(before for before, _ in choices), fmean(after for _, after in choices)) for choices in found.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,8 @@ class DomainTrainer:
         """Whether there is nothing to do before more traces come."""
         if self.busy:
             return False
-        return len(self.buffer.judging(self.tag)) < self.rule.least or not self.refresher.able()
+        judging = requests(trace.request for trace in self.buffer.judging(self.tag))
+        return judging < self.rule.least or not self.refresher.able()
 
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long. Answers with a candidate that the gate judged, written and published, again and again until `settle`.

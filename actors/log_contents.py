@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import redis
 
 from actors.store import StoreError, Value, check_state, connect, sqlite_path
+from drafters.choices import request_of
 
 STREAM = "specfleet:requests"
 PURGES = "specfleet:purges"
@@ -45,13 +46,8 @@ class Selection:
     def fits(self, record: Value) -> bool:
         """Whether a record, as JSON, is one of them."""
         named = self.model in (None, record["model"]) and self.key in (None, record["key"]) and self.tag in (None, record.get("tag"))
-        requested = self.request in (None, record["id"], asked(record["id"]))
+        requested = self.request in (None, record["id"], request_of(record["id"]))
         return named and requested and (self.before is None or record["created"] < self.before)
-
-
-def asked(identity: str) -> str:
-    """The id of the request that a record's choice belongs to: `cmpl-5f3a-0` is of `cmpl-5f3a`."""
-    return identity.rstrip("0123456789").removesuffix("-")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ import torch
 
 from actors.artefacts import PER_LINE, ArtefactError, Artefacts, check_artefacts
 from actors.domain_trainer import DomainTrainer, Place, Submission
-from actors.log_contents import Selection, asked
+from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Placement
 from actors.store import Value
@@ -214,7 +214,7 @@ class TrainerKeeper:
 
 def meant(what: Selection, trace: Trace) -> bool:
     """Whether a trace belongs to a selection of the request log."""
-    requested = what.request in (None, trace.request, asked(trace.request))
+    requested = what.request in (None, trace.request, trace.asked)
     named = what.model in (None, trace.model) and what.tag in (None, trace.tag)
     return requested and named and (what.before is None or trace.at < what.before)
 

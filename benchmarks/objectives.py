@@ -24,6 +24,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from drafters.choices import choice_of
 from drafters.measuring import Measured, measure
 from drafters.mlp import MLPSpeculator
 from drafters.objectives import OBJECTIVES, ObjectiveName
@@ -202,7 +203,7 @@ def traces(
         top = (hidden @ head.T).log_softmax(-1).topk(k)
         found.append(
             Trace(
-                request=f"{model}-{index}",  # at every temperature: a prompt is held out or not
+                request=choice_of(f"{model}-{index}", 0),  # at every temperature: a prompt is held out or not
                 model=model,
                 tag="",
                 version=drafter.version,

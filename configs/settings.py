@@ -195,7 +195,9 @@ class ModelRefreshSettings(Section):
     least_gain: AtLeast0 = Field(default=0.02, description="Tokens per step that a candidate must gain.")
     least_tokens: int = Field(default=8192, ge=0, le=2**40, description="Fresh answer tokens that a round waits for.")
     least_held: int = Field(default=8, ge=1, le=2**20, description="Held-out requests that a round needs to choose by.")
-    most_held: int = Field(default=256, ge=1, le=2**20, description="Held-out requests that a round chooses by at most, the latest.")
+    most_held: int = Field(
+        default=256, ge=1, le=2**20, description="Answers to held-out requests that a round chooses by at most, the latest."
+    )
     gate: GateSettings = Field(default_factory=GateSettings, description="What lets a candidate pass.")
     trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Where training runs.")
 

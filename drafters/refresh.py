@@ -23,6 +23,7 @@ from torch import Tensor
 
 from drafters.bundle import DataWindow
 from drafters.checkpoint import shapes, torch_dtype
+from drafters.choices import requests
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
 from drafters.objectives import OBJECTIVES, ObjectiveName
@@ -55,7 +56,7 @@ class RefreshSettings:
     `patience` measurements in which it got no better the round ends: a copy that is well trained already first loses at the full rate, and
     gains as that falls. least_gain: tokens per step that a candidate must gain on held-out requests.
     margin: by which share the loss may rise above what it was before it counts as diverged. least_tokens: fresh answer tokens that a round
-    waits for, and least_held the held-out requests it needs; the latest `most_held` of them are measured on.
+    waits for, and least_held the held-out requests it needs; the latest `most_held` answers to them are measured on.
     """
 
     objective: ObjectiveName = "forward_kl"
@@ -317,10 +318,11 @@ class Refresher:
 
     def enough(self) -> bool:
         """Whether there are held-out requests to measure on, and any to train on."""
-        return len(self.held_out()) >= self.settings.least_held and any(len(trace) > 1 for trace in self.buffer.training(self.tag))
+        held = requests(trace.request for trace in self.held_out())
+        return held >= self.settings.least_held and any(len(trace) > 1 for trace in self.buffer.training(self.tag))
 
     def held_out(self) -> tuple[Trace, ...]:
-        """Held-out requests to choose by, on which speculators can differ."""
+        """Held-out answers to choose by, on which speculators can differ."""
         return tuple(trace for trace in self.buffer.choosing(self.tag) if len(trace) > 1)
 
     def begin(self) -> Round:
@@ -524,4 +526,5 @@ def restored(like: MLPSpeculator, weights: dict[str, Tensor]) -> MLPSpeculator:
 def window_of(traces: Sequence[Trace]) -> DataWindow:
     """What was learned from."""
     times, tokens = [trace.at for trace in traces], sum(len(trace) for trace in traces)
-    return DataWindow(first=min(times, default=None), last=max(times, default=None), requests=len(traces), tokens=tokens)
+    asked = requests(trace.request for trace in traces)
+    return DataWindow(first=min(times, default=None), last=max(times, default=None), requests=asked, tokens=tokens)

@@ -1,6 +1,6 @@
 """What a model's trainer remembers: recent traces, a uniform sample of older ones, and those held out, within a budget of bytes.
 
-Domains (a request's tag) are kept apart. Every choice is a hash of seed and request, so there is no generator to save: who is held out,
+Domains (a request's tag) are kept apart. All is decided by hashes of seed and request, so there is no generator to save: who is held out,
 who stays, and what a step samples are the same after a crash, in whatever order traces come in again.
 """
 
@@ -147,7 +147,7 @@ class ReplayBuffer:
             raise InvalidTrace(f"{trace.request}: model is {trace.model!r}, expected {self.model!r}")
         trace.check(self.vocab_size, self.emb_dim)
         domain = self.count(trace.tag, 1, len(trace))
-        (domain.held if self.is_held_out(trace.request) else domain.recent).add(trace)
+        (domain.held if self.is_held_out(trace.asked) else domain.recent).add(trace)
         for other in self.domains.values():
             self.trim(other)
 
@@ -179,7 +179,7 @@ class ReplayBuffer:
         return gone
 
     def is_held_out(self, request: str) -> bool:
-        """Whether a request is kept from training: whole requests, by their id alone."""
+        """Whether a request is kept from training: whole requests, with all their choices, by their id alone."""
         return chance(f"held out {self.settings.seed}", request) < self.settings.held_out
 
     def held_out(self, tag: str) -> tuple[Trace, ...]:
@@ -188,11 +188,11 @@ class ReplayBuffer:
 
     def choosing(self, tag: str) -> tuple[Trace, ...]:
         """The half of the held-out traces by which a trainer chooses among its own copies."""
-        return tuple(trace for trace in self.held_out(tag) if not self.is_judged(trace.request))
+        return tuple(trace for trace in self.held_out(tag) if not self.is_judged(trace.asked))
 
     def judging(self, tag: str) -> tuple[Trace, ...]:
         """The other half, on which what was chosen is compared: nothing that led to it was measured here."""
-        return tuple(trace for trace in self.held_out(tag) if self.is_judged(trace.request))
+        return tuple(trace for trace in self.held_out(tag) if self.is_judged(trace.asked))
 
     def is_judged(self, request: str) -> bool:
         return chance(f"judged {self.settings.seed}", request) < 0.5
@@ -269,17 +269,27 @@ class ReplayBuffer:
             domain.older.threshold = max(domain.older.threshold, row["threshold"])
 
     def fill(self, saved: str, recent: Sequence[Trace], older: Sequence[Trace], held: Sequence[Trace]) -> None:
-        """Take in the traces of a saved domain, each where it belongs now: which tags are domains may have changed since."""
+        """Take in the traces of a saved domain, each where it belongs now: which tags are domains may have changed since. What would be
+        held out now and was not, or the other way round, is given up: what was trained on must not judge."""
         for trace in (*recent, *older, *held):
             trace.check(self.vocab_size, self.emb_dim)
             self.count(saved, -1, -len(trace))
             self.count(trace.tag, 1, len(trace))
         for trace in recent:
-            self.domain(trace.tag).recent.add(trace)
+            if self.fits(trace, held_out=False):
+                self.domain(trace.tag).recent.add(trace)
         for trace in held:
-            self.domain(trace.tag).held.add(trace)
+            if self.fits(trace, held_out=True):
+                self.domain(trace.tag).held.add(trace)
         for trace in older:
-            self.count(trace.tag, dropped=not self.domain(trace.tag).older.offer(self.key(trace), trace))
+            if self.fits(trace, held_out=False):
+                self.count(trace.tag, dropped=not self.domain(trace.tag).older.offer(self.key(trace), trace))
+
+    def fits(self, trace: Trace, held_out: bool) -> bool:
+        """Whether a saved trace is still for what it was for; one that is not counts as dropped."""
+        fits = self.is_held_out(trace.asked) == held_out
+        self.count(trace.tag, dropped=not fits)
+        return fits
 
     def count(self, tag: str, seen: int = 0, tokens: int = 0, dropped: int = 0) -> Domain:
         """Add to the counts of a tag's domain."""
@@ -321,7 +331,7 @@ def chosen(traces: Sequence[Trace], count: int, random: Random) -> list[Trace]:
     return random.choices(traces, [len(trace) for trace in traces], k=count)
 
 
-def chance(purpose: str, request: str) -> float:
-    """A number in [0, 1) that depends on the purpose and the request's id alone."""
-    digest = hashlib.blake2b(f"{purpose} {request}".encode(), digest_size=8).digest()
+def chance(purpose: str, name: str) -> float:
+    """A number in [0, 1) that depends on the purpose and the name alone."""
+    digest = hashlib.blake2b(f"{purpose} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

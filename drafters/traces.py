@@ -1,4 +1,4 @@
-"""One finished request as the trainer sees it: token ids and what the base computed for them; never text.
+"""One answer as the trainer sees it: token ids and what the base computed for them; never text.
 
 Knows tensors and how they travel; not where they come from nor what is learned from them.
 """
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from drafters.choices import request_of
 from engine.sampling import SamplingParams
 
 TENSORS = ("tokens", "hidden", "top_ids", "top_logprobs", "accepted")
@@ -31,13 +32,13 @@ class InvalidTrace(ValueError):
 class Trace:
     """An answer of n tokens, or a stretch of one, and the forward passes that drew it. Raises InvalidTrace for shapes that do not fit.
 
-    request: its id. model, tag: what it was asked of, and its domain ("" when none was given). version: of the speculator that served it.
-    params: what its tokens were drawn with. tokens: [prompt_length + n] int32, the last tokens before the answer (all of the prompt for
-    the repetition penalty to be replayed, else as few as none) and the answer. position: index in the whole text of the first of the n.
-    hidden: [n, emb_dim] floating, bfloat16 in service; hidden[i] is the base's state (input of its LM head) whose logits drew answer
-    token i. top_ids: [n, k] int32, the base's most likely tokens at that place, best first, and top_logprobs: [n, k] their log-softmax
-    over the whole vocabulary before temperature, penalties and truncation. accepted: [n] bool, whether answer token i was a kept draft
-    token (else the base drew it after a rejection, after a whole draft, or without one). at: seconds since the epoch.
+    request: the name of its choice. model, tag: what it was asked of, and its domain ("" when none was given). version: of the speculator
+    that served it. params: what its tokens were drawn with. tokens: [prompt_length + n] int32, the last tokens before the answer (all of
+    the prompt for the repetition penalty to be replayed, else as few as none) and the answer. position: index in the whole text of the
+    first of the n. hidden: [n, emb_dim] floating, bfloat16 in service; hidden[i] is the base's state (input of its LM head) whose logits
+    drew answer token i. top_ids: [n, k] int32, the base's most likely tokens at that place, best first, and top_logprobs: [n, k] their
+    log-softmax over the whole vocabulary before temperature, penalties and truncation. accepted: [n] bool, whether answer token i was a
+    kept draft token (else the base drew it after a rejection, after a whole draft, or without one). at: seconds since the epoch.
     """
 
     request: str
@@ -69,6 +70,11 @@ class Trace:
             ("accepted", (torch.bool,), (count,)),
         ):
             check_tensor(name, getattr(self, name), kinds, shape)
+
+    @property
+    def asked(self) -> str:
+        """The id of the request, for all its choices."""
+        return request_of(self.request)
 
     @property
     def answer(self) -> Tensor:

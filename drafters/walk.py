@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafters.choices import requests
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
 from engine.sampling import Sampler, draw
@@ -22,7 +23,7 @@ ROWS = 256  # places drafted from at once
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """One request, replayed. tokens: those after the first, which the prompt's step drew. steps: it would have taken for them."""
+    """One trace, replayed. tokens: those after the first, which the prompt's step drew. steps: it would have taken for them."""
 
     request: str
     tokens: int
@@ -47,7 +48,7 @@ class HeldOut:
     def of(cls, walks: Iterable[Walk]) -> HeldOut:
         found = list(walks)
         tokens, steps = sum(w.tokens for w in found), sum(w.steps for w in found)
-        return cls(len(found), tokens, steps, tokens / steps if steps else 1.0)
+        return cls(requests(w.request for w in found), tokens, steps, tokens / steps if steps else 1.0)
 
 
 def expected_tokens(speculator: MLPSpeculator, trace: Trace) -> float:

@@ -1,8 +1,9 @@
 """Whether a candidate drafts better than the live speculator: both replayed over the same held-out requests, compared request by request.
 
 The difference of a pair is free of what makes one request harder to draft for than another, so it needs far fewer requests than two
-separate means. Its mean has a bias-corrected and accelerated bootstrap interval (BCa; Efron 1987, "Better Bootstrap Confidence Intervals"),
-whose ends follow the skew that tokens per step have.
+separate means. The unit is the request, for its choices are not independent of one another. The mean of the differences has a
+bias-corrected and accelerated bootstrap interval (BCa; Efron 1987, "Better Bootstrap Confidence Intervals"), whose ends follow the skew
+that tokens per step have.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Verdict:
 
 
 def gate(pairs: Sequence[tuple[float, float]], rule: GateRule | None = None, seed: int = 0) -> Verdict:
-    """Judge a candidate by (live, candidate) expected tokens per step of each held-out request.
+    """Judge a candidate by (live, candidate) expected tokens per step of each held-out request, the mean over its choices.
 
     The same pairs, rule and seed give the same verdict. ValueError if a number is negative or not finite.
     """

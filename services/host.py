@@ -17,6 +17,7 @@ import torch
 from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
 from drafters.bundle import fingerprint
+from drafters.choices import choice_of
 from drafters.registry import build_drafter, load_version, versions_of
 from drafters.traces import Trace
 from drafters.versions import Line, Versions
@@ -273,7 +274,7 @@ class ModelHost:
         ids, prefix = prompt
         answer = Answer(self.tokenizer, ids, job.stop)
         params, priority = self.params(job, ids, seed), Priority[job.priority.upper()]
-        name = f"{job.id}-{index}"
+        name = choice_of(job.id, index)
         request = Request(name, ids, params, answer.push, prediction, job.speculation, priority, self.recorded(job, name), job.tag)
         return Choice(index, request, answer, prefix)
 

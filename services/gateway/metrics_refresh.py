@@ -157,7 +157,7 @@ def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
     """How full the replay buffers are, what came into them, and how trainers made way. What was not read or sent has no domain."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
     limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
-    requests = gauge("specfleet_training_buffer_requests", "Requests in the replay buffer.", *LINE, "part")
+    requests = gauge("specfleet_training_buffer_requests", "Answers in the replay buffer.", *LINE, "part")
     traces = CounterMetricFamily("specfleet_training_traces", "Traces by what became of them.", labels=(*LINE, "outcome"))
     for line, state in lines(models).items():
         held = state["traces"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from actors.trainer import TrainerKeeper, TrainerSettings, Worker, start_trainer
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
+from drafters.traces import Trace
 from drafters.walk import expected_tokens
 from policies import Verdict
 from policies.gate import GateRule
@@ -79,6 +81,26 @@ def test_traces_become_a_submission(tmp_path: Path) -> None:
     assert submission.verdict.mean_candidate == pytest.approx(sum(expected_tokens(candidate, trace) for trace in judged) / len(judged))
     assert found.status()["phase"] == "waiting" and found.status()["gate"]["passed"]
     assert found.status()["candidates"] == {"passed": 1, "rejected": 0}
+
+
+def test_choices_of_one_request_count_once(tmp_path: Path) -> None:
+    """By the gate and for what it waits for; a request is worth what its choices are on average, however many those are."""
+    found = keeper(tmp_path)
+    for index in range(80):
+        for choice in range(1 + 7 * (index % 2)):
+            if len({trace.asked for trace in found.buffer.judging("")}) < RULE.least:
+                assert found.next() is None
+            found.add(make_trace(f"r-{index}-{choice}", at=float(index)).to_bytes())
+    judged: dict[str, list[Trace]] = {}
+    for trace in found.buffer.judging(""):
+        judged.setdefault(trace.asked, []).append(trace)
+    submission = worked(found)
+    assert submission is not None and submission.verdict.requests == len(judged) >= RULE.least
+    live, candidate = found.domains[""].refresher.live, MLPSpeculator.from_pretrained(Path(submission.url.removeprefix("file://")))
+    for drafter, told in ((live, submission.verdict.mean_live), (candidate, submission.verdict.mean_candidate)):
+        worth = [fmean(expected_tokens(drafter, trace) for trace in choices) for choices in judged.values()]
+        assert told == pytest.approx(fmean(worth))
+    assert submission.manifest.data.requests == len({trace.asked for trace in found.buffer.training("")})
 
 
 def test_nothing_is_begun_that_could_not_be_judged(tmp_path: Path) -> None:
@@ -279,7 +301,7 @@ def test_what_is_unread_when_it_ends_is_saved(tmp_path: Path, start: Callable[..
     worker.offer([trace.to_bytes() for trace in many(5)])
     assert worker.status()["inbox"] == 5
     worker.close()
-    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(5)}
+    assert remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(5)}
 
 
 def remembered(found: TrainerKeeper) -> set[str]:
@@ -297,7 +319,7 @@ def test_what_is_forgotten_is_gone_from_memory_round_and_disk(tmp_path: Path, ph
     assert found.forget(Selection(key="somebody", before=40.0)) == 40
     assert found.domains[""].trial is None and found.status()["phase"] == "waiting" and "40 traces" in found.status()["outcome"]
     after = keeper(tmp_path)
-    assert remembered(after) == remembered(found) == {f"r-{i}" for i in range(40, 80)}
+    assert remembered(after) == remembered(found) == {f"r-{i}-0" for i in range(40, 80)}
     assert after.status()["phase"] == "waiting"
 
 
@@ -334,7 +356,7 @@ def test_a_paused_worker_forgets_what_came_before_it_was_asked(tmp_path: Path, s
     worker.pause(True)
     worker.offer([trace.to_bytes() for trace in many(30)])
     assert worker.forget(Selection(before=20.0)).result(30) == 20
-    assert remembered(worker.keeper) == {f"r-{i}" for i in range(20, 30)} == remembered(keeper(tmp_path))
+    assert remembered(worker.keeper) == {f"r-{i}-0" for i in range(20, 30)} == remembered(keeper(tmp_path))
 
 
 def test_a_worker_that_cannot_clear_its_disk_says_so_and_goes_on(tmp_path: Path, start: Callable[..., Worker]) -> None:
@@ -398,7 +420,7 @@ def test_a_checkpoint_is_written_in_slices_and_given_up_for_what_is_to_be_forgot
     done = worker.forget(Selection(before=20.0))
     worker.read()
     assert done.result(0) == 20 and not partial.exists()
-    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(20, 80)}
+    assert remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(20, 80)}
     while worker.saving is None:
         worker.work(worker.keeper.next())
     while worker.saving is not None:
@@ -444,7 +466,7 @@ def test_what_came_in_is_saved_while_there_is_nothing_to_train_or_nobody_to_subm
 
     worker = start(keeper(tmp_path), submit)
     worker.offer([trace.to_bytes() for trace in many(5)])
-    wait_until(lambda: (tmp_path / "work" / "traces").is_file() and remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(5)}, 30)
+    wait_until(lambda: (tmp_path / "work" / "traces").is_file() and remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(5)}, 30)
     worker.offer([trace.to_bytes() for trace in many(75, first=5)])
     wait_until(lambda: worker.status()["problem"], 60)
     wait_until(lambda: keeper(tmp_path).status()["phase"] == "candidate", 30)
@@ -485,7 +507,7 @@ def test_while_it_makes_way_traces_stay_where_they_are_unless_they_are_many(tmp_
     worker.offer(data)
     assert worker.reads()
     worker.read()
-    assert remembered(worker.keeper) == {f"r-{i}" for i in range(10)} and not worker.reads()
+    assert remembered(worker.keeper) == {f"r-{i}-0" for i in range(10)} and not worker.reads()
     worker.offer(data)
     worker.load("replica", 0)
     assert not worker.reads()
@@ -504,8 +526,8 @@ def test_a_trace_is_kept_no_longer_than_what_was_answered(tmp_path: Path, start:
     assert not found.age() and len(remembered(found)) == 80
     found.now = lambda: 100.0
     start(found, lambda submission: None)
-    wait_until(lambda: remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)}, 30)
-    assert remembered(found) == {f"r-{i}" for i in range(40, 80)} and not found.age()
+    wait_until(lambda: remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(40, 80)}, 30)
+    assert remembered(found) == {f"r-{i}-0" for i in range(40, 80)} and not found.age()
 
 
 def test_what_is_too_old_goes_at_once_and_from_the_disk_when_serving_can_spare_it(tmp_path: Path) -> None:
@@ -526,10 +548,10 @@ def test_what_is_too_old_goes_at_once_and_from_the_disk_when_serving_can_spare_i
     now[0] += 5.0
     while worker.inbox or worker.saving or worker.writes():
         worker.go_round()
-    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)} and worker.status()["invalid"] == 1
+    assert remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(40, 80)} and worker.status()["invalid"] == 1
     now[0] += 595.0
     worker.go_round()  # those that were too old when they were read
-    assert remembered(found) == {f"r-{i}" for i in range(50, 80)}
+    assert remembered(found) == {f"r-{i}-0" for i in range(50, 80)}
 
 
 def test_a_disk_that_does_not_let_go_of_what_is_too_old_is_told_of_and_tried_again(tmp_path: Path) -> None:
@@ -545,7 +567,7 @@ def test_a_disk_that_does_not_let_go_of_what_is_too_old_is_told_of_and_tried_aga
     now[0] += AGED.checkpoint
     while worker.status()["problem"] or worker.saving:
         worker.go_round()
-    assert remembered(keeper(tmp_path)) == {f"r-{i}" for i in range(40, 80)}
+    assert remembered(keeper(tmp_path)) == {f"r-{i}-0" for i in range(40, 80)}
 
 
 @pytest.mark.parametrize(("max_age", "every"), [(60.0, 600.0), (30 * 86400.0, 0.01 * 30 * 86400.0)])

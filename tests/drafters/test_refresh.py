@@ -25,7 +25,7 @@ from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.traces import Trace
 from drafters.walk import HeldOut, walk
 from tests.conftest import wait_until
-from tests.drafters.traced import VOCAB, WIDTH, many
+from tests.drafters.traced import VOCAB, WIDTH, make_trace, many
 
 SETTINGS = RefreshSettings(
     objective="forward_kl",
@@ -141,6 +141,20 @@ def test_it_waits_for_traffic_and_for_held_out_requests() -> None:
     for trace in many(50, first=10):
         buffer.add(trace)
     assert refresher.advance(units=1).phase == "measuring"
+
+
+def test_held_out_choices_of_few_requests_are_few_to_choose_by() -> None:
+    buffer = filled([])
+    refresher = Refresher(speculator(), "v1", buffer, SETTINGS)
+    for index in range(60):
+        for choice in range(5):
+            few = len({trace.asked for trace in buffer.choosing("")}) < SETTINGS.least_held
+            assert (refresher.advance(units=0).phase, refresher.able()) == ("waiting", not few and refresher.missing() == 0)
+            buffer.add(make_trace(f"r-{index}-{choice}"))
+    assert refresher.able() and len(buffer.choosing("")) > 5 * SETTINGS.least_held
+    refresher.advance()
+    found = refresher.take()
+    assert found is not None and found.after.requests == len({trace.asked for trace in buffer.choosing("")})
 
 
 def test_a_round_chooses_by_the_latest_of_many_held_out_requests() -> None:

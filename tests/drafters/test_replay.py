@@ -33,11 +33,11 @@ def test_requests_are_held_out_whole_and_for_good() -> None:
         other.add(trace)
     held = {trace.request for trace in one.held_out("")}
     assert 35 <= len(held) <= 85
-    assert held == {f"r-{i}" for i in range(600) if other.is_held_out(f"r-{i}")}
+    assert held == {f"r-{i}-0" for i in range(600) if other.is_held_out(f"r-{i}")}
     assert held.isdisjoint(trace.request for trace in one.training(""))
     assert len(held) + len(one.training("")) == 600
     assert {trace.request for trace in other.held_out("")} <= held
-    assert held != {f"r-{i}" for i in range(600) if buffer(seed=1).is_held_out(f"r-{i}")}
+    assert held != {f"r-{i}-0" for i in range(600) if buffer(seed=1).is_held_out(f"r-{i}")}
 
 
 def test_half_of_the_held_out_requests_judge_what_the_other_half_chose() -> None:
@@ -47,6 +47,33 @@ def test_half_of_the_held_out_requests_judge_what_the_other_half_chose() -> None
     choosing, judging = ({trace.request for trace in part("")} for part in (one.choosing, one.judging))
     assert choosing.isdisjoint(judging) and choosing | judging == {trace.request for trace in one.held_out("")}
     assert 70 <= len(choosing) <= 130 and 70 <= len(judging) <= 130
+
+
+def test_choices_of_a_request_are_for_the_same() -> None:
+    one = buffer(10_000, held_out=0.5)
+    for index in range(200):
+        for choice in range(4):
+            one.add(make_trace(f"r-{index}-{choice}", 3))
+    parts = [Counter(trace.asked for trace in part("")) for part in (one.training, one.choosing, one.judging)]
+    assert all(set(part.values()) == {4} for part in parts) and sum(len(part) for part in parts) == 200
+    assert all(30 < len(part) < 130 for part in parts)
+
+
+def test_what_was_split_off_otherwise_is_given_up(tmp_path: Path) -> None:
+    """So that nothing is measured on that was trained on, nor the other way round."""
+    for before, after in ((0.1, 0.4), (0.4, 0.1)):
+        one, back = buffer(100, held_out=before), buffer(100, held_out=after)
+        for trace in many(150):
+            one.add(trace)
+        one.save(tmp_path / "traces")
+        back.load(tmp_path / "traces")
+        saved = {part: {trace.request for trace in part(one, "")} for part in (ReplayBuffer.training, ReplayBuffer.held_out)}
+        for part, requests in saved.items():
+            found = {trace.request for trace in part(back, "")}
+            assert found and found < requests if (after > before) == (part is ReplayBuffer.training) else found <= requests
+            assert all(back.is_held_out(trace.asked) == (part is ReplayBuffer.held_out) for trace in part(back, ""))
+        kept = len(back.training("")) + len(back.held_out(""))
+        assert back.counts("").seen == 150 and back.counts("").dropped == 150 - kept
 
 
 def test_the_budget_is_kept_and_losses_are_counted() -> None:
@@ -63,7 +90,7 @@ def test_the_budget_is_kept_and_losses_are_counted() -> None:
 
 def test_the_oldest_leave_the_recent_part_first() -> None:
     small = buffer(40)
-    traces = [trace for trace in many(300) if not small.is_held_out(trace.request)]
+    traces = [trace for trace in many(300) if not small.is_held_out(trace.asked)]
     for trace in traces:
         small.add(trace)
     recent = [trace.request for trace in small.domains[""].recent.traces]
@@ -75,13 +102,13 @@ def test_the_oldest_leave_the_recent_part_first() -> None:
     for trace in many(300):
         held.add(trace)
     out = [trace.request for trace in held.held_out("")]
-    assert out == [f"r-{i}" for i in range(300) if held.is_held_out(f"r-{i}")][-len(out) :]
+    assert out == [f"r-{i}-0" for i in range(300) if held.is_held_out(f"r-{i}")][-len(out) :]
 
 
 def test_older_traces_are_a_uniform_sample_whatever_their_length() -> None:
     """Over many seeds, every one of the older traces stays about as often, early or late, short or long."""
     stays: Counter[str] = Counter()
-    traces = [make_trace(f"r-{i}", 30 if i % 2 else 10) for i in range(60)]
+    traces = [make_trace(f"r-{i}-0", 30 if i % 2 else 10) for i in range(60)]
     for seed in range(300):
         small = buffer(20, held_out=0.001, recent=0.0, seed=seed)
         for trace in traces:
@@ -110,7 +137,7 @@ def test_domains_are_kept_apart_and_share_the_budget() -> None:
         small.add(trace)
     for tag, numbers in (("law", range(200)), ("code", range(200, 300))):
         kept = {trace.request for trace in (*small.training(tag), *small.held_out(tag))}
-        assert kept and kept <= {f"r-{i}" for i in numbers}
+        assert kept and kept <= {f"r-{i}-0" for i in numbers}
         assert sum(trace.nbytes for trace in (*small.training(tag), *small.held_out(tag))) <= 30 * ONE
         assert {trace.tag for trace in small.sample(tag, 20, 0.5, 0)} == {tag}
     assert small.counts("law").seen == 200 and small.counts("code").seen == 100
@@ -119,7 +146,7 @@ def test_domains_are_kept_apart_and_share_the_budget() -> None:
 def test_tags_that_are_not_named_share_one_domain() -> None:
     small = buffer(100, tags=("law",))
     for index in range(8):
-        small.add(make_trace(f"r-{index}", tag=("law", "", "anything", f"tag-{index}")[index % 4]))
+        small.add(make_trace(f"r-{index}-0", tag=("law", "", "anything", f"tag-{index}")[index % 4]))
     assert {tag: domain.counts.seen for tag, domain in small.domains.items()} == {"law": 2, "": 6}
 
 
@@ -192,7 +219,7 @@ def test_what_is_forgotten_is_gone_from_every_part_and_the_rest_stays(tmp_path: 
         one.add(trace)
     kept = {trace.request: trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))}
     assert all(part for domain in one.domains.values() for part in (domain.recent.traces, domain.older.entries, domain.held.traces))
-    odd = {request for request in kept if int(request[2:]) % 2}
+    odd = {request for request in kept if int(request.split("-")[1]) % 2}
     gone = one.forget(lambda trace: trace.request in odd)
     assert sum(gone.values()) == len(odd) and min(gone.values()) > 0
     left = [trace for tag in ("", "law") for trace in (*one.training(tag), *one.held_out(tag))]
@@ -213,11 +240,11 @@ def test_traces_are_written_one_at_a_time_as_they_were_when_that_began(tmp_path:
     next(saving)
     for trace in many(4, first=8):
         one.add(trace)
-    one.forget(lambda trace: trace.request == "r-3")
+    one.forget(lambda trace: trace.request == "r-3-0")
     assert not file.exists() and len(list(saving)) == 8
-    back = buffer()
+    back = buffer(held_out=0.3)
     back.load(file)
-    assert {trace.request for trace in (*back.training(""), *back.held_out(""))} == {f"r-{i}" for i in range(8)}
+    assert {trace.request for trace in (*back.training(""), *back.held_out(""))} == {f"r-{i}-0" for i in range(8)}
     before, again = file.read_bytes(), one.saving(file)
     next(again)
     again.close()  # given up half-way
@@ -290,6 +317,6 @@ def test_a_saved_buffer_is_read_into_the_domains_that_there_are_now(tmp_path: Pa
         found = {trace.request for trace in (*back.training(tag), *back.held_out(tag))}
         assert found == {request for request, its in kept.items() if back.domain_of(its) == tag}
         assert back.counts(tag).seen - back.counts(tag).dropped == len(found) and back.size(tag) == len(found) * ONE
-        assert all(back.is_held_out(trace.request) for trace in back.held_out(tag))
-        assert not any(back.is_held_out(trace.request) for trace in back.training(tag))
+        assert all(back.is_held_out(trace.asked) for trace in back.held_out(tag))
+        assert not any(back.is_held_out(trace.asked) for trace in back.training(tag))
     assert sum(back.counts(tag).seen for tag in back.domains) == 180 and back.nbytes == len(kept) * ONE

@@ -55,7 +55,7 @@ def hash_of(request: str) -> int:
 
 
 def many(count: int, length: int = 20, temperature: float = 0.0, tag: str = "", first: int = 0) -> list[Trace]:
-    return [make_trace(f"r-{i}", length, temperature, tag, float(i)) for i in range(first, first + count)]
+    return [make_trace(f"r-{i}-0", length, temperature, tag, float(i)) for i in range(first, first + count)]
 
 
 def with_tokens(trace: Trace, answer: list[int]) -> Trace:

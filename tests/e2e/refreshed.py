@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
@@ -67,10 +68,12 @@ class Service:
         return str(self.ask("x", 1, store=False, **more)["speculation"]["version"])
 
     def traffic(self, count: int = 4, **more: Any) -> None:
-        """More requests, each a prompt with several choices."""
-        for _ in range(count):
-            self.asked += 1
-            self.ask(f"def add(a, b{self.asked}):", self.asked * 100, n=8, temperature=0.0 if self.asked % 2 else 0.7, **more)
+        """More requests, several at once of each prompt. Not choices of one, which would be one request to the gate."""
+        prompts = range(self.asked + 1, self.asked + count + 1)
+        self.asked += count
+        wanted = [(f"def add(a, b{i}):", i * 100 + place, 0.0 if i % 2 else 0.7) for i in prompts for place in range(8)]
+        with ThreadPoolExecutor(8) as users:
+            list(users.map(lambda one: self.ask(one[0], one[1], temperature=one[2], **more), wanted))
 
     def until(self, predicate: Any, timeout: float = 90, **more: Any) -> Any:
         """Traffic until it is true, with pauses in which the trainer has the processors."""
