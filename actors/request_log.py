@@ -29,6 +29,7 @@ from actors.store import StoreError, Value, check_state, connect, sqlite_path
 NAME = "specfleet-request-log"
 SLOWEST = 10.0  # seconds between tries at most
 PATIENCE = 5.0  # seconds that a purge waits for what is to be written before it
+AGING = 600.0  # seconds in which nothing came after which retention is looked at all the same, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,17 @@ class Retention:
     max_age: float | None = None
     max_bytes: int | None = None
 
+    @property
+    def every(self) -> float | None:
+        """Seconds after which a log to which nothing came is to be looked at; None if nothing in it grows too old."""
+        return None if self.max_age is None else max(AGING, self.max_age / 100)
+
 
 class RequestLog(Protocol):
     """A store of records in order of arrival. Methods raise `StoreError` when it cannot be reached; a failed append may be repeated."""
 
     def append(self, batch: Sequence[RequestRecord]) -> None:
-        """Add records, all or none, and let go of what retention does not keep."""
+        """Add records, all or none, and let go of what retention does not keep; that alone where there are no records."""
         ...
 
     def read(self, after: str = "", count: int = 100) -> list[tuple[str, RequestRecord]]:
@@ -164,8 +170,8 @@ def shrink(db: sqlite3.Connection, max_bytes: int, count: int) -> None:
 class RedisLog:
     """One stream, `specfleet:requests`; an entry has the fields `id`, `model` and `record` (the record as JSON text).
 
-    Retention is approximate: the stream is trimmed by whole nodes (MAXLEN ~, MINID ~), so it may hold a few records more. A
-    batch whose answer was lost may be written twice; readers can tell by `id`.
+    Number and bytes are approximate: the stream is trimmed by whole nodes (MAXLEN ~), so it may hold a few records more. Age is exact, and
+    counts from when a record was written. A batch whose answer was lost may be written twice; readers can tell by `id`.
     """
 
     def __init__(self, url: str, retention: Retention, clock: Callable[[], float] = time.time, stream: str = STREAM) -> None:
@@ -179,7 +185,7 @@ class RedisLog:
             pipe.xadd(self._stream, entry, maxlen=self._retention.max_records, approximate=True)
         if self._retention.max_age is not None:
             oldest = int((self._clock() - self._retention.max_age) * 1000)
-            pipe.xtrim(self._stream, minid=f"{max(oldest, 0)}-0", approximate=True)
+            pipe.xtrim(self._stream, minid=f"{max(oldest, 0)}-0", approximate=False)
         self._call(pipe.execute)
         if self._retention.max_bytes is not None:
             self._call(partial(self._shrink, self._retention.max_bytes))
@@ -237,8 +243,16 @@ class LogWriter:
     record that no store can take is dropped alone.
     """
 
-    def __init__(self, opener: Callable[[], RequestLog], capacity: int = 10_000, batch: int = 256, backoff: float = 0.2) -> None:
-        self._open, self._capacity, self._batch, self._backoff = opener, capacity, batch, backoff
+    def __init__(
+        self,
+        opener: Callable[[], RequestLog],
+        capacity: int = 10_000,
+        batch: int = 256,
+        backoff: float = 0.2,
+        every: float | None = None,
+    ) -> None:
+        """every: seconds without a record after which an empty batch is written, for the log's retention; None for never."""
+        self._open, self._capacity, self._batch, self._backoff, self._every = opener, capacity, batch, backoff, every
         self._queue: deque[RequestRecord] = deque()
         self._flying: list[RequestRecord] = []
         self._change = threading.Condition()
@@ -302,11 +316,11 @@ class LogWriter:
         return 1
 
     def _take(self, size: int) -> bool:
-        """Take the next records from the queue, waiting for some; False when closing and done."""
+        """Take the next records from the queue, waiting for some, and none where none come for long; False when closing and done."""
         with self._change:
-            self._change.wait_for(lambda: self._queue or self._closing)
+            self._change.wait_for(lambda: self._queue or self._closing, self._every)
             self._flying = [self._queue.popleft() for _ in range(min(size, len(self._queue)))]
-            return bool(self._flying)
+            return bool(self._flying) or not self._closing
 
     def _settle(self, written: bool) -> None:
         with self._change:
@@ -353,10 +367,11 @@ class RequestLogActor:
         capacity: int = 10_000,
     ) -> None:
         def opener() -> RequestLog:
-            return open_log(url, Retention(max_records, max_age, max_bytes))
+            return open_log(url, kept)
 
         check_state(url)
-        self._url, self._opener, self._writer = url, opener, LogWriter(opener, capacity)
+        kept = Retention(max_records, max_age, max_bytes)
+        self._url, self._opener, self._writer = url, opener, LogWriter(opener, capacity, every=kept.every)
         self._lost: dict[str, int] = {}
 
     async def append(self, records: Iterable[RequestRecord], lost: int = 0, source: str = "") -> None:

@@ -15,8 +15,8 @@ import redis
 
 from actors.log_contents import Purge, Selection, open_keeping
 from actors.request_log import LogStats, LogWriter, RedisLog, RequestLogActor, RequestRecord, Retention, SqliteLog, open_log
-from actors.store import StoreError
-from tests.actors.stand import RedisServer
+from actors.store import StoreError, sqlite_path
+from tests.actors.stand import Clock, RedisServer
 from tests.conftest import wait_until
 
 
@@ -112,8 +112,48 @@ def test_redis_retention_is_about_right(redis_url):
     kept = log.tail(10_000)
     assert 500 <= len(kept) <= 700 and kept[-1].id == "r2999"
     aged = RedisLog(redis_url, Retention(500, 60.0), clock=lambda: time.time() + 3600)
-    aged.append([record(3000)])
-    assert len(aged.tail(10_000)) <= 200
+    aged.append([])
+    assert aged.tail(10_000) == []  # of age exactly
+
+
+def test_what_is_too_old_goes_from_a_log_to_which_nothing_comes(url):
+    kept, clock = Retention(max_age=60.0), Clock(time.time())
+    writer = LogWriter(lambda: RedisLog(url, kept, clock) if "redis" in url else SqliteLog(sqlite_path(url), kept, clock), every=0.05)
+    writer.offer(*(record(i, created=clock.now) for i in range(3)))
+    assert writer.flush(20)
+    with contextlib.closing(open_log(url)) as log:
+        assert len(log.tail(9)) == 3
+        clock.now += 61
+        wait_until(lambda: not log.tail(9))
+    assert writer.stats() == LogStats(3, 0, 0, 0)
+    writer.close()
+
+
+@pytest.mark.parametrize(("max_age", "every"), [(None, None), (60.0, 600.0), (30 * 86400.0, 0.01 * 30 * 86400.0)])
+def test_a_long_age_is_not_looked_at_all_the_time(max_age, every):
+    assert Retention(max_age=max_age).every == every
+
+
+async def test_the_actors_log_grows_no_older_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.request_log.AGING", 0.05)
+    actor = RequestLogActor(f"sqlite:///{tmp_path}/log.db", max_age=1.0)
+    await actor.append([record(1, created=time.time())])
+    assert await actor.flush() and (await actor.stats())["written"] == 1
+    with contextlib.closing(open_log(f"sqlite:///{tmp_path}/log.db")) as log:
+        wait_until(lambda: not log.tail(9))
+    await actor.close()
+
+
+def test_a_store_that_is_away_when_nothing_comes_is_looked_at_again():
+    log = FakeLog()
+    log.failing = True
+    writer = LogWriter(log.open, backoff=0.01, every=0.02)
+    wait_until(lambda: writer.stats().failed >= 2)
+    log.failing = False
+    writer.offer(record(1))
+    assert writer.flush(10)
+    writer.close()
+    assert log.records == [record(1)] and writer.stats().dropped == 0
 
 
 def test_the_documented_fields_are_there(tmp_path, redis_url):
