@@ -154,7 +154,8 @@ def phases(models: Mapping[str, State]) -> Iterator[Metric]:
 
 
 def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
-    """How full the replay buffers are, what came into them, and how trainers made way. What was not read or sent has no domain."""
+    """How full the replay buffers are, what came into them or waits to, and how trainers made way. What was not read or sent has no
+    domain."""
     size = gauge("specfleet_training_buffer_bytes", "Tensors in the replay buffer.", *LINE)
     limit = gauge("specfleet_training_buffer_limit_bytes", "Most tensors that it may hold, of all domains together.", "model")
     requests = gauge("specfleet_training_buffer_requests", "Answers in the replay buffer.", *LINE, "part")
@@ -168,14 +169,16 @@ def buffers(models: Mapping[str, State]) -> Iterator[Metric]:
             traces.add_metric((*line, outcome), held[outcome])
     yields = CounterMetricFamily("specfleet_training_yields", "Times that the trainer made way for requests.", labels=("model",))
     slowest = gauge("specfleet_training_slowest_yield_seconds", "From load being told to the trainer's rest, at most.", "model")
+    inbox = gauge("specfleet_training_inbox_traces", "Traces that wait to be read.", "model")
     for model, state in models.items():
         limit.add_metric((model,), state["buffer_bytes"])
         yields.add_metric((model,), state["yields"])
         slowest.add_metric((model,), state["slowest_yield"])
+        inbox.add_metric((model,), state["inbox"])
         traces.add_metric((model, "", "invalid"), state["invalid"])
         traces.add_metric((model, "", "unread"), state["dropped_before_reading"])
         traces.add_metric((model, "", "unsent"), state["lost_by_replicas"])
-    yield from (size, limit, requests, traces, yields, slowest)
+    yield from (size, limit, requests, traces, yields, slowest, inbox)
 
 
 def progress(lines: Lines) -> Iterator[Metric]:

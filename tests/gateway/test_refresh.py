@@ -371,6 +371,7 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
     loop.keeper.report(reported(loop, errors={rejected: "a byte differs"}, arms=arms))
     for tag in ("", "law", "anything"):
         await root.post("/v1/completions", json=TEXT | ({"metadata": {"tag": tag}} if tag else {}))
+    loop.trainer.offer([b"one", b"another", b"a third"])
     told = found((await root.get("/metrics")).text)
     info = {labels[2:]: value for labels, value in told.items() if labels[0] == "specfleet_speculator_info"}
     assert info == {("r1", "live", "", live): 1, ("r1", "canary", "", one): 1, ("r1", "failed", "", rejected): 1}
@@ -400,6 +401,7 @@ async def test_metrics(root: httpx.AsyncClient, loop: Loop) -> None:
         ("training_buffer_limit_bytes", ("echo",), 2**28),
         ("training_yields_total", ("echo",), 0),
         ("training_slowest_yield_seconds", ("echo",), 0),
+        ("training_inbox_traces", ("echo",), 3),
         ("version_steps_total", ("echo", "", "v1"), 4),
         ("version_tokens_total", ("echo", "", "v1"), 6),
         ("version_steps_total", ("echo", "law", "v1"), 2),
