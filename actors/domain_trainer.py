@@ -21,6 +21,8 @@ from drafters.traces import Trace
 from policies import Verdict
 from policies.gate import GateRule, gate
 
+UNTAKEN = "the gate let the candidate through and the registry rejected it: its history says why"
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -131,14 +133,14 @@ class DomainTrainer:
             if time.monotonic() >= until:
                 return
 
-    def settle(self) -> None:
-        """The registry knows the candidate that was judged; until now every checkpoint held it."""
+    def settle(self, taken: bool = True) -> None:
+        """The registry knows the candidate that was judged; until now every checkpoint held it. taken: False where it rejected it."""
         assert self.verdict is not None, "what is settled was judged"
         self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
         self.end()
         self.refresher.take()
-        if not self.verdict.passed:
-            self.refresher.reject(self.verdict.reason)
+        if not (self.verdict.passed and taken):
+            self.refresher.reject(UNTAKEN if self.verdict.passed else self.verdict.reason)
 
     def judge(self, trial: Trial) -> Submission:
         """Let the gate decide. What it refuses is published, too: the history keeps it with the reason, and anybody may look into it."""

@@ -168,9 +168,9 @@ class TrainerKeeper:
         able = (domain for domain in self.domains.values() if not domain.idle())
         return min(able, key=lambda domain: (domain.turn, -domain.refresher.fresh), default=None)
 
-    def settle(self, tag: str) -> None:
-        """A domain's candidate is where it belongs."""
-        self.domains[tag].settle()
+    def settle(self, tag: str, taken: bool = True) -> None:
+        """A domain's candidate is where it belongs. taken: whether the registry took it as the gate did."""
+        self.domains[tag].settle(taken)
 
     def serve(self, tag: str, live: MLPSpeculator, version: str) -> None:
         """Another version of a domain is to be refreshed now. One that is in memory for another domain is not kept twice."""
@@ -225,12 +225,13 @@ class Worker:
     def __init__(
         self,
         keeper: TrainerKeeper,
-        submit: Callable[[Submission], None],
+        submit: Callable[[Submission], str | None],
         parents: Callable[[], Mapping[str, Parent]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """submit: hands a candidate to the registry. parents: what is to be refreshed, by tag, of those domains in which it is another than
-        when it was asked last. Both are called on the thread and may raise; submitting is tried again."""
+        """submit: hands a candidate to the registry, and answers with the state that it has there. parents: what is to be refreshed, by
+        tag, of those domains in which it is another than when it was asked last. Both are called on the thread and may raise; submitting is
+        tried again."""
         self.keeper, self.submit, self.parents, self.clock = keeper, submit, parents, clock
         self.settings = keeper.settings
         self.change = threading.Condition()
@@ -424,8 +425,7 @@ class Worker:
         """One slice, and what comes of it."""
         self.unsaved = True
         if (found := self.keeper.run(self.settings.slice)) is not None:
-            self.submit(found)
-            self.keeper.settle(found.tag)
+            self.keeper.settle(found.tag, self.submit(found) != "rejected")
             self.polled = -math.inf  # the next round goes on from it
 
     def writes(self) -> bool:
@@ -501,9 +501,11 @@ class Registrar:
         self.find, self.model, self.domains, self.artefacts, self.base = find, model, ("", *tags), artefacts, base
         self.versions: dict[str, str] = {}
 
-    def submit(self, found: Submission) -> None:
+    def submit(self, found: Submission) -> str:
+        """Hand a candidate over; the state that it has there."""
         told = {"tag": found.tag, "against": found.against or None}
-        ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
+        answer = ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
+        return str(answer["state"])
 
     def parents(self) -> dict[str, Parent]:
         """The versions to refresh, by tag, of those domains in which it is another than the last one. What several share is read once."""

@@ -116,6 +116,15 @@ def test_redis_retention_is_about_right(redis_url):
     assert aged.tail(10_000) == []  # of age exactly
 
 
+def test_redis_lets_go_of_what_is_too_old_to_the_record(redis_url):
+    log = RedisLog(redis_url, Retention(max_age=60.0), lambda: 1000.0)
+    for i in range(10):  # a second apart, in one node of the stream
+        log._redis.xadd("specfleet:requests", {"id": f"r{i}", "model": "m", "record": record(i).to_json()}, id=f"{(935 + i) * 1000}-0")
+    log.append([])
+    assert [r.id for r in log.tail(99)] == ["r5", "r6", "r7", "r8", "r9"]
+    log.close()
+
+
 def test_what_is_too_old_goes_from_a_log_to_which_nothing_comes(url):
     kept, clock = Retention(max_age=60.0), Clock(time.time())
     writer = LogWriter(lambda: RedisLog(url, kept, clock) if "redis" in url else SqliteLog(sqlite_path(url), kept, clock), every=0.05)

@@ -10,18 +10,19 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from actors.artefacts import Artefacts
-from actors.domain_trainer import Submission
+from actors.domain_trainer import UNTAKEN, Submission
 from actors.log_contents import Selection
 from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base
 from actors.store import open_state
-from actors.trainer import TrainerKeeper, TrainerSettings, Worker, start_trainer
+from actors.trainer import Registrar, TrainerKeeper, TrainerSettings, Worker, start_trainer
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
@@ -486,6 +487,27 @@ def test_a_registry_that_is_away_is_asked_again(tmp_path: Path, start: Callable[
     wait_until(lambda: worker.status()["problem"] == "ConnectionError: the registry is away", 60)
     wait_until(lambda: sent, 60)
     wait_until(lambda: worker.status()["problem"] == "", 60)
+
+
+@pytest.mark.parametrize(("state", "outcome", "waits"), [("candidate", "candidate: ", 1), ("rejected", UNTAKEN, 2)])
+def test_a_candidate_that_the_registry_rejects_is_as_one_that_the_gate_did(
+    tmp_path: Path, start: Callable[..., Worker], state: str, outcome: str, waits: int
+) -> None:
+    worker = start(keeper(tmp_path), lambda found: state)
+    worker.offer([trace.to_bytes() for trace in many(80)])
+    status = wait_until(lambda: (found := worker.status())["candidates"]["passed"] and found, 60)
+    assert status["outcome"].startswith(outcome) and status["waiting_for"] == waits * SETTINGS.least_tokens
+
+
+def test_what_the_registry_says_of_a_candidate_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission = worked(fed(keeper(tmp_path)))
+    assert submission is not None
+    artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
+    registry = RegistryKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), artefacts)
+    registry.register("toy", replace(BASE, revision="r2"), *published(tmp_path, 0))
+    monkeypatch.setattr("actors.trainer.ray.get", lambda answer: answer)
+    handle = SimpleNamespace(submit=SimpleNamespace(remote=registry.submit))
+    assert Registrar(lambda: handle, "toy", (), artefacts, BASE).submit(submission) == "rejected"
 
 
 def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
