@@ -72,14 +72,22 @@ def load_base(
     config = AutoConfig.from_pretrained(folder)
     refuse_layers(config)
     packable = executor == "auto" and device == "cpu" and Path(folder).is_dir() and possible(config)
-    file = weights.file_for(Path(folder), cache, dtype) if cache and packable else None
-    if file is not None and (tensors := weights.present(file)) is not None:
-        return mapped(config, folder, tensors, dtype)
+    if cache is None or not packable:
+        return attach(pretrained(config, folder, device, dtype), executor, invariant)
+    file = weights.file_for(Path(folder), cache, dtype)
+    with weights.turn(file):
+        if (tensors := weights.present(file)) is not None:
+            return mapped(config, folder, tensors, dtype)
+        return attach(pretrained(config, folder, device, dtype), executor, invariant, file)
+
+
+def pretrained(config: PretrainedConfig, folder: str | Path, device: str, dtype: torch.dtype) -> Any:
+    """The transformers model of a checkpoint, with our attention. Raises UnsupportedModel, OSError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: {error}") from error
-    return attach(model.to(device).eval(), executor, invariant, file)
+    return model.to(device).eval()
 
 
 def mapped(config: PretrainedConfig, folder: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Base:

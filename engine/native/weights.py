@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,36 +27,32 @@ ALIGNMENT = 64  # bytes: a cache line, so that no vector of weights straddles tw
 LAYOUT = 1  # raise when the kernels' layout changes
 
 
-def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path | None:
-    """Where the weights of a checkpoint folder, loaded as `dtype` and packed, are kept: another name for another checkpoint or layout.
-
-    A file there that is not whole is removed first; None where that cannot be done.
-    """
+def file_for(folder: Path, cache: Path, dtype: torch.dtype) -> Path:
+    """Where the weights of a checkpoint folder, loaded as `dtype` and packed, are kept: another name for another checkpoint or layout."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
     pairs = [compiled.pairs()] if dtype == torch.bfloat16 and compiled.pairs() else []
     place = digest([str(folder.resolve()), str(dtype), compiled.lanes(), *pairs])
-    file = cache / f"{folder.resolve().name}-{place}-{digest([stamps, LAYOUT])}.safetensors"
-    return file if not file.exists() or whole(file) or discarded(file) else None
+    return cache / f"{folder.resolve().name}-{place}-{digest([stamps, LAYOUT])}.safetensors"
 
 
-def whole(file: Path) -> bool:
-    """Whether a file has the length that its header tells."""
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except (OSError, SafetensorError) as error:
-        log.warning("packed weights in %s are broken: %s", file, error)
-        return False
+@contextmanager
+def turn(file: Path) -> Iterator[None]:
+    """Hold the lock of a packing: of processes that start together one packs, and the others map what it wrote.
+
+    The kernel gives the lock back when its holder dies, so the lock's file, which stays, holds up nobody. Where none can be had, as in a
+    folder that is read only, nobody waits.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(file.with_name(f"{series(file)}.lock").open("ab")), fcntl.LOCK_EX)
+        yield
 
 
-def discarded(file: Path) -> bool:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("packed weights in %s cannot be removed: %s", file, error)
-        return False
-    return True
+def series(file: Path) -> str:
+    """How the names of all packings of the file's checkpoint folder for this processor begin, older ones included."""
+    return file.stem.rpartition("-")[0]
 
 
 def digest(identity: object) -> str:
@@ -71,7 +69,7 @@ def save(tensors: Mapping[str, Tensor], file: Path) -> None:
         write(plain, draft, " " * (-start_of_data(draft) % ALIGNMENT))
         settle(draft)
         os.replace(draft, file)
-    for older in file.parent.glob(f"{glob.escape(file.stem.rsplit('-', 1)[0])}-*.safetensors"):
+    for older in file.parent.glob(f"{glob.escape(series(file))}-*.safetensors"):
         if older != file:
             older.unlink(missing_ok=True)
 
@@ -96,10 +94,13 @@ def start_of_data(file: Path) -> int:
 
 
 def present(file: Path) -> dict[str, Tensor] | None:
-    """`load`, or None if there is no such file, or no more."""
+    """`load`, or None if there is no such file, or none that is whole."""
     try:
-        return load(file) if file.exists() else None
-    except FileNotFoundError:
+        return load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, SafetensorError) as error:
+        log.warning("packed weights in %s are broken: %s", file, error)
         return None
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from engine import loading
 from engine.attention import KVStore, Row
 from engine.executor import Eager
 from engine.loading import load_base
@@ -397,8 +398,12 @@ def checkpoint(tmp_path):
     return tmp_path / "base[1]"
 
 
+def packings(cache):
+    return list(cache.glob("*.safetensors"))
+
+
 def packed(cache):
-    (file,) = cache.iterdir()
+    (file,) = packings(cache)
     return file
 
 
@@ -417,16 +422,17 @@ def test_a_broken_packing_is_made_again(checkpoint, tmp_path, caplog, damage):
     assert packed(cache).read_bytes() == good
 
 
-def test_a_broken_packing_that_cannot_be_removed_is_not_used(checkpoint, tmp_path, caplog, monkeypatch):
+def test_a_broken_packing_that_cannot_be_replaced_is_not_used(checkpoint, tmp_path, caplog, monkeypatch):
     cache = tmp_path / "cache"
     load_base(checkpoint, cache=cache)
     packed(cache).write_bytes(b"")
 
-    def refuse(self, missing_ok=False):
-        raise PermissionError(f"{self} is not yours")
+    def refuse(source, target):
+        raise PermissionError(f"{target} is not yours")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
-    assert isinstance(load_base(checkpoint, cache=cache).executor, Native) and "cannot be removed" in caplog.text
+    monkeypatch.setattr(os, "replace", refuse)
+    assert isinstance(load_base(checkpoint, cache=cache).executor, Native) and "cannot be shared" in caplog.text
+    assert packed(cache).read_bytes() == b""
 
 
 def test_a_full_disk_leaves_weights_private(checkpoint, tmp_path, caplog):
@@ -438,7 +444,7 @@ def test_a_full_disk_leaves_weights_private(checkpoint, tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert isinstance(base.executor, Native) and "cannot be shared" in caplog.text
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert packings(tmp_path / "cache") == []
 
 
 def test_older_packings_go_and_those_of_other_processors_stay(checkpoint, tmp_path, monkeypatch):
@@ -451,7 +457,7 @@ def test_older_packings_go_and_those_of_other_processors_stay(checkpoint, tmp_pa
     other.write_bytes(mine.read_bytes())
     os.utime(checkpoint / "config.json", ns=(1, 1))
     load_base(checkpoint, cache=cache)
-    assert not mine.exists() and other.exists() and len(list(cache.iterdir())) == 2
+    assert not mine.exists() and other.exists() and len(packings(cache)) == 2
 
 
 def test_a_packing_replaced_under_a_base_does_not_change_it(checkpoint, tmp_path):
@@ -463,3 +469,63 @@ def test_a_packing_replaced_under_a_base_does_not_change_it(checkpoint, tmp_path
     other = load_base(checkpoint, cache=cache)
     assert not torch.equal(other.forward(KVStore(64), [chain(20)], [5] * 20, [19])[0], want)
     assert torch.equal(base.forward(KVStore(64), [chain(20)], [5] * 20, [19])[0], want)
+
+
+def started(script, *arguments):
+    """A Python process that runs a script and is spoken to by lines."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is mapped is told in /proc")
+def test_processes_that_start_at_once_map_one_file(checkpoint, tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from engine.loading import load_base
+print("ready", flush=True)
+sys.stdin.readline()
+base = load_base(sys.argv[1], cache=Path(sys.argv[2]))
+maps = [line.split() for line in open("/proc/self/maps") if sys.argv[2] in line and ".safetensors" in line]
+print(*{inode for _, _, _, _, inode, *_ in maps}, flush=True)
+sys.stdin.readline()
+"""
+    cache = tmp_path / "cache"
+    running = [started(script, checkpoint, cache) for _ in range(2)]
+    assert [process.stdout.readline() for process in running] == ["ready\n"] * 2
+    for process in running:
+        process.stdin.write("go\n"), process.stdin.flush()
+    mapped = [process.stdout.readline().split() for process in running]
+    assert mapped == [[str(packed(cache).stat().st_ino)]] * 2
+    for process in running:
+        process.communicate("end\n", timeout=60)
+
+
+def test_a_lock_whose_holder_died_holds_up_nobody(checkpoint, tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from engine.native import weights
+with weights.turn(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+    cache = tmp_path / "cache"
+    holder, loaded = started(script, weights.file_for(checkpoint, cache, torch.float32)), []
+    assert holder.stdout.readline() == "held\n"
+    waiting = threading.Thread(target=lambda: loaded.append(load_base(checkpoint, cache=cache)), daemon=True)
+    waiting.start()
+    assert packings(cache) == []
+    holder.kill(), holder.communicate()
+    waiting.join(60)
+    assert isinstance(loaded[0].executor, Native) and packed(cache) and list(cache.glob("*.lock"))
+
+
+def test_a_packing_in_a_folder_that_takes_no_lock_is_mapped(checkpoint, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    load_base(checkpoint, cache=cache)
+    for lock in cache.glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()
+    monkeypatch.setattr(loading, "attach", None)
+    assert isinstance(load_base(checkpoint, cache=cache).executor, Native)
