@@ -62,8 +62,8 @@ class SamplingParams:
 
     @property
     def truncated(self) -> bool:
-        """Whether top_k, top_p or min_p cut tokens off."""
-        return self.top_k != 0 or self.top_p < 1 or self.min_p > 0
+        """Whether top_k, top_p or min_p cut off tokens that could be drawn: not at temperature 0, since none of them cuts off the best."""
+        return self.temperature > 0 and (self.top_k != 0 or self.top_p < 1 or self.min_p > 0)
 
 
 BOUNDS = (
@@ -81,9 +81,12 @@ BOUNDS = (
 
 
 class Sampler:
-    """One request's sampling state: its parameters, the token counts that penalties read, and the noise of its latest positions."""
+    """One request's sampling state: its parameters, the token counts that penalties read, and the noise of its latest positions.
 
-    __slots__ = ("bias", "counts", "noise", "params", "seen")
+    shaped: whether anything but temperature and noise shapes its draws.
+    """
+
+    __slots__ = ("bias", "counts", "noise", "params", "seen", "shaped")
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> None:
         self.params = params
@@ -93,11 +96,7 @@ class Sampler:
         self.seen: Tensor | None = torch.zeros(vocab, device=device) if params.penalised else None  # [V]
         if self.seen is not None:
             self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = 1.0
-
-    @property
-    def shaped(self) -> bool:
-        """Whether anything but temperature and noise shapes the logits."""
-        return self.bias is not None or self.counts is not None or self.params.truncated
+        self.shaped = self.bias is not None or self.counts is not None or params.truncated
 
     def record(self, tokens: Sequence[int]) -> None:
         """Count committed tokens."""
@@ -149,22 +148,39 @@ def draw(
     positions: Sequence[int],
     paths: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
-    """The draw of every row: the argmax of `perturb`, whose arguments these are; UNDRAWN where the logits are not numbers. [N]"""
-    plain = not any(s.shaped for s in samplers) and logits.dtype == torch.float32 and logits.stride(-1) == 1
-    if plain and logits.device.type == "cpu" and compiled.kernels() is not None:
-        return draw_natively(logits, samplers, owner, positions)
-    best = perturb(logits, samplers, owner, positions, paths).max(-1)
-    return torch.where(best.values.isnan(), UNDRAWN, best.indices).tolist()
+    """The draw of every row: the argmax of `perturb`, whose arguments these are; UNDRAWN where the logits are not numbers. [N]
+
+    Rows that nothing but temperature and noise shapes are drawn natively where that can be, whatever is done to those beside them.
+    """
+    if logits.dtype != torch.float32 or logits.stride(-1) != 1 or logits.device.type != "cpu" or compiled.kernels() is None:
+        return best(perturb(logits, samplers, owner, positions, paths))
+    shaped = [row for row, o in enumerate(owner) if samplers[o].shaped]
+    plain = [row for row, o in enumerate(owner) if not samplers[o].shaped]
+    found = dict(zip(plain, draw_natively(logits, plain, samplers, owner, positions), strict=True))
+    if shaped:
+        before = [paths[row] for row in shaped] if paths else None
+        scores = perturb(logits[shaped], samplers, [owner[row] for row in shaped], [positions[row] for row in shaped], before)
+        found.update(zip(shaped, best(scores), strict=True))
+    return [found[row] for row in range(len(owner))]
 
 
-def draw_natively(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """`draw` for logits on a CPU that nothing but temperature and noise shapes."""
-    temperatures = [samplers[i].params.temperature for i in owner]
-    warm = [(o, p) for o, p, t in zip(owner, positions, temperatures, strict=True) if t > 0]
+def best(scores: Tensor) -> list[int]:
+    """The best token of every row of scores [N, V]; UNDRAWN where they are not numbers."""
+    found = scores.max(-1)
+    return torch.where(found.values.isnan(), UNDRAWN, found.indices).tolist()
+
+
+def draw_natively(
+    logits: Tensor, rows: Sequence[int], samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int]
+) -> list[int]:
+    """`draw` for some rows of logits on a CPU, which nothing but temperature and noise shapes."""
+    places = [(owner[row], positions[row]) for row in rows]
+    temperatures = [samplers[o].params.temperature for o, _ in places]
+    warm = [place for place, t in zip(places, temperatures, strict=True) if t > 0]
     if warm:
         prepare_noise(samplers, [o for o, _ in warm], [p for _, p in warm], logits)
-    noise = [samplers[o].noise[p] if t > 0 else None for o, p, t in zip(owner, positions, temperatures, strict=True)]
-    picks = operations.draw(logits, [max(t, COLDEST) if t > 0 else 0.0 for t in temperatures], noise)
+    noise = [samplers[o].noise[p] if t > 0 else None for (o, p), t in zip(places, temperatures, strict=True)]
+    picks = operations.draw(logits, rows, [max(t, COLDEST) if t > 0 else 0.0 for t in temperatures], noise)
     for o in {o for o, _ in warm}:
         forget_noise(samplers[o].noise)
     return picks
@@ -191,7 +207,9 @@ def perturb(
     temperature = torch.tensor([p.temperature for p in params], device=device)  # [N]
     warm = temperature > 0
     scaled = scores / temperature.clamp_min(COLDEST)[:, None]
-    drawn = truncate(scaled, params) + shared_noise(samplers, owner, positions, logits)
+    if cut := [row for row, p in enumerate(params) if p.truncated]:
+        scaled[cut] = truncate(scaled[cut], [params[row] for row in cut])
+    drawn = scaled + shared_noise(samplers, owner, positions, logits)
     return drawn if bool(warm.all()) else torch.where(warm[:, None], drawn, scores)
 
 
@@ -224,14 +242,18 @@ def forget_noise(noise: dict[int, Tensor]) -> None:
 
 def penalise(logits: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], paths: Sequence[Sequence[int]] | None) -> Tensor:
     """Add logit_bias and apply repetition, presence and frequency penalties, each row on its own prefix. [N, V]"""
-    if all(s.counts is None and s.bias is None for s in samplers):
+    own: dict[int, list[int]] = {}
+    for row, o in enumerate(owner):
+        if samplers[o].counts is not None or samplers[o].bias is not None:
+            own.setdefault(o, []).append(row)
+    if not own:
         return logits
     out = logits.clone()
-    for index, sampler in enumerate(samplers):
-        rows = [i for i, o in enumerate(owner) if o == index]
-        if rows and sampler.counts is not None:
-            out[rows] = penalise_rows(out[rows], sampler, [paths[i] for i in rows] if paths else [()] * len(rows))
-        if rows and sampler.bias is not None:
+    for o, rows in own.items():
+        sampler = samplers[o]
+        if sampler.counts is not None:
+            out[rows] = penalise_rows(out[rows], sampler, [paths[row] for row in rows] if paths else [()] * len(rows))
+        if sampler.bias is not None:
             out[rows] += sampler.bias
     return out
 
@@ -251,9 +273,7 @@ def penalise_rows(logits: Tensor, sampler: Sampler, paths: Sequence[Sequence[int
 
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask what top_k, top_p and min_p cut off, with one sort over all rows. [N, V]"""
-    if not any(p.truncated for p in params):
-        return logits
+    """Mask what top_k, top_p and min_p cut off, with one sort over the rows, each by its own parameters. [n, V]"""
     vocab, device = logits.shape[1], logits.device
     top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]

@@ -71,7 +71,7 @@ def kernels() -> ctypes.CDLL | None:
     loaded.pool_free.argtypes = (c_void_p,)
     loaded.forward.argtypes = (c_void_p, POINTER(Model), POINTER(Batch))
     loaded.gumbel.argtypes = (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p)
-    loaded.draw.argtypes = (c_void_p, c_int64, c_int, c_int64, c_void_p, c_void_p, c_void_p)
+    loaded.draw.argtypes = (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p)
     loaded.gumbel.restype = loaded.draw.restype = None
     loaded.likeliest.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int, c_void_p, c_void_p)
     loaded.halved.argtypes = (c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_void_p)

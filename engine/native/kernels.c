@@ -1054,10 +1054,10 @@ int lanes(void) { return LANES; }
 /* ---- draws ------------------------------------------------------------------------------------------------------------------------ */
 
 /* The best token of each row: of logits / temperature + noise, or of the bare logits at temperature 0; the first of equals, -1 if any is not
- * a number. logits: [rows][stride]; noise: [rows] rows of the vocabulary; out: [rows] */
-void draw(const float *logits, int64_t stride, int rows, int64_t vocab, const float *temperature, const float *const *noise, int64_t *out) {
+ * a number. logits, noise: [rows] rows of the vocabulary; out: [rows] */
+void draw(const float *const *logits, int rows, int64_t vocab, const float *temperature, const float *const *noise, int64_t *out) {
     for (int row = 0; row < rows; ++row) {
-        const float *x = logits + row * stride, warmth = temperature[row];
+        const float *x = logits[row], warmth = temperature[row];
         vf best = all(-INFINITY);
         vi where = {}, index, wrong = {};
         for (int i = 0; i < LANES; ++i) index[i] = i;
@@ -1242,11 +1242,11 @@ static void chains_job(Pool *pool, int thread, const void *argument) {
         barrier(pool, &phase);
         for (int r; (r = take(pool, phase, 1)) < rows;) {
             int64_t *token = c->paths + (int64_t)r * c->depth + i;
-            const float *const *noise = c->noise + (int64_t)r * c->depth + i;
-            draw(c->logits + r * stride, stride, 1, s->vocab, c->temperature + r, noise, token);
+            const float *logits = c->logits + r * stride, *const *noise = c->noise + (int64_t)r * c->depth + i;
+            draw(&logits, 1, s->vocab, c->temperature + r, noise, token);
             int sane = *token >= 0;
             if (!sane) *token = 0; /* logits that are not numbers draft anything */
-            c->certain[(int64_t)r * c->depth + i] = sane ? certainty(c->logits + r * stride, s->vocab, c->temperature[r], *noise, *token) : 0;
+            c->certain[(int64_t)r * c->depth + i] = sane ? certainty(logits, s->vocab, c->temperature[r], *noise, *token) : 0;
         }
         barrier(pool, &phase);
     }

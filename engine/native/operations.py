@@ -48,16 +48,17 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     return out
 
 
-def draw(logits: Tensor, temperatures: Sequence[float], noise: Sequence[Tensor | None]) -> list[int]:
-    """The best token of every row of logits [N, V]: of logits / temperature + noise [V], or of the logits alone at temperature 0.
+def draw(logits: Tensor, rows: Sequence[int], temperatures: Sequence[float], noise: Sequence[Tensor | None]) -> list[int]:
+    """The best token of some rows of logits [N, V] float32: of logits / temperature + noise [V], or of the logits alone at temperature 0.
 
-    -1 for a row in which something is not a number.
+    temperatures, noise: of each of the rows. -1 for a row in which something is not a number.
     """
-    rows, vocab = logits.shape
-    warmth = (ctypes.c_float * rows)(*temperatures)
-    places = (ctypes.c_void_p * rows)(*(None if row is None else row.data_ptr() for row in noise))
-    out = (ctypes.c_int64 * rows)()
-    compiled.load().draw(logits.data_ptr(), logits.stride(0), rows, vocab, warmth, places, out)
+    count, first, step = len(rows), logits.data_ptr(), logits.stride(0) * logits.itemsize
+    places = (ctypes.c_void_p * count)(*(first + row * step for row in rows))
+    warmth = (ctypes.c_float * count)(*temperatures)
+    noises = (ctypes.c_void_p * count)(*(None if row is None else row.data_ptr() for row in noise))
+    out = (ctypes.c_int64 * count)()
+    compiled.load().draw(places, count, logits.shape[1], warmth, noises, out)
     return list(out)
 
 

@@ -186,7 +186,8 @@ def test_kernels_for_lesser_processors_keep_the_same_promises(lanes, pairs, tmp_
     seeds, positions = torch.tensor([0, 2**32, 2**63 - 1]), torch.tensor([0, 2**31, 5])
     assert torch.allclose(operations.gumbel(seeds, positions, 1003), plain_gumbel(seeds, positions, 1003), rtol=1e-6, atol=1e-7)
     logits, noise = torch.randn(3, 1003), torch.randn(1003)
-    assert operations.draw(logits, [0.0, 0.0, 0.5], [None, None, noise]) == [*logits[:2].argmax(1), (logits[2] / 0.5 + noise).argmax()]
+    want = [*logits[:2].argmax(1), (logits[2] / 0.5 + noise).argmax()]
+    assert operations.draw(logits, range(3), [0.0, 0.0, 0.5], [None, None, noise]) == want
 
 
 # -- threads ------------------------------------------------------------------------------------------------------------------------
