@@ -94,9 +94,9 @@ class Forest:
         before = self.scores[self.parents[branch]] if self.parents[branch] >= 0 else 0.0
         return math.exp(self.scores[branch] - before)
 
-    def texts(self, branches: Sequence[int]) -> list[list[int]]:
-        """The tokens on the way to each branch, its own included."""
-        return [[self.tokens[b] for b in self.path(branch)] for branch in branches]
+    def text(self, branches: Sequence[int], row: int) -> list[int]:
+        """The tokens on the way to the branch of a row, its own included."""
+        return [self.tokens[b] for b in self.path(branches[row])]
 
     def path(self, branch: int) -> list[int]:
         """Branches from the first one down to `branch`."""
@@ -163,14 +163,24 @@ class MLPDrafter:
         """Nothing is remembered of a request."""
 
     def follow(self, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
-        """One path for each job, by the best token of every head, with the heads' confidence in each token: nothing is ranked."""
-        if self.chains is not None and not any(job.draft.sampler.shaped for job in jobs):
-            return chained(self.chains, jobs)
+        """One path for each job, by the best token of every head, with the heads' confidence in each token: nothing is ranked.
+
+        Those that nothing but temperature and noise shapes are drafted natively where that can be, whatever is done to those beside them.
+        """
+        if self.chains is None:
+            return self.headwise(jobs)
+        shaped = [job for job in jobs if job.draft.sampler.shaped]
+        plain = [job for job in jobs if not job.draft.sampler.shaped]
+        others, natives = iter(self.headwise(shaped) if shaped else ()), iter(chained(self.chains, plain) if plain else ())
+        return [next(others if job.draft.sampler.shaped else natives) for job in jobs]
+
+    def headwise(self, jobs: Sequence[Job]) -> list[tuple[list[int], list[float]]]:
+        """`follow`, one head after the other."""
         state, token = self.roots(jobs)
         paths: list[tuple[list[int], list[float]]] = [([], []) for _ in jobs]
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(state, token, None)
-            scores = perturbed(head.out(state), jobs, range(len(jobs)), index, lambda: [path for path, _ in paths])
+            scores = perturbed(head.out(state), jobs, range(len(jobs)), index, lambda row: paths[row][0])
             best = surest(scores)
             token = best.indices
             for (path, sure), pick, value in zip(paths, token.tolist(), best.values.exp().tolist(), strict=True):
@@ -184,7 +194,7 @@ class MLPDrafter:
         front = Front([-1] * len(jobs), list(range(len(jobs))), hidden, token, hidden.new_zeros(len(jobs), 1), None)
         for index, head in enumerate(self.heads[: max(job.depth for job in jobs)]):
             state = head.advance(front.state, front.token, front.parent)
-            scores = perturbed(head.out(state), jobs, front.owners, index, partial(forest.texts, front.branches))
+            scores = perturbed(head.out(state), jobs, front.owners, index, partial(forest.text, front.branches))
             front = extend(forest, jobs, front, state, *rank(scores, front.score, self.branches[index]), index + 1)
         return forest
 
@@ -195,17 +205,17 @@ class MLPDrafter:
         return self.speculator.start(hidden), torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
 
 
-def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: int, before: Callable[[], list[list[int]]]) -> Tensor:
+def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: int, before: Callable[[int], list[int]]) -> Tensor:
     """The head's logits as the base would draw from them, each row in the noise of the position it guesses. [rows, V]
 
-    owners: the job of every row. before: the tokens drafted before every row, asked for when penalties read them.
+    owners: the job of every row. before: the tokens drafted before a row, asked for where penalties read them.
     """
     samplers = [job.draft.sampler for job in jobs]
     if plain(samplers):
         return logits
     positions = [len(jobs[owner].draft.tokens) + head for owner in owners]
-    penalised = any(sampler.params.penalised for sampler in samplers)
-    return perturb(logits, samplers, owners, positions, before() if penalised else None)
+    paths = [before(row) if samplers[owner].params.penalised else [] for row, owner in enumerate(owners)]
+    return perturb(logits, samplers, owners, positions, paths)
 
 
 def surest(scores: Tensor) -> torch.return_types.max:

@@ -22,6 +22,7 @@ SAMPLING = {
     "temperature 1, top_p": dict(temperature=1.0, top_p=0.9),
     "penalties": dict(temperature=0.8, presence_penalty=0.6, frequency_penalty=0.4, repetition_penalty=1.2, logit_bias={7: 1.5}),
 }
+MIXED = ("greedy", "temperature 1, top_p", "temperature 1", "penalties")
 BUDGETS = {"off": everywhere(0), "fixed chain": everywhere(3), "ragged": ragged(3, 4, 4), "tree": everywhere(3, 4)}
 MEMORY = {
     "roomy": dict(slots=2048, chunk=512),
@@ -74,7 +75,7 @@ def plain(base):
 
 
 def requests_of(sampling):
-    return mixed_requests(4, **{**dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0), **NEUTRAL, **SAMPLING[sampling]})
+    return mixed_requests(4, **{**dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0), **NEUTRAL, **SAMPLING.get(sampling, {})})
 
 
 NEUTRAL = dict(presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, logit_bias={})
@@ -98,6 +99,20 @@ def test_same_seed_same_text(base, speculator, plain, kind, sampling, budget, me
     assert (drafted == 0) == (budget == "off") or kind == "ngram"
     if budget == "ragged":
         assert texts(run(engine, requests_of(sampling))) == plain(sampling), "with prefix hits, and whatever the drafter remembers"
+
+
+@pytest.mark.parametrize("budget", ["fixed chain", "ragged", "tree"])
+def test_same_seed_same_text_in_mixed_company(base, speculator, budget):
+    """Requests drafted and drawn by the kernels beside requests that are shaped, one by one in turn."""
+    requests = [
+        replace(r, id=f"{s}-{r.id}") for rs in zip(*(requests_of(s) for s in MIXED), strict=True) for r, s in zip(rs, MIXED, strict=True)
+    ]
+    alone = {}
+    for request in requests:
+        alone |= texts(run(Engine(base, slots=1024), [request]))
+    outcomes = run(Engine(base, MLPDrafter(speculator, "test"), BUDGETS[budget], slots=4096), requests)
+    assert texts(outcomes) == alone
+    assert all(list_[-1].stats.drafted for list_ in outcomes.values())
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from drafters import tree_draft
 from drafters.mlp import MLPSpeculator
 from drafters.tree_draft import MLPDrafter
 from engine.drafter import Draft
@@ -41,6 +42,48 @@ def test_native_chains_are_those_of_torch(make_speculator: Make, make_draft: Mak
     assert drafts[0] == drafts[1]
     assert [len(tokens) for tokens in drafts[0]] == [2 + i % 3 for i in range(count)]
     assert sure[0] == pytest.approx(sure[1], rel=1e-4) and all(0 < c <= 1 for c in sure[0])
+
+
+def test_shaped_requests_leave_the_native_chains_alone(
+    make_speculator: Make, make_draft: MakeDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one request that cuts tokens off and one that penalises them, the others are drafted natively, to the same bits as without."""
+    kinds = [
+        dict(temperature=0.0),
+        dict(top_p=0.5),
+        dict(temperature=1.0),
+        dict(presence_penalty=1.0, temperature=0.0),
+        dict(temperature=0.5),
+    ]
+    plain, hidden = [0, 2, 4], torch.randn(5, 48)
+    drafter = MLPDrafter(make_speculator(emb_dim=48, inner_dim=32))
+    assert drafter.chains is not None
+    natives: list[list[int]] = []
+    shaped: list[int] = []
+
+    def batch(places: list[int]) -> list[Draft]:
+        return [make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(**kinds[i], seed=i), hidden[i]) for i in places]  # type: ignore[arg-type]
+
+    def natively(states, last, *rest, call=drafter.chains.draft):  # type: ignore[no-untyped-def]
+        natives.append(list(last))
+        return call(states, last, *rest)
+
+    def perturbing(logits, *rest, call=tree_draft.perturb):  # type: ignore[no-untyped-def]
+        shaped.append(len(logits))
+        return call(logits, *rest)
+
+    monkeypatch.setattr(drafter.chains, "draft", natively)
+    monkeypatch.setattr(tree_draft, "perturb", perturbing)
+    together, alone = batch([0, 1, 2, 3, 4]), batch(plain)
+    drafter.draft(together)
+    assert natives == [plain] and set(shaped) == {2}
+    drafter.draft(alone)
+    for draft, other in zip([together[i] for i in plain], alone, strict=True):
+        assert draft.tree == other.tree and draft.tree.confidence == other.tree.confidence
+    for i in (1, 3):
+        (other,) = batch([i])
+        drafter.draft([other])
+        assert together[i].tree == other.tree and together[i].tree.drafted == 1 + i % 3
 
 
 def test_a_width_that_is_no_whole_number_of_vectors_is_left_to_torch(make_speculator: Make) -> None:
