@@ -37,7 +37,7 @@ Users = Annotated[list[str] | None, typer.Option("--concurrency", "-c", help="Cl
 Rates = Annotated[list[str] | None, typer.Option("--rate", "-r", help="Open loop: requests per second (Poisson), e.g. 0.5,2.")]
 Requests = Annotated[int | None, typer.Option("--requests", min=1, help="Requests of a pass.", show_default="each prompt, each user once")]
 Duration = Annotated[float | None, typer.Option("--duration", min=0.1, help="Seconds of a pass in which requests are sent.")]
-WarmUp = Annotated[int | None, typer.Option("--warm-up", min=0, help="Uncounted requests before.", show_default="each prompt once")]
+WarmUp = Annotated[int | None, typer.Option("--warm-up", min=0, help="Uncounted requests before.", show_default="each prompt of a round")]
 PromptTokens = Annotated[str, typer.Option("--prompt-tokens", help="file, N, LOW-HIGH or lognormal:MEDIAN,SIGMA.")]
 MaxTokens = Annotated[str, typer.Option("--max-tokens", help="Longest answer: N, LOW-HIGH or lognormal:MEDIAN,SIGMA.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Answers as long as they may be, past their ends.")]

@@ -24,6 +24,7 @@ from services.cli.load_stream import REFUSED, Ask, Exchange, Streams
 from services.cli.problem import Problem
 
 RULER = 2000  # characters of the longer prompt that a server's tokens are counted with
+DRAWN = 64  # prompts of a drawn length in a pass whose requests nobody can count beforehand
 SPARE = 8  # tokens of a context that are left free where a prompt's length is an estimate
 CROWDED = tuple(str(status) for status in REFUSED)
 UNWANTED = (400, 422)
@@ -35,8 +36,8 @@ class Shape:
     """What is run: every model at every load in every mode, `rounds` times after a warm-up.
 
     A pass has `requests` of them, or those of `seconds`; with neither, each prompt once and one for each user. warm_up: requests of the
-    uncounted first pass; None: as many as the prompts or users. prompt_tokens None: prompts as they are. depth is that of mode fixed. tag:
-    of the requests, of which a peer is not told.
+    uncounted first pass; None: as many as it takes to send every prompt of the rounds. prompt_tokens None: prompts as they are. depth is
+    that of mode fixed. tag: of the requests, of which a peer is not told.
     """
 
     loads: tuple[Load, ...] = (Load(users=1), Load(users=8))
@@ -189,21 +190,43 @@ async def driven(streams: Streams, requests: Iterator[Ask], cell: Cell, shape: S
     if cell.load.rate is None:
         assert cell.load.users is not None
         return await closed(streams, itertools.islice(requests, number), cell.load.users, seconds)
-    return await opened(streams, requests, arrivals(cell.load.rate, f"{shape.seed} {cell.load.label} {cell.round}", number, seconds))
+    return await opened(streams, requests, times(cell.load, cell.round, shape, number, seconds))
+
+
+def times(load: Load, number: int, shape: Shape, requests: int | None, seconds: float | None) -> list[float]:
+    """When the requests of a round of an open load are due."""
+    assert load.rate is not None
+    return arrivals(load.rate, f"{shape.seed} {load.label} {number}", requests, seconds)
 
 
 def extent(cell: Cell, shape: Shape, prompts: int) -> tuple[int | None, float | None]:
     """(requests, seconds) of a pass; one of them may be without a bound."""
-    usual = max(prompts, cell.load.users or 0)
     if not cell.round:
-        return shape.warm_up or usual, None
-    return (shape.requests, shape.seconds) if shape.requests or shape.seconds else (usual, None)
+        return shape.warm_up or distinct(cell.load, shape, prompts), None
+    return (shape.requests, shape.seconds) if shape.requests or shape.seconds else (usual(cell.load, prompts), None)
+
+
+def usual(load: Load, prompts: int) -> int:
+    """Requests with which each prompt is sent once and each user sends one."""
+    return max(prompts, load.users or 0)
+
+
+def distinct(load: Load, shape: Shape, prompts: int) -> int:
+    """Requests among which is every prompt that a round sends. Prompts of a drawn length differ from request to request."""
+    if shape.prompt_tokens is None:
+        return usual(load, prompts)
+    if shape.requests or not shape.seconds:
+        return shape.requests or usual(load, prompts)
+    if load.rate is None:
+        return max(DRAWN, usual(load, prompts))
+    return max(1, *(len(times(load, number, shape, None, shape.seconds)) for number in range(1, shape.rounds + 1)))
 
 
 def asks(subject: Subject, cell: Cell, shape: Shape) -> Iterator[Ask]:
-    """The requests of a pass, without end."""
+    """The requests of a pass, without end. Where prompts are drawn, they and their lengths repeat after those that a warm-up sends."""
+    period = distinct(cell.load, shape, len(subject.texts))
     for index in itertools.count():
-        random = Random(f"{shape.seed} {index}")
+        random = Random(f"{shape.seed} {index if shape.prompt_tokens is None else index % period}")
         tokens = shape.max_tokens.draw(random)
         prompt = subject.texts[index % len(subject.texts)]
         if shape.prompt_tokens is not None:

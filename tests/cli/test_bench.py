@@ -94,6 +94,30 @@ def test_warm_up_is_not_counted_and_may_be_left_out(shell: Shell, service: Servi
         assert len(service.fleet.jobs) == warm_up + 2
 
 
+@pytest.mark.parametrize(
+    "extent",
+    [
+        pytest.param(["-c", "2", "--requests", "12"], id="requests"),
+        pytest.param(["-c", "5"], id="users"),
+        pytest.param(["--rate", "60", "--duration", "0.4"], id="rate"),
+        pytest.param(["-c", "8", "--duration", "0.6"], id="duration"),
+    ],
+)
+@pytest.mark.parametrize("lengths", ["file", "20-60"])
+def test_every_prompt_of_a_round_was_sent_in_the_warm_up(
+    shell: Shell, service: Service, prompts: str, extent: list[str], lengths: str
+) -> None:
+    """So that no mode of a round finds fewer of them cached than another."""
+    flags = ["--rounds", "2", "--modes", "off,auto", "--max-tokens", "8-90", "--prompt-tokens", lengths]
+    cells = measured(shell, "code", *extent, *flags, "--prompts", prompts)["cells"]
+    counted = sum(len(cell["requests"]) for cell in cells)
+    warm_up, rounds = service.fleet.jobs[:-counted], service.fleet.jobs[-counted:]
+    first_mode = [job for job in warm_up if job.speculation.mode == "off"]
+    assert {job.prompts for job in rounds} <= {job.prompts for job in first_mode}
+    assert len({job.prompts for job in rounds}) > 3 or lengths == "file"
+    assert len({job.seed for job in rounds}) == max(len(cell["requests"]) for cell in cells), "texts differ though prompts repeat"
+
+
 def test_rate_sweep_is_an_open_loop(shell: Shell, service: Service, prompts: str) -> None:
     result = measured(shell, "code", "--rate", "40,80", "--duration", "0.5", "--rounds", "1", "--modes", "off,auto", "--prompts", prompts)
     assert [(entry["rate"], entry["users"], entry["mode"]) for entry in result["summary"]] == [
