@@ -44,6 +44,20 @@ def test_native_chains_are_those_of_torch(make_speculator: Make, make_draft: Mak
     assert sure[0] == pytest.approx(sure[1], rel=1e-4) and all(0 < c <= 1 for c in sure[0])
 
 
+def test_one_native_call_drafts_for_all_requests(make_speculator: Make, make_draft: MakeDraft, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, rows = MLPDrafter(make_speculator(emb_dim=48, inner_dim=32)), list[int]()
+    assert drafter.chains is not None
+
+    def counted(pool, speculator, job, call=drafter.chains.kernel):  # type: ignore[no-untyped-def]
+        rows.append(job.rows)
+        return call(pool, speculator, job)
+
+    monkeypatch.setattr(drafter.chains, "kernel", counted)
+    batch = [make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(temperature=i % 2, seed=i), torch.randn(48)) for i in range(7)]
+    drafter.draft(batch)
+    assert rows == [7] and [draft.tree.drafted for draft in batch] == [1 + i % 3 for i in range(7)]
+
+
 def test_shaped_requests_leave_the_native_chains_alone(
     make_speculator: Make, make_draft: MakeDraft, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from drafters.mlp import MLPSpeculator
 from drafters.tree_draft import MLPDrafter
 from engine.drafter import Draft
+from engine.engine import Engine
+from engine.request import Request
 from engine.sampling import Sampler, SamplingParams, perturb
 from engine.tree import Budget, Tree
+from tests.engine.toys import everywhere, toy_base
 
 Make = Callable[..., MLPSpeculator]
 MakeDraft = Callable[..., Draft]
@@ -98,6 +102,46 @@ def test_random_budgets_are_kept_and_batching_changes_nothing(make_speculator: M
         assert draft.tree.drafted_depth() <= min(budget.depth, 3)
         assert len(paths_of(draft.tree)) <= budget.width
         assert draft.tree.drafted > 0 or draft.hidden is None or 0 in (budget.depth, budget.width, budget.nodes)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_every_head_runs_once_for_all_requests(make_speculator: Make, make_draft: MakeDraft, width: int) -> None:
+    drafter, rows = MLPDrafter(make_speculator()), list[int]()
+    drafter.chains = None
+
+    def counted(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def out(state: Tensor) -> Tensor:
+            rows.append(len(state))
+            return call(state)
+
+        return out
+
+    drafter.heads = [replace(head, out=counted(head.out)) for head in drafter.heads]
+    batch = [make_draft([1, i], Budget.of(3, width), hidden=torch.randn(WIDTH)) for i in range(7)]
+    drafter.draft(batch)
+    assert len(rows) == 3 and rows[0] == 7 and all(count >= 7 for count in rows)
+    assert all(draft.tree.drafted_depth() == 3 for draft in batch)
+
+
+def test_the_engine_drafts_once_a_step_for_all_that_decode(make_speculator: Make) -> None:
+    base, calls = toy_base(), list[int]()
+
+    class Counted(MLPDrafter):
+        def draft(self, batch: Sequence[Draft]) -> None:
+            calls.append(sum(draft.hidden is not None for draft in batch))
+            super().draft(batch)
+
+    drafter = Counted(make_speculator(vocab_size=base.vocab_size, emb_dim=base.hidden_size, inner_dim=32))
+    engine = Engine(base, drafter, everywhere(3), slots=1024)
+    for i in range(5):
+        engine.submit(Request(f"r{i}", [3 + i, 4, 5], SamplingParams(temperature=0.0, max_tokens=30)))
+    served = []
+    while engine.busy:
+        calls.clear()
+        report = engine.step()
+        assert len(calls) <= 1 and sum(calls) == len(report.verified)
+        served += calls
+    assert served.count(5) > 3 and not engine.draft_failures
 
 
 def test_a_tight_cap_keeps_the_best_nodes(make_speculator: Make, make_draft: MakeDraft) -> None:

@@ -164,5 +164,55 @@ def test_requests_at_once_find_as_much_cached_with_drafts_as_without(base):
     assert all(found[r.id] >= (len(r.prompt) - 3) // 16 * 16 for r in second)
 
 
+def turns_of(base, seed, count=6, turns=3):
+    """Requests of conversations, turn by turn, and the text of each from its start, as each answers when it is alone and has room."""
+    draw, engine = random.Random(seed), Engine(base, slots=8000)
+    history = {c: [draw.randrange(VOCAB) for _ in range(draw.randrange(10, 60))] for c in range(count)}
+    rounds, known = [], {}
+    for turn in range(turns):
+        rounds.append([])
+        for c in range(count):
+            params = SamplingParams(temperature=1.0, seed=turn * 100 + c, max_tokens=draw.randrange(5, 30))
+            request = Request(f"{turn}-{c}", list(history[c]), params)
+            rounds[-1].append(request)
+            history[c] += texts(run(engine, [request]))[request.id]
+            known[request.id] = list(history[c])
+            history[c] += [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 20))]
+    return rounds, known
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eviction_beside_requests_at_once_costs_nobody_a_block_that_is_held(base, seed, monkeypatch):
+    """How many tokens a step keeps decides who runs when the next block is evicted, so what requests at once find of a pool that is too
+    small for all of them differs with drafts. The text does not, no draft evicts a block, and no block goes that a request holds."""
+    rounds, known = turns_of(base, seed)
+    engine = Engine(base, Oracle(known, 0.8, seed), ragged(seed), slots=300, chunk=64, max_running=4, block=8)
+    pool, evicted, lent, found = engine.pool, 0, 0, 0
+
+    def lend(count, call=pool.lend):
+        nonlocal lent
+        before = set(pool.blocks)
+        slots = call(count)
+        assert set(pool.blocks) == before
+        lent += len(slots or ())
+        return slots
+
+    monkeypatch.setattr(pool, "lend", lend)
+    for requests in rounds:
+        said = {r.id: [] for r in requests}
+        for request in random.Random(seed).sample(requests, len(requests)):
+            engine.submit(request)
+        while engine.busy:
+            published, before = pool.uids, len(pool.blocks)
+            for outcome in engine.step().outcomes:
+                said[outcome.request.id] += outcome.tokens
+                found += outcome.stats.cached if outcome.finish else 0
+            evicted += before + pool.uids - published - len(pool.blocks)
+            assert all(pool.blocks.get(block.key) is block for text in engine.running for block in text.blocks)
+            engine.check()
+        assert {r.id: [*r.prompt, *said[r.id]] for r in requests} == {r.id: known[r.id] for r in requests}
+    assert evicted > 20 and lent > 100 and found > 100
+
+
 def cached(outcomes):
     return {name: list_[-1].stats.cached for name, list_ in outcomes.items()}
