@@ -155,13 +155,19 @@ def draw(
     if logits.dtype != torch.float32 or logits.stride(-1) != 1 or logits.device.type != "cpu" or compiled.kernels() is None:
         return best(perturb(logits, samplers, owner, positions, paths))
     shaped = [row for row, o in enumerate(owner) if samplers[o].shaped]
+    if not shaped:
+        return draw_natively(logits, range(len(owner)), samplers, owner, positions)
     plain = [row for row, o in enumerate(owner) if not samplers[o].shaped]
-    found = dict(zip(plain, draw_natively(logits, plain, samplers, owner, positions), strict=True))
-    if shaped:
-        before = [paths[row] for row in shaped] if paths else None
-        scores = perturb(logits[shaped], samplers, [owner[row] for row in shaped], [positions[row] for row in shaped], before)
-        found.update(zip(shaped, best(scores), strict=True))
+    found = dict(zip(plain, draw_natively(logits, plain, samplers, *chosen(plain, owner, positions)), strict=True))
+    before = [paths[row] for row in shaped] if paths else None
+    scores = perturb(logits[shaped], samplers, *chosen(shaped, owner, positions), before)
+    found.update(zip(shaped, best(scores), strict=True))
     return [found[row] for row in range(len(owner))]
+
+
+def chosen(rows: Sequence[int], owner: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Owners and positions of some rows."""
+    return [owner[row] for row in rows], [positions[row] for row in rows]
 
 
 def best(scores: Tensor) -> list[int]:
@@ -173,13 +179,12 @@ def best(scores: Tensor) -> list[int]:
 def draw_natively(
     logits: Tensor, rows: Sequence[int], samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int]
 ) -> list[int]:
-    """`draw` for some rows of logits on a CPU, which nothing but temperature and noise shapes."""
-    places = [(owner[row], positions[row]) for row in rows]
-    temperatures = [samplers[o].params.temperature for o, _ in places]
-    warm = [place for place, t in zip(places, temperatures, strict=True) if t > 0]
+    """`draw` for some rows of logits on a CPU, which nothing but temperature and noise shapes. owner, positions: of these rows."""
+    temperatures = [samplers[i].params.temperature for i in owner]
+    warm = [(o, p) for o, p, t in zip(owner, positions, temperatures, strict=True) if t > 0]
     if warm:
         prepare_noise(samplers, [o for o, _ in warm], [p for _, p in warm], logits)
-    noise = [samplers[o].noise[p] if t > 0 else None for (o, p), t in zip(places, temperatures, strict=True)]
+    noise = [samplers[o].noise[p] if t > 0 else None for o, p, t in zip(owner, positions, temperatures, strict=True)]
     picks = operations.draw(logits, rows, [max(t, COLDEST) if t > 0 else 0.0 for t in temperatures], noise)
     for o in {o for o, _ in warm}:
         forget_noise(samplers[o].noise)

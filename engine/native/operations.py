@@ -54,7 +54,7 @@ def draw(logits: Tensor, rows: Sequence[int], temperatures: Sequence[float], noi
     temperatures, noise: of each of the rows. -1 for a row in which something is not a number.
     """
     count, first, step = len(rows), logits.data_ptr(), logits.stride(0) * logits.itemsize
-    places = (ctypes.c_void_p * count)(*(first + row * step for row in rows))
+    places = (ctypes.c_void_p * count)(*[first + row * step for row in rows])
     warmth = (ctypes.c_float * count)(*temperatures)
     noises = (ctypes.c_void_p * count)(*(None if row is None else row.data_ptr() for row in noise))
     out = (ctypes.c_int64 * count)()
