@@ -21,10 +21,10 @@ class Telemetry:
     """Since the last report of this replica.
 
     sequence: rises from report to report; a new replica has a new name. steps: the engine steps measured since (all, or the latest of
-    them); survival: drafts tested since, by class of requests; apart: classes for which other versions draft than this one; tokens:
-    emitted since; deciding: seconds spent on decisions since; switches: steps since that drafted differently from the one before; probes:
-    steps since that tried what seemed not to pay; plan_version: of the plan in force, 0 for none; limits: the drafter's; device: what its
-    steps run on and in which precision, in words: replicas that say the same learn from each other what steps cost.
+    them); survival: drafts tested since, by class of requests; tokens: emitted since; deciding: seconds spent on decisions since; switches:
+    steps since that drafted differently from the one before; probes: steps since that tried what seemed not to pay; plan_version: of the
+    plan in force, 0 for none; limits: the drafter's; device: what its steps run on and in which precision, in words: replicas that say the
+    same learn from each other what steps cost; apart: classes for which other versions draft than this one.
     """
 
     replica: str
@@ -35,7 +35,6 @@ class Telemetry:
     load: Load
     steps: tuple[StepSample, ...] = ()
     survival: Mapping[str, DepthCounts] = field(default_factory=dict)
-    apart: frozenset[str] = frozenset()
     tokens: int = 0
     deciding: float = 0.0
     switches: int = 0
@@ -43,6 +42,7 @@ class Telemetry:
     plan_version: int = 0
     limits: Limits | None = None
     device: str = ""
+    apart: frozenset[str] = frozenset()
 
     def validated(self) -> Telemetry:
         """Itself without the samples that cannot be true; implausible counts and loads become empty ones. ValueError if it names no one."""
