@@ -130,7 +130,9 @@ def main(
     bench = prepared(model, requests, prompts, new_tokens, noise)
     start = bench.worth(bench.live)
     print(f"before: {start.per_step:.3f}", file=sys.stderr, flush=True)
-    settings = RefreshSettings(steps=steps, rate=rate, interval=-(-steps // 3), patience=steps, least_gain=0.0, least_tokens=0, least_held=1)
+    settings = RefreshSettings(
+        steps=steps, rate=rate, interval=-(-steps // 3), patience=steps, least_gain=0.0, least_tokens=0, least_held=1
+    )
     plans: list[tuple[ObjectiveName, Positions]] = [*((name, "all") for name in OBJECTIVES), ("forward_kl", "rejected")]
     results = []
     for name, positions in plans:
