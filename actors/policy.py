@@ -74,7 +74,7 @@ class Entry:
     """
 
     name: str
-    policy: BaseModel
+    policy: Policy
     revision: int
     limits: Limits
     fleet: Fleet = field(default_factory=Fleet)
@@ -233,7 +233,7 @@ class PolicyKeeper:
             raise UnknownModel(f"no model {model!r}; known are {', '.join(sorted(self._models)) or 'none'}")
         return self._models[model]
 
-    def _recover(self, model: str, policy: BaseModel, limits: Limits) -> Entry:
+    def _recover(self, model: str, policy: Policy, limits: Limits) -> Entry:
         """The model as the store remembers it."""
         entry = Entry(model, policy, 0, limits, saved=self._clock())
         self._reread(entry)
@@ -315,7 +315,7 @@ class PolicyKeeper:
 
     def _made(self, entry: Entry, version: int, device: str, now: float) -> Plan:
         cost, policy = entry.fleet.cost(now - self._settings.stale, device), entry.policy
-        return Plan.of(version, entry.name, policy, cost, entry.survival, entry.limits, now)  # type: ignore[arg-type]
+        return Plan.of(version, entry.name, policy, cost, entry.survival, entry.limits, now)
 
     def _next_version(self) -> int:
         """Versions rise over restarts: a block of them is reserved in the store before any of it is used."""

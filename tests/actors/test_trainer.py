@@ -290,7 +290,7 @@ def test_a_slice_of_reading_ends_when_it_is_over(tmp_path: Path) -> None:
     for slice, read in ((0.5, 1), (3.5, 4)):
         ticks = count()
         found = keeper(tmp_path, replace(TRAINER, slice=slice))
-        worker = Worker(found, lambda submission: None, dict, lambda ticks=ticks: float(next(ticks)))  # type: ignore[misc]
+        worker = Worker(found, lambda submission: None, dict, lambda ticks=ticks: float(next(ticks)))
         worker.offer([trace.to_bytes() for trace in many(10)])
         worker.read()
         assert (len(remembered(found)), worker.status()["inbox"]) == (read, 10 - read)

@@ -31,7 +31,7 @@ OFF = (exchange(0, 0.0, 5.0, (1.0, 1), (2.0, 4)), exchange(1, 0.0, 6.0, (3.0, 1)
 
 
 def cell(mode: str, number: int, seconds: float, *exchanges: Exchange) -> Cell:
-    return Cell("m", Load(users=3), mode, number, seconds, 0.1, tuple(map(outcome, exchanges)))  # type: ignore[arg-type]
+    return Cell("m", Load(users=3), mode, number, seconds, 0.1, tuple(map(outcome, exchanges)))
 
 
 def test_gaps_between_tokens_count_once_for_each_token() -> None:

@@ -48,7 +48,7 @@ def test_one_native_call_drafts_for_all_requests(make_speculator: Make, make_dra
     drafter, rows = MLPDrafter(make_speculator(emb_dim=48, inner_dim=32)), list[int]()
     assert drafter.chains is not None
 
-    def counted(pool, speculator, job, call=drafter.chains.kernel):  # type: ignore[no-untyped-def]
+    def counted(pool, speculator, job, call=drafter.chains.kernel):
         rows.append(job.rows)
         return call(pool, speculator, job)
 
@@ -76,13 +76,13 @@ def test_shaped_requests_leave_the_native_chains_alone(
     shaped: list[int] = []
 
     def batch(places: list[int]) -> list[Draft]:
-        return [make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(**kinds[i], seed=i), hidden[i]) for i in places]  # type: ignore[arg-type]
+        return [make_draft([1, i], Budget.of(1 + i % 3), SamplingParams(**kinds[i], seed=i), hidden[i]) for i in places]
 
-    def natively(states, last, *rest, call=drafter.chains.draft):  # type: ignore[no-untyped-def]
+    def natively(states, last, *rest, call=drafter.chains.draft):
         natives.append(list(last))
         return call(states, last, *rest)
 
-    def perturbing(logits, *rest, call=tree_draft.perturb):  # type: ignore[no-untyped-def]
+    def perturbing(logits, *rest, call=tree_draft.perturb):
         shaped.append(len(logits))
         return call(logits, *rest)
 

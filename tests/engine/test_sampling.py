@@ -117,7 +117,7 @@ def test_shaping_cuts_penalises_and_biases() -> None:
     noise = sampling.gumbel(torch.tensor([6]), torch.tensor([4]), 4)[0]
 
     def scores(**fields: object) -> list[float]:
-        sampler = Sampler(SamplingParams(seed=6, **fields), [1], 4)  # type: ignore[arg-type]
+        sampler = Sampler(SamplingParams(seed=6, **fields), [1], 4)
         sampler.record([0, 0])
         return (perturb(logits, [sampler], [0], [4], [[3]])[0] - (noise if fields["temperature"] else 0)).tolist()
 
