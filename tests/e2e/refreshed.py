@@ -31,6 +31,7 @@ REFRESH = {
     "capture": {"share": 1.0},
     "held_out": 0.4,
     "rate": 4e-3,
+    "requests": 8,
     "steps": 160,
     "interval": 40,
     "window": 32,
@@ -40,6 +41,7 @@ REFRESH = {
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 1.0},
 }
 CANARY = {"share": 0.5, "least": 10, "most": 400, "tolerance": 0.05, "effect": 0.2}
+PROMPTS = {f"def add(a, b{i}):": 0.0 if i else 0.7 for i in range(4)}  # and their temperatures
 WANTED = tuple({"prompt": f"The quick {i}", "seed": i, "temperature": t} for i in range(4) for t in (0.0, 1.0))
 
 
@@ -67,23 +69,35 @@ class Service:
         """The version that drafts for a request."""
         return str(self.ask("x", 1, store=False, **more)["speculation"]["version"])
 
-    def traffic(self, count: int = 4, **more: Any) -> None:
-        """More requests, several at once of each prompt. Not choices of one, which would be one request to the gate."""
-        prompts = range(self.asked + 1, self.asked + count + 1)
-        self.asked += count
-        wanted = [(f"def add(a, b{i}):", i * 100 + place, 0.0 if i % 2 else 0.7) for i in prompts for place in range(8)]
+    def traffic(self, **more: Any) -> None:
+        """More requests for the same PROMPTS, so that there is something to learn. Not choices of one, which would be one request to the
+        gate."""
+        wanted = [{"prompt": p, "temperature": t, "seed": self.asked + place} for place in range(8) for p, t in PROMPTS.items()]
+        self.asked += len(wanted)
         with ThreadPoolExecutor(8) as users:
-            list(users.map(lambda one: self.ask(one[0], one[1], temperature=one[2], **more), wanted))
+            list(users.map(lambda one: self.ask(**one, **more), wanted))
 
-    def until(self, predicate: Any, timeout: float = 90, **more: Any) -> Any:
-        """Traffic until it is true, with pauses in which the trainer has the processors."""
+    def until(self, predicate: Any, timeout: float = 180, **more: Any) -> Any:
+        """Traffic until it is true, with pauses in which the trainer has the processors, unless a canary waits for requests."""
+        tag = str(more.get("metadata", {}).get("tag", ""))
 
         def step() -> Any:
-            if not self.trainer()["working"]:
+            if self.state(tag)["canary"] or not self.trainer()["working"]:
                 self.traffic(**more)
             return predicate()
 
         return wait_until(step, timeout, 0.1)
+
+    def learn(self, **more: Any) -> dict[str, Any]:
+        """Traffic until what was trained on it drafts for everybody; no more is trained then. The change that promoted it."""
+        tag = str(more.get("metadata", {}).get("tag", ""))
+        self.until(lambda: self.state(tag)["canary"] or self.promotions(tag), **more)
+        self.training(paused=True)
+        return dict(self.until(lambda: self.promotions(tag), **more)[0])
+
+    def promotions(self, tag: str) -> list[dict[str, Any]]:
+        """Those of a domain's versions, the first one first."""
+        return [change for change in self.history(tag) if change["action"] == "promote"]
 
     # -- operators and actors -----------------------------------------------------------------------------------------------
 
