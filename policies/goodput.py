@@ -55,6 +55,11 @@ class Standing:
         return self.known[group]
 
 
+def running(load: Load, requests: Sequence[RequestView]) -> int:
+    """Requests that draw a token in a step, 1 at least."""
+    return max(load.running, len(requests), 1)
+
+
 class GoodputPolicy(BaseModel):
     """The default: needs no tuning; every field is a bound or a habit."""
 
@@ -73,21 +78,21 @@ class GoodputPolicy(BaseModel):
     batch: float = Field(default=0.5, gt=0, le=1, description="What a token of a batch request is worth, in normal ones.")
 
     def decide(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int) -> list[Decision]:
-        running = max(load.running, len(requests), 1)
+        count = running(load, requests)
         if not knowledge.measured:
             arena = Arena(self, load, requests, knowledge)
             return arena.decisions(arena.start(self.start_depth), 1)
         memo = knowledge.memo
         standings: dict[int, Standing] = knowledge.recalled("standings", dict)  # by the number of requests, which comes and goes
-        for standing in (memo.get("standing"), standings.get(running)):
-            if standing and standing.holds(step, running):
+        for standing in (memo.get("standing"), standings.get(count)):
+            if standing and standing.holds(step, count):
                 memo["standing"] = standing
                 if made := self.join(requests, knowledge):
                     return made
         arena = Arena(self, load, requests, knowledge)
         best = arena.best()
         if arena.groups or "standing" not in memo:  # what is chosen for nobody says nothing about those who come
-            memo["standing"] = standings[running] = Standing(best, step, running, best.rate)
+            memo["standing"] = standings[count] = Standing(best, step, count, best.rate)
         return arena.decisions(best.depths, best.width)
 
     def moves(self, requests: int, knowledge: Knowledge, step: int) -> bool:
@@ -133,6 +138,8 @@ class GoodputPolicy(BaseModel):
             agenda.skip(kind, step)
         elif hurried or agenda.affords(kind, step, trial.lost(best), standing.requests):
             agenda.begin(kind, step, trial, standing.requests)
+            if kind == probes.OFF:
+                self._looked(knowledge).add(running(load, requests).bit_length())
             return trial
         return None
 
@@ -157,7 +164,7 @@ class GoodputPolicy(BaseModel):
             return Span(due + 1, due, requests, requests)
         agenda = self.agenda(knowledge)
         due = step + 1 if step + 1 < agenda.until else max(step + 1, agenda.next(standing.choice.drafts, step + 1)[1])
-        if standing.choice.drafts and knowledge.cost.off_count(requests) < ENOUGH:
+        if standing.choice.drafts and self._unsure(requests, knowledge):
             due = min(due, step + HASTE)
         slack = standing.requests // ALIKE
         return Span(standing.step + LASTING, due, standing.requests - slack, standing.requests + slack)
@@ -167,10 +174,19 @@ class GoodputPolicy(BaseModel):
         while a request fixes its depth, since then no step is without drafts."""
         if any(request.mode == "fixed" for request in requests):
             return False
-        running = max(load.running, len(requests), 1)
-        lasted = step - agenda.entered(running, step)
+        count = running(load, requests)
+        lasted = step - agenda.entered(count, step)
         rested = step - agenda.made.get(probes.OFF, step - self.probe_every)
-        return knowledge.cost.off_count(running) < ENOUGH and min(lasted, rested) >= self.probe_every
+        return self._unsure(count, knowledge) and min(lasted, rested) >= self.probe_every
+
+    def _unsure(self, requests: int, knowledge: Knowledge) -> bool:
+        """Whether depth 0 is hardly measured at about so many requests, and was not looked at under this plan, which knows nothing of what
+        came of that."""
+        return requests.bit_length() not in self._looked(knowledge) and knowledge.cost.off_count(requests) < ENOUGH
+
+    def _looked(self, knowledge: Knowledge) -> set[int]:
+        """Numbers of requests, as powers of two, at which depth 0 was tried under this plan."""
+        return knowledge.recalled("looked", set[int])
 
     def agenda(self, knowledge: Knowledge) -> Agenda:
         found = knowledge.recalled("agenda", lambda: Agenda(self.probe_every))
