@@ -19,6 +19,7 @@ import redis
 
 from configs.settings import Settings, load_settings
 from tests.conftest import wait_until
+from tests.e2e.edits import edited
 from tests.e2e.service import ADMIN, USER, free_port, ready, url, write_config
 from tests.services.folders import write_model
 
@@ -83,33 +84,36 @@ def specfleet(settings: Settings, *arguments: str) -> str:
     return done.stdout
 
 
-def test_specfleet_serve_with_redis_and_its_commands(config, redis_port):
+def test_what_is_told_to_specfleet_serve_is_known_to_serve_run(config, redis_port):
+    """With its commands, and many who edit at once; everything is taken down in between, and both build the same service."""
     settings = load_settings(config)
     with process(str(BIN / "specfleet"), "serve", str(config), log=config.parent / "serve.log") as server:
         wait_until(lambda: up(settings) or ended(server, config), timeout=120, every=0.3)
         ready(settings)
+        history = edited(settings)
         asked = ("generate", "toy", "The quick", "--max-tokens", "12", "--seed", "5", "--json")
         on, off = (json.loads(specfleet(settings, *asked, "--speculation", mode)) for mode in ("auto", "off"))
         assert text_of(on) == text_of(off)
         assert "toy" in specfleet(settings, "status", "--json")
         specfleet(settings, "policy", "set", "toy", '{"kind": "fixed", "depth": 2}')
-        assert json.loads(specfleet(settings, "policy", "get", "toy", "--json"))["policy"]["depth"] == 2
+        policy = json.loads(specfleet(settings, "policy", "get", "toy", "--json"))
+        assert policy["policy"]["depth"] == 2 and policy["version"] == len(history) + 1
         log = redis.Redis(port=redis_port, db=1)
         wait_until(lambda: any(log.xlen(key) >= 2 for key in log.scan_iter() if log.type(key) == b"stream"), timeout=10)
     assert server.returncode == 0, (config.parent / "serve.log").read_text()[-2000:]
 
-
-def test_serve_run_builds_the_same_service_and_remembers_the_policy(config):
-    settings = load_settings(config)
     command = (str(BIN / "serve"), "run", "services.app:build", f"config={config}")
     with process(*command, log=config.parent / "run.log") as server:
         default = "http://127.0.0.1:8000"  # `serve run` listens where Serve does by default
         wait_until(lambda: ready_at(default) or ended(server, config), timeout=180, every=0.3)
-        headers = {"Authorization": f"Bearer {USER}"}
+        user, admin = ({"Authorization": f"Bearer {key}"} for key in (USER, ADMIN))
         body = {"model": "toy", "prompt": "The quick", "max_tokens": 8, "temperature": 0}
-        answer = httpx.post(default + "/v1/completions", json=body, headers=headers, timeout=30)
+        answer = httpx.post(default + "/v1/completions", json=body, headers=user, timeout=30)
         assert answer.status_code == 200 and answer.json()["speculation"]["depth_max"] == 2, "the policy set before is still in force"
-        assert settings.models[0].name in httpx.get(default + "/v1/models", headers=headers).text
+        assert settings.models[0].name in httpx.get(default + "/v1/models", headers=user).text
+        again, changes = (httpx.get(f"{default}/admin/policies/toy{more}", headers=admin).json() for more in ("", "/history"))
+        assert (again["policy"], again["version"]) == (policy["policy"], policy["version"])
+        assert changes["history"][:-1] == history
 
 
 def test_the_demo_fleet_is_served_from_the_checkout(tmp_path):
