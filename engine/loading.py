@@ -1,4 +1,8 @@
-"""Load a base model with transformers, attach ragged attention, and prove by numbers that the two agree."""
+"""Load a base model with transformers, attach ragged attention, and prove by numbers that the two agree.
+
+The models of transformers are imported where one is loaded: they take seconds and a hundred MiB, which a process that maps packed weights,
+or only says what is to be deployed, can do without.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from engine.attention import IMPLEMENTATION, KVStore, Row, ragged_attention
 from engine.executor import Choice, Eager, Executor
@@ -68,7 +72,6 @@ def load_base(
     executor, invariant: see `attach`.
     Raises UnsupportedModel for an architecture that cannot be served, or not so, OSError for a folder that cannot be read.
     """
-    register()
     config = AutoConfig.from_pretrained(folder)
     refuse_layers(config)
     packable = executor == "auto" and device == "cpu" and Path(folder).is_dir() and possible(config)
@@ -83,6 +86,9 @@ def load_base(
 
 def pretrained(config: PretrainedConfig, folder: str | Path, device: str, dtype: torch.dtype) -> Any:
     """The transformers model of a checkpoint, with our attention. Raises UnsupportedModel, OSError."""
+    from transformers import AutoModelForCausalLM
+
+    register()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
     except ValueError as error:
@@ -118,6 +124,8 @@ def describe(
 
 def register() -> None:
     """Make ragged attention known to transformers, and transformers quiet; doing so twice changes nothing."""
+    from transformers import AttentionInterface
+
     transformers.utils.logging.disable_progress_bar()
     AttentionInterface.register(IMPLEMENTATION, ragged_attention)
 
