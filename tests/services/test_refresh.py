@@ -268,7 +268,7 @@ async def test_a_domain_without_versions_follows_the_common_line(tagged):
     configured = tagged.host.configured_version
     assert await versions_of(tagged) == [configured] * 4 and list(tagged.host.versions.lines) == [""]
     version, checksum = (found := tagged.version(1).manifest).version, found.checksum
-    tagged.keeper.start_canary("toy", version, "operator", share=0.999)
+    tagged.keeper.start_canary("toy", version, "operator", share=1 - 1e-9)
     await tagged.beat(2)
     assert await versions_of(tagged) == [version] * 4  # its canary too
     tagged.keeper.promote("toy", version, "operator")
