@@ -16,6 +16,7 @@ RECENT = 256  # steps of a replica that the summary looks back on
 MERGED = 16  # replicas of which costs are put together: those that made most steps
 GROWN = 1.1  # times as many measured steps, after which what is known is put together anew for whoever joins
 DEVICES = 16  # kinds of them that are remembered after their replicas are gone
+TURNING = 4  # reports in which it shows what came of a replica's turn to drafts, or away from them
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
 
@@ -36,7 +37,10 @@ class Tally:
 
 @dataclass(slots=True)
 class Replica:
-    """One replica: last telemetry and when it came, its own estimates, its latest steps, and what its latest reports counted."""
+    """One replica: last telemetry and when it came, its own estimates, its latest steps, and what its latest reports counted.
+
+    drafts: whether most steps of its last report with any drafted; turned: how many such reports there were since that changed.
+    """
 
     last: Telemetry
     seen: float
@@ -44,8 +48,15 @@ class Replica:
     survival: Estimates
     steps: deque[StepSample] = field(default_factory=lambda: deque(maxlen=RECENT))
     tallies: deque[Tally] = field(default_factory=lambda: deque(maxlen=64))
+    drafts: bool | None = None
+    turned: int = TURNING
 
     def learn(self, telemetry: Telemetry) -> None:
+        served = [bool(sample.drafting) for sample in telemetry.steps if not sample.rehearsed]
+        if served:
+            drafts = 2 * sum(served) > len(served)
+            self.turned = 0 if self.drafts is (not drafts) else self.turned + 1
+            self.drafts = drafts
         for sample in telemetry.steps:
             self.cost.add(sample)
         for kind, counts in telemetry.survival.items():
@@ -88,6 +99,11 @@ class Fleet:
         """Whether it is the first of its replica, or the first with its drafter, version and limits."""
         known = self.replicas.get(telemetry.replica)
         return known is None or (known.last.limits, _kind(known.last)) != (telemetry.limits, _kind(telemetry))
+
+    def turning(self, replica: str) -> bool:
+        """Whether it turned to drafts, or away from them, of late: what the plan before said of its steps now shows to be true or not."""
+        known = self.replicas.get(replica)
+        return known is not None and known.turned < TURNING
 
     def live(self, since: float) -> list[Replica]:
         """Replicas heard of since then."""

@@ -163,6 +163,7 @@ class PolicyKeeper:
         fresh = entry.fleet.take(clean, now)
         if fresh:
             entry.past.add(clean, now)
+            news += MANY * MOST * entry.fleet.turning(clean.replica)
             entry.steps, entry.news = entry.steps + len(clean.steps), entry.news + news
         if fresh or behind:
             self._refresh(entry, now, at_once=behind)

@@ -302,6 +302,28 @@ def test_no_plan_is_published_for_want_of_news(keeper, clock):
     assert third > second and told("r1", 6, steps=samples(), tokens=60) > third
 
 
+def test_a_turn_to_drafts_or_away_is_news_though_much_is_known(keeper, clock):
+    """A wrong turn is run until there is a plan that knows of it."""
+    off, deep = samples()[:2]
+
+    def told(steps: list[StepSample], reports: int) -> list[float]:
+        """When each plan was published, in seconds since the first report."""
+        begun, found = clock.now, []
+        for _ in range(reports):
+            clock.now += 0.25
+            keeper.report(telemetry(sequence=round(4 * clock.now), steps=tuple(steps)))
+            if keeper.plan("m").published == clock.now:
+                found.append(clock.now - begun)
+        return found
+
+    assert len(told([off] * 100, 400)) > 10
+    usual = [told([off] * 100, 24) for _ in range(3)]
+    assert all(2 <= len(found) <= 3 for found in usual), "every two seconds"
+    turned = told([deep] * 60 + [off] * 40, 24)
+    assert len([at for at in turned if at <= 1.5]) >= 2 and len([at for at in turned if at > 1.5]) <= 3
+    assert told([off] * 100, 24)[0] <= 0.5 and told([off, deep] * 50, 24)[0] > 0.5
+
+
 def test_stale_replicas_drop_out_of_load(keeper, clock):
     keeper.report(telemetry("r1", 1))
     clock.now += 4
