@@ -12,7 +12,7 @@ import numpy as np
 from policies.decision import OFF, Decision
 from policies.forest import Numbers
 from policies.knowledge import Knowledge
-from policies.load import Limits, Load, RequestView, deepest, settled
+from policies.load import Limits, Load, RequestView, deepest, running, settled
 from policies.yields import Yields
 
 DOUBT = 1.5  # times that off must be better than drafts that were never measured in service
@@ -75,7 +75,7 @@ class Arena:
 
     def __init__(self, terms: Terms, load: Load, requests: Sequence[RequestView], knowledge: Knowledge) -> None:
         self.terms, self.load, self.knowledge = terms, load, knowledge
-        self.requests = max(load.running, len(requests), 1)
+        self.requests = running(load, requests)
         self.member = [terms.group(r, knowledge.limits) for r in requests]
         self.groups = Counter(g for g in self.member if g is not None)
         fixed = [(r, settled(r, knowledge.limits, 1)) for r in requests if r.mode == "fixed" and deepest(r, knowledge.limits)]

@@ -20,7 +20,7 @@ from policies.arena import Arena, Choice, Group, decision
 from policies.decision import OFF, Decision
 from policies.drafts import Drawn
 from policies.knowledge import Knowledge
-from policies.load import Limits, Load, RequestView
+from policies.load import Limits, Load, RequestView, running
 from policies.probes import Agenda, Trial
 from policies.span import Span
 
@@ -53,11 +53,6 @@ class Standing:
             depth = 0 if group is None or off else self.choice.depth(group)
             self.known[group] = None if depth is None else decision(depth, self.choice.width)
         return self.known[group]
-
-
-def running(load: Load, requests: Sequence[RequestView]) -> int:
-    """Requests that draw a token in a step, 1 at least."""
-    return max(load.running, len(requests), 1)
 
 
 class GoodputPolicy(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,3 +91,8 @@ def clip(wish: Decision, request: RequestView, limits: Limits) -> Decision:
         return wish
     depth, width = min(wish.depth, depth), min(wish.width, width)
     return Decision(depth, width) if depth > 0 and width > 0 else OFF
+
+
+def running(load: Load, requests: Sequence[RequestView]) -> int:
+    """Requests that draw a token in a step, 1 at least."""
+    return max(load.running, len(requests), 1)

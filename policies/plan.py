@@ -14,7 +14,7 @@ from policies.forecast import Forecast
 from policies.goodput import GoodputPolicy
 from policies.kinds import Policy
 from policies.knowledge import Knowledge, computed
-from policies.load import Limits, Load, RequestView, clip, settled
+from policies.load import Limits, Load, RequestView, clip, running, settled
 from policies.off import OffPolicy
 from policies.span import FOREVER, Span
 from policies.survival import SurvivalCurve
@@ -126,16 +126,16 @@ class Plan:
 
     def forecast(self, load: Load, requests: Sequence[RequestView]) -> Forecast:
         """What an ordinary step (no probe) decides and is expected to yield at that load."""
-        running = max(load.running, len(requests), 1)
+        count = running(load, requests)
         decisions, tokens, rows = self._ordinary(load, requests)
         depth, drafting = max((d.depth for d in decisions), default=0), sum(d.depth > 0 for d in decisions)
-        seconds = off = self.cost.off(running, load.context)
+        seconds = off = self.cost.off(count, load.context)
         if drafting:
-            computing = float(computed(np.array(running + rows), load.row_counts))
-            seconds = self.cost.forward(running, computing, load.context)
+            computing = float(computed(np.array(count + rows), load.row_counts))
+            seconds = self.cost.forward(count, computing, load.context)
             seconds = None if seconds is None else seconds + self.cost.draft(drafting, depth, max(d.width for d in decisions))
         seconds, off = (None if found is None else found * self.cost.stretch for found in (seconds, off))
-        return Forecast(tuple(decisions), tokens, running + rows, seconds, float(running), off)
+        return Forecast(tuple(decisions), tokens, count + rows, seconds, float(count), off)
 
     def _ordinary(self, load: Load, requests: Sequence[RequestView]) -> tuple[list[Decision], float, float]:
         """Decisions, tokens, and rows beyond one a request."""
@@ -143,7 +143,7 @@ class Plan:
             wishes, choice = self.policy.ordinary(load, requests, self.knowledge)
             return self._within(wishes, load, requests), choice.tokens, choice.rows
         decisions = self.settle(load, requests, 1)
-        tokens, rows = float(max(load.running, len(requests), 1)), 0.0
+        tokens, rows = float(running(load, requests)), 0.0
         for request, decided in zip(requests, decisions, strict=True):
             if decided.depth:
                 yields = self.knowledge.yields(request.kind, request.level)
