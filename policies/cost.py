@@ -36,7 +36,8 @@ from policies.step import SETTLING, SHORTEST, StepSample
 T = TypeVar("T")
 TABLES = ("off", "forward", "draft")
 WINDOW = 64  # samples a cell remembers
-FRESH = 2000  # steps after which a sample gives way to newer ones, however few
+FRESH = 4000  # steps after which a sample gives way to newer ones, however few
+HALVED = 2000  # steps after which a sample counts half beside others, and no longer keeps out those that are less to be believed
 LATELY = 256  # steps that say how many seconds pass while one is spent
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
@@ -127,7 +128,7 @@ class Window:
     def add(self, row: Row) -> None:
         """Remember a sample. Those that are less to be believed only stand in until there are some of the better ones."""
         better = [r for r in self.rows if r[6] > row[6]]
-        if len(better) >= TRUSTED and better[-1][4] > row[4] - FRESH:
+        if len(better) >= TRUSTED and better[-1][4] > row[4] - HALVED:
             return
         self.rows.append(row)
         if any(r[6] < row[6] for r in self.rows):
@@ -448,7 +449,7 @@ class CostTable:
     def _weights(self, cells: Sequence[Cell]) -> list[float]:
         """How much cells count beside others: by their samples, less the older they are."""
         now = self._recalled("latest", lambda: max((c.latest for c in (*self.off_cells, *self.forward_cells)), default=0))
-        return [max(c.count * math.exp2((c.latest - now) / FRESH), FAINT) for c in cells]
+        return [max(c.count * math.exp2((c.latest - now) / HALVED), FAINT) for c in cells]
 
     def _off_cell(self, requests: int) -> Cell | None:
         key = (bucket(requests), 0)

@@ -1,8 +1,9 @@
 """How fast a machine was in every stretch of steps, so that steps measured at different times can be compared.
 
-A neighbour or a clock makes all steps dearer at once. What a kind of step took in a stretch is, in logarithms, what the kind takes plus how
-slow the machine was then: two unknowns of which one is shared by all kinds of a stretch and the other by all stretches of a kind, so that
-both are found by least squares over the latest stretches together. Nothing is handed on from stretch to stretch, and so no error grows with
+A neighbour or a clock makes all steps dearer at once, and wanders. What a step took is, in logarithms, what its kind takes plus how slow
+the machine was then, and that is what it was a moment before, or little else: a random walk. Both are found by least squares over the
+latest steps together (the local level model of Harrison and Stevens 1976, doi:10.1111/j.2517-6161.1976.tb01586.x), so that steps of two
+kinds are compared by those that ran at about the same time. Nothing is handed on from one estimate to the next, and so no error grows with
 time. If it was the kind of most steps that changed and not the machine, the other kinds are found to have changed the other way as soon as
 they are measured: it is their relation that decisions rest on.
 """
@@ -10,26 +11,28 @@ they are measured: it is their relation that decisions rest on.
 from __future__ import annotations
 
 import math
-from collections import deque
+from array import array
 from collections.abc import Hashable, Sequence
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
-STRETCH = 16  # steps
-STRETCHES = 256  # remembered
-FEWEST = 2  # steps of a kind in a stretch that say something
-STEADY = 1e-6  # variance of the log pace from stretch to stretch, at least
-FAINT = 1e-9  # steps
-ROUNDS = 20  # of alternating least squares
-LATEST = 8  # stretches that are the present
+STRETCH = 16  # steps that run at one pace
+STRETCHES = 1024  # remembered
+SPARE = 2  # times as many steps as are remembered may be held
+STEADY = 0.01  # usual change of the log pace from stretch to stretch, at least
+QUIET = 0.005  # deviation of a step's log seconds, at least
+BEYOND = 2.0  # deviations from which a step says less and less
+FAINT = 1e-6  # steps that would have to speak for a pace of one
+ROUNDS = 3  # of reweighted least squares
+LATEST = 2  # stretches that are the present
 MUCH = 0.3  # change of the log pace that counts as much
 
+HALF = 0.455  # median of the square of a normal number of variance 1
 OF_MEDIAN = 1.57  # variance of the median of normal samples, over that of their mean
 
-Told = tuple[float, int, float]  # of a kind in a stretch: median log seconds, steps, and their deviation
 Numbers = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 def ended(step: int) -> int:
@@ -37,60 +40,41 @@ def ended(step: int) -> int:
     return -(-step // STRETCH) * STRETCH
 
 
-def told(logs: list[float]) -> Told:
-    middle = median(logs)
-    return middle, len(logs), 1.4826 * median(abs(log - middle) for log in logs)
-
-
 class Pace:
-    """Steps by kind and stretch. Steps come in order."""
+    """Steps by kind. Steps come in order."""
 
     def __init__(self) -> None:
-        self.until = STRETCH
-        self.open: dict[Hashable, list[float]] = {}
-        self.ends: deque[int] = deque(maxlen=STRETCHES)  # last step of each stretch
-        self.stretches: deque[dict[Hashable, Told]] = deque(maxlen=STRETCHES)
+        self.steps, self.kinds, self.logs = array("q"), array("q"), array("d")  # log seconds
+        self.numbers: dict[Hashable, int] = {}
         self.found: dict[int, float] | None = None  # log pace by the last step of a stretch
 
     def add(self, step: int, kind: Hashable, seconds: float) -> None:
         """What a step of that kind took."""
-        if step > self.until:
-            self.close()
-            self.until = ended(step)
         if seconds > 0 and math.isfinite(seconds):
-            self.open.setdefault(kind, []).append(math.log(seconds))
-
-    def close(self) -> None:
-        self.ends.append(self.until)
-        self.stretches.append({kind: told(logs) for kind, logs in self.open.items() if len(logs) >= FEWEST})
-        self.open, self.found = {}, None
+            self.steps.append(step)
+            self.kinds.append(self.numbers.setdefault(kind, len(self.numbers)))
+            self.logs.append(math.log(seconds))
+            self.found = None
+        if len(self.steps) >= SPARE * STRETCH * STRETCHES:
+            for column in (self.steps, self.kinds, self.logs):
+                del column[: -STRETCH * STRETCHES]
 
     def levels(self) -> dict[int, float]:
         """Log pace of each stretch by its last step, 0 at present."""
         if self.found is None:
-            levels = self.solved()
-            present = float(levels[-LATEST:].mean()) if len(levels) else 0.0
-            self.found = dict(zip(self.ends, (levels - present).tolist(), strict=True))
+            self.found = self.solved()
         return self.found
 
-    def solved(self) -> Numbers:
-        """Up to a constant. What the paces of stretches would differ by for the scatter of steps alone is taken off (empirical Bayes)."""
-        kinds: dict[Hashable, int] = {}
-        found = [(kinds.setdefault(kind, len(kinds)), at, *part[kind]) for at, part in enumerate(self.stretches) for kind in part]
-        levels = np.zeros(len(self.stretches))
-        if not found:
-            return levels
-        kind, at, logs, counts, spreads = (np.array(column) for column in zip(*found, strict=True))
-        noise = OF_MEDIAN * float(np.median(spreads)) ** 2  # variance of what one step says
-        by_kind, by_stretch = np.bincount(kind, counts), np.bincount(at, counts, len(levels))
-        doubt = 1.0  # steps that would have to speak for the usual pace
-        for _ in range(2):
-            for _ in range(ROUNDS):
-                usual = np.bincount(kind, counts * (logs - levels[at])) / by_kind
-                levels = np.bincount(at, counts * (logs - usual[kind]), len(levels)) / (by_stretch + doubt)
-            differ = levels[by_stretch > 0].var() - noise * (1.0 / by_stretch[by_stretch > 0]).mean()
-            doubt = max(noise / max(differ, STEADY), FAINT)  # where nothing speaks of a stretch its pace is the usual one
-        return levels
+    def solved(self) -> dict[int, float]:
+        if not self.steps:
+            return {}
+        at = -(-np.array(self.steps) // STRETCH)
+        kept = at > at[-1] - STRETCHES
+        at, first = at[kept], int(at[kept][0])
+        _, kind = np.unique(np.array(self.kinds)[kept], return_inverse=True)
+        levels = walked(at - first, kind, np.array(self.logs)[kept])
+        levels -= levels[-LATEST:].mean()
+        return {(first + i) * STRETCH: level for i, level in enumerate(levels.tolist())}
 
     def since(self, steps: Sequence[int]) -> list[float]:
         """Seconds now of what took one second in each of those steps; 1 where that is not remembered."""
@@ -107,3 +91,54 @@ class Pace:
         levels = list(self.levels().items())
         both = zip(reversed(levels), reversed(levels[:-1]), strict=False)
         return next((end for (end, level), (_, before) in both if min(abs(level), abs(before)) > MUCH and level * before > 0), -1)
+
+
+def walked(at: Indices, kind: Indices, logs: Numbers) -> Numbers:
+    """Log pace of each stretch, up to a constant. at, kind, logs: stretch, kind and log seconds of each step, both counted from 0.
+
+    Steps that lie far off say less (Huber). How far the pace walks, and how far steps scatter, is taken from the steps themselves.
+    """
+    stretches, count = int(at[-1]) + 1, np.bincount(kind)
+    usual: Numbers = np.bincount(kind, logs) / count
+    trust, levels = np.ones(len(logs)), np.zeros(stretches)
+    for _ in range(ROUNDS if stretches > 1 else 0):
+        noise, walk = scatter(logs - usual[kind])
+        weights, pull = trust / noise, np.full(stretches, 2.0 / walk)
+        pull[0] = pull[-1] = 1.0 / walk
+        diagonal, beside = np.bincount(at, weights, stretches) + pull + FAINT / noise, np.full(stretches - 1, -1.0 / walk)
+        shared = np.bincount(at * len(count) + kind, weights, stretches * len(count)).reshape(stretches, -1)
+        pulled = np.bincount(at, weights * logs, stretches)
+        solved = tridiagonal(diagonal, beside, np.column_stack([shared, pulled]))
+        left = np.diag(np.bincount(kind, weights)) - shared.T @ solved[:, :-1]
+        usual = np.linalg.solve(left, np.bincount(kind, weights * logs) - shared.T @ solved[:, -1])
+        levels = solved[:, -1] - solved[:, :-1] @ usual
+        trust = 1.0 / np.maximum(np.abs(logs - usual[kind] - levels[at]) / math.sqrt(noise) / BEYOND, 1.0)
+    return levels
+
+
+def scatter(logs: Numbers) -> tuple[float, float]:
+    """Variance of a step's log seconds beside the pace, and of the pace from stretch to stretch: by how much steps differ that follow one
+    another, and those that lie a stretch apart; usually, so that stalls do not count."""
+    near, far = (float(np.median((logs[lag:] - logs[:-lag]) ** 2)) / HALF if len(logs) > lag else 0.0 for lag in (1, STRETCH))
+    walk = max((far - near) / (1.0 - 1.0 / STRETCH), STEADY**2)
+    return max((near - walk / STRETCH) / 2.0, QUIET**2), walk
+
+
+def tridiagonal(diagonal: Numbers, beside: Numbers, right: Numbers) -> Numbers:
+    """The solution of equations of which each knows its neighbours only, for all columns of `right` [n, columns], by cyclic reduction:
+    every second unknown is put into the equations of its neighbours. diagonal: [n], positive; beside: [n - 1], on both sides of it."""
+    if len(diagonal) == 1:
+        return right / diagonal
+    even = len(diagonal[::2])
+    before = beside[::2] / diagonal[::2][: len(beside[::2])]  # what goes into an equation from the one before it
+    after = beside[1::2] / diagonal[2::2]  # and from the one after it
+    less, put = diagonal[1::2] - before * beside[::2], right[1::2] - before[:, None] * right[:-1:2]
+    less[: len(after)] -= after * beside[1::2]
+    put[: len(after)] -= after[:, None] * right[2::2]
+    found = np.empty_like(right)
+    found[1::2] = odd = tridiagonal(less, -after[: len(less) - 1] * beside[2::2], put)
+    left = right[::2].copy()
+    left[: len(odd)] -= beside[::2, None] * odd
+    left[1:] -= beside[1::2, None] * odd[: even - 1]
+    found[::2] = left / diagonal[::2, None]
+    return found

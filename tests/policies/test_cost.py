@@ -7,7 +7,9 @@ import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from statistics import stdev
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from policies import CostModel, CostTable, DepthCounts, GoodputPolicy, Limits, Load, Plan, RequestView, StepSample, Telemetry
 from policies.cost import CELLS, Cells, bucket
 from policies.curve import Curve
-from policies.pace import STRETCH, Pace
+from policies.pace import STRETCH, Pace, tridiagonal
 from policies.step import SETTLING
 
 
@@ -52,7 +54,7 @@ def test_nothing_measured_is_none():
 
 def test_medians_do_not_feel_outliers():
     samples = [off(2, 10.0 if i % 5 == 0 else 0.01) for i in range(30)]
-    assert learned(*samples).table().off(2) == pytest.approx(0.01)
+    assert learned(*samples).table().off(2) == pytest.approx(0.01, rel=0.03)
 
 
 def test_old_samples_leave():
@@ -154,7 +156,29 @@ def test_the_pace_of_a_stretch_is_what_all_kinds_of_its_steps_say():
         pace.add(step, kind, usual[kind] * slow * rng.lognormvariate(0, 0.05) * (9 if step % 7 == 0 else 1))
     pace.add(40 * STRETCH + 1, "short", 0.01)
     assert pace.since([12 * STRETCH])[0] == pytest.approx(1 / 3, rel=0.1) and pace.since([30 * STRETCH])[0] == pytest.approx(1, rel=0.1)
-    assert pace.since([50 * STRETCH])[0] == 1.0 and pace.shaken == 16 * STRETCH
+    assert pace.since([50 * STRETCH])[0] == 1.0 and 16 * STRETCH <= pace.shaken <= 17 * STRETCH
+
+
+def test_kinds_that_ran_one_after_the_other_compare_by_the_steps_about_their_change():
+    """The machine wanders, and a kind that runs in four of a hundred steps does so at any moment."""
+    pace, rng, slow, error = Pace(), random.Random(3), 0.0, []
+    for step in range(1, 200 * STRETCH + 1):
+        slow = 0.999 * slow + rng.gauss(0, 0.011)
+        seldom = step % 100 < 4
+        pace.add(step, seldom, (0.01 if seldom else 0.02) * math.exp(slow) * rng.lognormvariate(0, 0.04))
+        if step > 100 * STRETCH and seldom:
+            error.append((step, slow))
+    found = [-math.log(now) for now in pace.since([step for step, _ in error])]
+    off = [level - slow for level, (_, slow) in zip(found, error, strict=True)]
+    assert stdev(off) < 0.03, "the pace of a stretch is known though another kind ran in it"
+
+
+def test_unknowns_that_only_neighbours_share_are_found():
+    rng = np.random.default_rng(0)
+    for n in range(1, 20):
+        diagonal, beside, right = 2 + rng.random(n), -rng.random(n - 1), rng.random((n, 3))
+        whole = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+        assert np.allclose(whole @ tridiagonal(diagonal, beside, right), right)
 
 
 def test_noise_is_not_taken_for_a_pace():
