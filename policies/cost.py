@@ -330,7 +330,7 @@ class CostModel:
         self.price = _slope([c.prompt_moments for c in both], both, math.inf)
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
-        off, forward = lifted(off, off, self.slope), lifted(forward, both, self.slope)
+        off, forward = bounded(off, off, self.slope), bounded(forward, both, self.slope)
         return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price, self.stretch)
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,16 +346,21 @@ class CostModel:
             raise ValueError("not a cost model") from error
 
 
-def lifted(cells: Sequence[Cell], known: Sequence[Cell], slope: float) -> list[Cell]:
-    """The cells, those that were measured beside prompts only at least as dear as the nearest that is known otherwise, of no more requests
-    and rows: what a prompt's rows cost on average is too much where its first ones cost nothing. slope: seconds per context token."""
+def bounded(cells: Sequence[Cell], known: Sequence[Cell], slope: float) -> list[Cell]:
+    """The cells, those that were measured beside prompts only no cheaper than the nearest that is known otherwise of no more requests and
+    rows, and no dearer than the nearest of no fewer: what a prompt's rows cost on average is too much where its first ones cost nothing, and
+    is not known where there are always as many. slope: seconds per context token."""
     plain = sorted((cell for cell in known if not cell.beside), key=lambda cell: cell.x)
-    found = list[Cell]()
-    for cell in cells:
-        below = [other for other in plain if other.x <= cell.x and other.key[0] <= cell.key[0]] if cell.beside else []
-        least = below[-1].seconds + slope * (cell.context - below[-1].context) if below else 0.0
-        found.append(replace(cell, seconds=max(cell.seconds, least)) if below else cell)
-    return found
+    return [_between(cell, plain, slope) if cell.beside else cell for cell in cells]
+
+
+def _between(cell: Cell, plain: Sequence[Cell], slope: float) -> Cell:
+    """The cell, within the nearest of the others, which are sorted by x."""
+    below = [other for other in plain if other.x <= cell.x and other.key[0] <= cell.key[0]]
+    above = [other for other in plain if other.x >= cell.x and other.key[0] >= cell.key[0]]
+    least, most = (near[0].seconds + slope * (cell.context - near[0].context) if near else None for near in (below[-1:], above[:1]))
+    seconds = cell.seconds if most is None else min(cell.seconds, most)
+    return replace(cell, seconds=seconds if least is None else max(seconds, least))
 
 
 def _slope(moments: Sequence[Moments], cells: Sequence[Cell], most: float) -> float:

@@ -110,7 +110,7 @@ def walked(at: Indices, kind: Indices, logs: Numbers) -> Numbers:
         pulled = np.bincount(at, weights * logs, stretches)
         solved = tridiagonal(diagonal, beside, np.column_stack([shared, pulled]))
         left = np.diag(np.bincount(kind, weights)) - shared.T @ solved[:, :-1]
-        usual = np.linalg.solve(left, np.bincount(kind, weights * logs) - shared.T @ solved[:, -1])
+        usual = np.linalg.solve(left, np.bincount(kind, weights * logs) - shared.T @ solved[:, -1]).astype(np.float64)
         levels = solved[:, -1] - solved[:, :-1] @ usual
         trust = 1.0 / np.maximum(np.abs(logs - usual[kind] - levels[at]) / math.sqrt(noise) / BEYOND, 1.0)
     return levels

@@ -321,6 +321,23 @@ def test_prompt_rows_that_cost_nothing_make_no_step_cheap(alone):
     assert [table.forward(n, 4 * n) for n in (1, 16, 32)] == pytest.approx([0.01] * 3, rel=0.06)
 
 
+def test_prompts_that_are_all_as_long_make_no_step_dear():
+    """One user's steps that read the prompt drafted nothing yet, and what the prompt's rows cost cannot be told from the rest."""
+    rng, model = random.Random(5), CostModel()
+    for i in range(3000):
+        drafts, first = i // 500 % 2, i % 20 == 0
+        seconds = (0.01 + 0.02 * first + 0.0005 * drafts) * rng.lognormvariate(0, 0.03)
+        step = (
+            replace(drafting(1, 3, seconds, 0.0005), rows=1 + 31 if first else 4)
+            if drafts
+            else replace(off(1, seconds), rows=1 + 31 * first)
+        )
+        model.add(replace(step, prefill=31 * first))
+    table = model.table()
+    assert table.off(1) == pytest.approx(0.01, rel=0.05)
+    assert [table.forward(1, rows) for rows in (1, 2, 4)] == pytest.approx([0.01] * 3, rel=0.05)
+
+
 def test_what_was_saved_of_steps_beside_prompts_stands_in_for_others():
     model = learned(*[replace(off(8, 0.02), rows=108, prefill=100)] * 10)
     again = CostModel.from_dict(json.loads(json.dumps(model.to_dict())))
