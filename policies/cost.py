@@ -348,8 +348,8 @@ class CostModel:
 
 def bounded(cells: Sequence[Cell], known: Sequence[Cell], slope: float) -> list[Cell]:
     """The cells, those that were measured beside prompts only no cheaper than the nearest that is known otherwise of no more requests and
-    rows, and no dearer than the nearest of no fewer: what a prompt's rows cost on average is too much where its first ones cost nothing, and
-    is not known where there are always as many. slope: seconds per context token."""
+    rows, and no dearer than the nearest of no fewer: what a prompt's rows cost on average is too much where its first ones cost nothing,
+    and is not known where there are always as many. slope: seconds per context token."""
     plain = sorted((cell for cell in known if not cell.beside), key=lambda cell: cell.x)
     return [_between(cell, plain, slope) if cell.beside else cell for cell in cells]
 

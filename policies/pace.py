@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 STRETCH = 16  # steps that run at one pace
 STRETCHES = 1024  # remembered
+AGAIN = 4 * STRETCH  # steps that must have come for the levels to be found anew
 SPARE = 2  # times as many steps as are remembered may be held
 STEADY = 0.01  # usual change of the log pace from stretch to stretch, at least
 QUIET = 0.005  # deviation of a step's log seconds, at least
@@ -46,7 +47,8 @@ class Pace:
     def __init__(self) -> None:
         self.steps, self.kinds, self.logs = array("q"), array("q"), array("d")  # log seconds
         self.numbers: dict[Hashable, int] = {}
-        self.found: dict[int, float] | None = None  # log pace by the last step of a stretch
+        self.found: dict[int, float] = {}  # log pace by the last step of a stretch
+        self.latest = 0  # step that was known of when it was found
 
     def add(self, step: int, kind: Hashable, seconds: float) -> None:
         """What a step of that kind took."""
@@ -54,20 +56,17 @@ class Pace:
             self.steps.append(step)
             self.kinds.append(self.numbers.setdefault(kind, len(self.numbers)))
             self.logs.append(math.log(seconds))
-            self.found = None
         if len(self.steps) >= SPARE * STRETCH * STRETCHES:
             for column in (self.steps, self.kinds, self.logs):
                 del column[: -STRETCH * STRETCHES]
 
     def levels(self) -> dict[int, float]:
         """Log pace of each stretch by its last step, 0 at present."""
-        if self.found is None:
-            self.found = self.solved()
+        if self.steps and (not self.found or self.steps[-1] - self.latest >= AGAIN):
+            self.found, self.latest = self.solved(), self.steps[-1]
         return self.found
 
     def solved(self) -> dict[int, float]:
-        if not self.steps:
-            return {}
         at = -(-np.array(self.steps) // STRETCH)
         kept = at > at[-1] - STRETCHES
         at, first = at[kept], int(at[kept][0])
@@ -77,7 +76,7 @@ class Pace:
         return {(first + i) * STRETCH: level for i, level in enumerate(levels.tolist())}
 
     def since(self, steps: Sequence[int]) -> list[float]:
-        """Seconds now of what took one second in each of those steps; 1 where that is not remembered."""
+        """Seconds now of what took one second in each of those steps; 1 where that is not remembered, or is the present."""
         levels = self.levels()
         return [math.exp(-levels.get(ended(step), 0.0)) for step in steps]
 
