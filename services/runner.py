@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
 from engine.request import Outcome, Request
-from services.turns import Turns
+from services.turns import Turns, this_thread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,9 +91,9 @@ class Stream(Generic[T]):
 class EngineRunner:
     """Runs an engine in a thread of its own from `start` to `stop`.
 
-    on_step is called in that thread after every step; the seconds of its report are those of the thread's whole turn (see
-    `services.turns`), since what a step costs its users is not the engine alone but also commands, text, the hop to the event loop,
-    and what on_step did with the last report.
+    on_step is called in that thread after every step; the seconds of its report are those of the thread's whole turn and of telling what it
+    brought (see `services.turns`), since what a step costs its users is not the engine alone but also commands, text, the hop to the event
+    loop and what that does with it, and what on_step did with the last report.
     """
 
     def __init__(self, engine: Engine, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
@@ -105,11 +105,11 @@ class EngineRunner:
         self.death: BaseException | None = None
         self.closed = False
         self.gate = threading.Lock()
-        self.turns = Turns(engine.base.device.type)  # each begins when the last one was told, or after waiting for work
 
     def start(self) -> None:
         """Begin stepping; call from the event loop that will submit."""
         self.loop = asyncio.get_running_loop()
+        self.turns = Turns(self.engine.base.device.type, this_thread())  # each begins when the last one was told, or after waiting for work
         self.thread.start()
 
     def stop(self) -> None:
@@ -174,7 +174,7 @@ class EngineRunner:
                 idle = not self.engine.busy
                 command = self.commands.get(block=idle)
                 if idle:
-                    self.turns.begin()
+                    self.turns.rested()
                 if command is None:
                     return False
                 command()

@@ -1,27 +1,45 @@
-"""What a step takes of the thread that runs an engine.
+"""What a step takes of the thread that runs an engine, and of the one that tells its users.
 
-Where the engine computes on the processor, a step costs what its thread takes of it, and not the time that passes: beside an event loop and
-other processes a thread waits as long as it works, whatever it does, and that says nothing of what a draft costs. On any other device a
-step costs the time that passes.
+Where the engine computes on the processor, a step costs what its thread takes of it, and not the time that passes: beside an event loop
+and other processes a thread waits as long as it works, whatever it does, and that says nothing of what a draft costs. To it comes what
+the event loop takes to tell what the step brought, since one of the two threads runs Python at a time: a step that brings three tokens is
+told once. On any other device a step costs the time that passes.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter, thread_time
 
 from engine.engine import StepReport
 
+LATELY = 1024  # steps that say what telling takes
+
+Clock = Callable[[], float]
+
+
+def this_thread() -> Clock | None:
+    """The processor's seconds of the calling thread, to be asked by any other while it lives; None where a system does not tell them."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    return lambda: time.clock_gettime(clock)
+
 
 class Turns:
     """The turns of the calling thread: each ends with a step, and begins where the last one ended, or with `begin`.
 
-    device: type of the one that computes.
+    device: type of the one that computes. telling: processor's seconds of the thread that tells what steps bring, None if there is none.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, telling: Clock | None = None) -> None:
         self.clock = thread_time if device == "cpu" else perf_counter
-        self.begun = self.since = 0.0
+        self.telling = telling if device == "cpu" else None
+        self.begun = self.since = self.heard = 0.0
+        self.taken = self.outcomes = 0.0  # of late: seconds of telling, and what was told
 
     def begin(self) -> tuple[float, float]:
         """A turn begins; seconds that the last one cost, and those that passed meanwhile."""
@@ -29,8 +47,23 @@ class Turns:
         self.begun, self.since = self.clock(), perf_counter()
         return self.begun - begun, self.since - since
 
+    def rested(self) -> None:
+        """A turn begins after a time without work, in which whatever the other thread did was not telling."""
+        self.begin()
+        self.heard = self.telling() if self.telling else 0.0
+
     def told(self, report: StepReport) -> StepReport:
         """The report of a step as that of the turn that ends with it. Its drafting waited as much as the rest of it."""
         seconds, elapsed = self.begin()
         drafting = report.draft_seconds * min(seconds / elapsed, 1.0) if elapsed > 0 else 0.0
-        return replace(report, seconds=seconds, draft_seconds=min(drafting, seconds), elapsed=elapsed)
+        whole = seconds + self.telling_of(len(report.outcomes))
+        return replace(report, seconds=whole, draft_seconds=min(drafting, seconds), elapsed=elapsed)
+
+    def telling_of(self, outcomes: int) -> float:
+        """Seconds that telling so much takes, by what it took of late: it comes in bursts, after the step."""
+        if self.telling is None:
+            return 0.0
+        before, self.heard = self.heard, self.telling()
+        self.taken += self.heard - before - self.taken / LATELY
+        self.outcomes += outcomes - self.outcomes / LATELY
+        return outcomes * self.taken / self.outcomes if self.outcomes else 0.0
