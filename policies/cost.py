@@ -272,7 +272,7 @@ class CostModel:
     def _learn(self, cells: Cells, key: Key, s: StepSample, x: float, seconds: float) -> None:
         belief = min(self.belief(s), BESIDE) if s.prefill else self.belief(s)
         if belief == FIRM:
-            self.pace.add(self.steps, (bool(s.drafting), key), max(seconds - self.slope * s.context, 0.1 * seconds))
+            self.pace.add(self.steps, (cells is self.forward, key), self._bare(seconds, s.context))
         cells.add(key, (x, s.context, seconds, s.prefill, self.steps, 1.0, belief))
 
     def belief(self, s: StepSample) -> int:
@@ -314,7 +314,20 @@ class CostModel:
         present = self.now()
         made = self._by_table(lambda name: getattr(present, name).begun())
         made.heed(self)
+        made._remember()
         return made
+
+    def _remember(self) -> None:
+        """Let what was learned before the first step be steps of one pace, whatever that is beside the one that is found."""
+        for cells in (self.off, self.forward):
+            for key, window in cells.windows.items():
+                for row in window.rows:
+                    if row[6] == FIRM:
+                        self.pace.add(row[4], (cells is self.forward, key), self._bare(row[2], row[1]))
+
+    def _bare(self, seconds: float, context: float) -> float:
+        """Seconds without what context costs."""
+        return max(seconds - self.slope * context, 0.1 * seconds)
 
     @classmethod
     def _by_table(cls, make: Callable[[str], Cells]) -> CostModel:
@@ -341,9 +354,11 @@ class CostModel:
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
         """The model that `to_dict` wrote. ValueError if it is not one."""
         try:
-            return cls._by_table(lambda name: Cells.from_list(data[name], 3 if name == "draft" else 2))
+            made = cls._by_table(lambda name: Cells.from_list(data[name], 3 if name == "draft" else 2))
         except (KeyError, TypeError) as error:
             raise ValueError("not a cost model") from error
+        made._remember()
+        return made
 
 
 def bounded(cells: Sequence[Cell], known: Sequence[Cell], slope: float) -> list[Cell]:

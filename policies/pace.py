@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 STRETCH = 16  # steps that run at one pace
 STRETCHES = 1024  # remembered
-AGAIN = 4 * STRETCH  # steps that must have come for the levels to be found anew
+AGAIN = STRETCH  # steps that must have come for the levels to be found anew
 SPARE = 2  # times as many steps as are remembered may be held
 STEADY = 0.01  # usual change of the log pace from stretch to stretch, at least
 QUIET = 0.005  # deviation of a step's log seconds, at least
