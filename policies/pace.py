@@ -30,7 +30,6 @@ LATEST = 2  # stretches that are the present
 MUCH = 0.3  # change of the log pace that counts as much
 
 HALF = 0.455  # median of the square of a normal number of variance 1
-OF_MEDIAN = 1.57  # variance of the median of normal samples, over that of their mean
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int64]

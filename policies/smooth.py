@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.pace import OF_MEDIAN
+from policies.pace import HALF
 from policies.step import SHORTEST
 
 Numbers = NDArray[np.float64]
@@ -23,7 +23,7 @@ FEWEST = 4  # cells that a plane goes through
 LEAST = 0.05  # by which part cells lie off the plane, at least
 FAR = 2.0  # deviations from the plane from which a cell says less and less of it
 ROUNDS = 4
-HALF = 0.455  # median of the square of a normal number of variance 1
+OF_MEDIAN = 1.57  # variance of the median of normal samples, over that of their mean
 
 
 C = TypeVar("C", bound=Any)  # a `policies.cost.Cell`: that module imports this one
