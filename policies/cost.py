@@ -323,7 +323,7 @@ class CostModel:
             for key, window in cells.windows.items():
                 for row in window.rows:
                     if row[6] == FIRM:
-                        self.pace.add(row[4], (cells is self.forward, key), self._bare(row[2], row[1]))
+                        self.pace.add(row[4], (cells is self.forward, key), self._bare(row[2] * row[5], row[1]))
 
     def _bare(self, seconds: float, context: float) -> float:
         """Seconds without what context costs."""

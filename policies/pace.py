@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 STRETCH = 16  # steps that run at one pace
 STRETCHES = 1024  # remembered
 AGAIN = STRETCH  # steps that must have come for the levels to be found anew
+KINDS = 64  # of steps that speak for the pace, the most frequent ones, so that the work is bounded
 SPARE = 2  # times as many steps as are remembered may be held
 STEADY = 0.01  # usual change of the log pace from stretch to stretch, at least
 QUIET = 0.005  # deviation of a step's log seconds, at least
@@ -66,10 +67,12 @@ class Pace:
         return self.found
 
     def solved(self) -> dict[int, float]:
-        at = -(-np.array(self.steps) // STRETCH)
+        at, kind = -(-np.array(self.steps) // STRETCH), np.array(self.kinds)
         kept = at > at[-1] - STRETCHES
+        counts = np.bincount(kind[kept])
+        kept &= np.isin(kind, np.argsort(-counts, kind="stable")[:KINDS])
         at, first = at[kept], int(at[kept][0])
-        _, kind = np.unique(np.array(self.kinds)[kept], return_inverse=True)
+        _, kind = np.unique(kind[kept], return_inverse=True)
         levels = walked(at - first, kind, np.array(self.logs)[kept])
         levels -= levels[-LATEST:].mean()
         return {(first + i) * STRETCH: level for i, level in enumerate(levels.tolist())}
