@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 from typing import Any
 
 import httpx
@@ -36,8 +38,9 @@ KEY = {"Authorization": f"Bearer {USER}"}
 STORE = 80 * 2**20  # bytes of each node's object store
 SEATS = 8
 CLIENTS = 3 * SEATS
-FEW = 2  # that one replica would carry with a margin
-SHORT, LONG = 100, 400  # tokens
+FEW = 2  # that one replica would carry with a margin: by what it did in the flood, where it read prompts too
+SHORT, LONG = 100, 400  # tokens of an answer
+READ = 600  # letters of a prompt in the flood
 
 
 class FakeCluster(AutoscalingCluster):
@@ -119,10 +122,10 @@ def nodes() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
-def ask(settings: Settings, tokens: int, seed: int) -> dict[str, Any]:
-    """One streamed request: status, finish reason and tokens."""
+def ask(settings: Settings, tokens: int, seed: int, letters: int) -> dict[str, Any]:
+    """One streamed request with a prompt of so many letters: status, finish reason and tokens."""
     answer: dict[str, Any] = {"status": 0, "finish": None, "tokens": 0}
-    body = long_request(MODEL, tokens, seed)
+    body = long_request(MODEL, tokens, seed) | {"prompt": "".join(Random(seed).choices(ascii_lowercase, k=letters))}
     with httpx.stream("POST", f"{url(settings)}/v1/completions", json=body, headers=KEY, timeout=240) as response:
         answer["status"] = response.status_code
         for line in response.iter_lines():
@@ -151,11 +154,11 @@ def ready(settings: Settings) -> bool:
         return False
 
 
-def client(settings: Settings, enough: threading.Event, tokens: int, seed: int) -> list[dict[str, Any]]:
-    """Request after request until there are enough."""
-    answers = []
+def client(settings: Settings, enough: threading.Event, tokens: int, letters: int, number: int) -> list[dict[str, Any]]:
+    """Request after request until there are enough, each with a prompt of its own."""
+    answers: list[dict[str, Any]] = []
     while not enough.is_set():
-        answers.append(ask(settings, tokens, seed))
+        answers.append(ask(settings, tokens, 1000 * number + len(answers), letters))
     return answers
 
 
@@ -173,7 +176,7 @@ def live(settings: Settings, diary: Diary) -> dict[str, Any]:
     enough, going = threading.Event(), threading.Event()
     with ThreadPoolExecutor(CLIENTS + FEW) as pool, setting(enough), setting(going):
         diary.note("load")
-        many = [pool.submit(client, settings, enough, SHORT, seed) for seed in range(CLIENTS)]
+        many = [pool.submit(client, settings, enough, SHORT, READ, number) for number in range(CLIENTS)]
         wait_until(lambda: diary.now(nodes=1, running=1, starting=1), timeout=60)
         diary.note("replica pending")
         wait_until(lambda: diary.now(nodes=2), timeout=60)
@@ -183,7 +186,7 @@ def live(settings: Settings, diary: Diary) -> dict[str, Any]:
         enough.set()
         flood = [answer for f in many for answer in f.result()]
         diary.note("load over")
-        few = [pool.submit(client, settings, going, LONG, seed) for seed in range(FEW)]
+        few = [pool.submit(client, settings, going, LONG, 1, number) for number in range(FEW)]
         wait_until(lambda: both_busy(settings), timeout=30, every=0.1)
         wait_until(lambda: diary.now(running=1, stopping=1), timeout=60)
         diary.note("replica told to go")

@@ -51,4 +51,4 @@ def test_a_node_comes_for_load_and_goes_at_ease_while_requests_go_on(tmp_path: P
     assert times == sorted(times)
     full = {"status": 200, "finish": "length"}
     assert len(found["flood"]) >= 24 and all(answer == {**full, "tokens": 100} for answer in found["flood"])
-    assert len(found["lasting"]) >= 3 and all(answer == {**full, "tokens": 400} for answer in found["lasting"])
+    assert len(found["lasting"]) >= 2 and all(answer == {**full, "tokens": 400} for answer in found["lasting"])
