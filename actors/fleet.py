@@ -25,11 +25,13 @@ Estimates = dict[str, Survival]  # by class of requests, EVERYONE for all togeth
 
 @dataclass(slots=True)
 class Tally:
-    """What a report counted: tokens, steps, seconds that they lasted, seconds spent deciding, changes of depth, steps that probed."""
+    """What a report counted: tokens, steps, seconds that they lasted, seconds that they cost, and deciding did, changes of depth, steps
+    that probed."""
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
+    cost: float = 0.0
     deciding: float = 0.0
     switches: int = 0
     probes: int = 0
@@ -64,9 +66,9 @@ class Replica:
                 self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
         self.steps.extend(telemetry.steps)
         if telemetry.tokens and telemetry.steps:
-            seconds = sum(s.duration for s in telemetry.steps)
-            counted = (telemetry.tokens, len(telemetry.steps), seconds, telemetry.deciding, telemetry.switches, telemetry.probes)
-            self.tallies.append(Tally(*counted))
+            lasted, cost = (sum(getattr(s, name) for s in telemetry.steps) for name in ("duration", "seconds"))
+            counted = (telemetry.tokens, len(telemetry.steps), lasted, cost)
+            self.tallies.append(Tally(*counted, telemetry.deciding, telemetry.switches, telemetry.probes))
 
 
 class Fleet:
@@ -220,7 +222,7 @@ def typical(live: Sequence[Replica]) -> tuple[Load, list[RequestView]]:
 def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any]:
     """What the live replicas do, as JSON."""
     tallies = [t for r in live for t in r.tallies]
-    tokens, steps, seconds = (sum(getattr(t, name) for t in tallies) for name in ("tokens", "steps", "seconds"))
+    tokens, steps, seconds, cost = (sum(getattr(t, name) for t in tallies) for name in ("tokens", "steps", "seconds", "cost"))
     recent = [s for r in live for s in r.steps]
     return {
         "replicas": len(live),
@@ -230,7 +232,7 @@ def load_now(fleet: Fleet, live: Sequence[Replica], now: float) -> dict[str, Any
         "context": sum(r.last.load.context for r in live),
         "tokens_per_step": tokens / steps if steps else None,
         "step_seconds": seconds / steps if steps else None,
-        "deciding_share": sum(t.deciding for t in tallies) / seconds if seconds else None,
+        "deciding_share": sum(t.deciding for t in tallies) / cost if cost else None,
         "switches_per_step": sum(t.switches for t in tallies) / steps if steps else None,
         "probes_per_step": sum(t.probes for t in tallies) / steps if steps else None,
         "depths": depths(recent),

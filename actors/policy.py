@@ -27,6 +27,7 @@ BLOCK = 1000  # plan versions reserved at a time
 FARTHEST = 1 << 40  # the latest plan version that is believed of a replica: there is room for as many after it as are ever published
 PART, MANY = 0.1, 1024  # of all steps told of, and steps of each replica, that are worth a new plan
 SELDOM = 4  # times the least distance of plans after which any news are
+LEISURE = 20  # times as many seconds as the last plan was work pass until the next, at least
 
 
 class PolicyError(Exception):
@@ -57,8 +58,8 @@ class PolicyConflict(Exception):
 @dataclass(frozen=True, slots=True)
 class KeeperSettings:
     """stale: seconds without telemetry after which a replica is left out of load and estimates; gone: after which it is forgotten;
-    publish: seconds between plans of a model at least, and a few times that while there is little news; save: seconds between saves of
-    what was learned at least."""
+    publish: seconds between plans of a model at least, more where making one is much work, and a few times that while there is little
+    news; save: seconds between saves of what was learned at least."""
 
     stale: float = 5.0
     gone: float = 60.0
@@ -70,7 +71,8 @@ class KeeperSettings:
 class Entry:
     """One model: its policy, the version of that (0: never changed), its replicas and the plans in force, by device, of one version.
 
-    steps, news: told of in all, and since the plan. unsure: whether the store may hold a change that it did not confirm.
+    steps, news: told of in all, and since the plan; took: seconds of work that was. unsure: whether the store may hold a change that it did
+    not confirm.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Entry:
     survival: dict[str, SurvivalCurve] = field(default_factory=dict)
     steps: int = 0
     news: int = 0
+    took: float = 0.0
     saved: float = 0.0
     unsure: bool = False
 
@@ -119,10 +122,16 @@ def _refused(error: ValidationError) -> PolicyError:
 
 
 class PolicyKeeper:
-    """Everything the policy actor does. Not thread-safe: one caller at a time, as in an actor."""
+    """Everything the policy actor does. Not thread-safe: one caller at a time, as in an actor. timer: seconds of work."""
 
-    def __init__(self, store: StateStore, clock: Callable[[], float] = time.time, settings: KeeperSettings | None = None) -> None:
-        self._store, self._clock, self._settings = store, clock, settings or KeeperSettings()
+    def __init__(
+        self,
+        store: StateStore,
+        clock: Callable[[], float] = time.time,
+        settings: KeeperSettings | None = None,
+        timer: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._store, self._clock, self._settings, self._timer = store, clock, settings or KeeperSettings(), timer
         self._models: dict[str, Entry] = {}
         self._refused_reports = 0
         self._unsaved = 0
@@ -300,18 +309,18 @@ class PolicyKeeper:
         published = next((plan.published for plan in reversed(entry.plans.values())), now)
         if not entry.plans or now < published:
             return True
-        age, least = now - published, self._settings.publish
+        age, least = now - published, max(self._settings.publish, LEISURE * entry.took)
         enough = min(PART * entry.steps, MANY * len(entry.fleet.replicas))
         return entry.news > 0 and age >= least and (entry.news >= enough or age >= SELDOM * least)
 
     def _publish(self, entry: Entry, reserved: int | None = None) -> Plan:
         """New plans of what is known now, under the version reserved for them or else the next; that for most replicas."""
-        now, version = self._clock(), reserved or self._next_version()
+        now, begun, version = self._clock(), self._timer(), reserved or self._next_version()
         entry.fleet.forget(now - self._settings.gone)
         entry.limits = entry.fleet.limits(now - self._settings.stale) or entry.limits
         entry.survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
         entry.plans = {device: self._made(entry, version, device, now) for device in entry.fleet.devices() or [""]}
-        entry.news = 0
+        entry.news, entry.took = 0, self._timer() - begun
         return next(reversed(entry.plans.values()))
 
     def _made(self, entry: Entry, version: int, device: str, now: float) -> Plan:

@@ -10,7 +10,7 @@ import logging
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TypeVar
 
 import torch
@@ -74,8 +74,8 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did and cost. seconds: the whole step; draft_seconds: drafting within it; elapsed: seconds that passed, where whoever
-    runs the engine counts `seconds` otherwise. rows: nodes in the forward."""
+    """What one step did and cost. seconds: the whole step, by `clock_of` its device; draft_seconds: drafting within it; elapsed: seconds
+    that passed, where whoever runs the engine tells them. rows: nodes in the forward."""
 
     outcomes: tuple[Outcome, ...] = ()
     load: Load = field(default_factory=lambda: Load(0, 0, 0, 0))
@@ -128,6 +128,12 @@ class Blocked:
     key: Key | None
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds that work costs on a device of that type: those that pass, but where the engine computes on the processor itself those that
+    its thread is given, for beside other work it waits as long again, whatever it does."""
+    return thread_time if device == "cpu" else perf_counter
+
+
 class Engine:
     """Continuous batching with speculation over one base.
 
@@ -153,6 +159,7 @@ class Engine:
         block: int = 16,
     ) -> None:
         self.base, self.drafter, self.budgets, self.prune, self.recorder = base, drafter, budgets, prune, recorder
+        self.clock = clock_of(base.device.type)
         self.observer: Observer | None = None  # of this step
         self.chunk, self.nodes, self.max_running, self.max_waiting = chunk, nodes, max_running, max_waiting
         self.pool = SlotPool(slots, block, headroom=max_running * 8)
@@ -207,18 +214,18 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepReport:
         """Advance every request that fits by one forward. Never raises for what a request or a drafter did, but DeviceLost."""
-        started = perf_counter()
+        started = self.clock()
         dropped = list(self.drop_cancelled())
         self.admit()
         plans = self.plan()
         load = self.load(plans)
         if not plans:
-            return StepReport(tuple(dropped), load, seconds=perf_counter() - started)
+            return StepReport(tuple(dropped), load, seconds=self.clock() - started)
         context = sum(len(p.text.table) for p in plans)
         prefill = sum(p.tree.forced for p in plans if not p.complete or p.tree.forced > 1)
-        drafting = perf_counter()
+        drafting = self.clock()
         self.draft(plans, load)
-        draft_seconds = perf_counter() - drafting
+        draft_seconds = self.clock() - drafting
         rows = sum(len(p.tree) for p in plans)
         try:
             logits, hidden = self.forward(plans)
@@ -228,7 +235,7 @@ class Engine:
             raise
         except Exception as error:
             log.exception("a step failed; its %d requests fail with it", len(plans))
-            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=perf_counter() - started)
+            return StepReport((*dropped, *self.fail(plans, error)), load, seconds=self.clock() - started)
         self.observer = self.drafter.observer if self.drafter is not None else None
         results = [self.commit(p, picks, hidden, s) for p, s in zip(plans, scores, strict=True)]
         self.record(logits, hidden)
@@ -242,7 +249,7 @@ class Engine:
             prefill=prefill,
             context=context,
             emitted=sum(len(o.tokens) for o, _ in results if o),
-            seconds=perf_counter() - started,
+            seconds=self.clock() - started,
             draft_seconds=draft_seconds,
         )
 

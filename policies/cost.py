@@ -44,6 +44,7 @@ TRUSTED = 3  # samples from which a cell is believed alone
 CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
 CLEAR = 0.1  # and by about that part of it
 FAINT = 1e-3  # least weight of a cell
+FITS = 3  # rounds in which errors come to be relative to what is fitted
 NEAR = 1.5  # how many times as many requests are still about as many
 OWN = 8.0  # weight from which what drafting takes at some number of requests counts more than what the line through all of them says
 
@@ -505,10 +506,19 @@ class CostTable:
 
 
 def line(points: Sequence[Point]) -> tuple[float, float]:
-    """y at x = 0 and what each x adds, neither negative: least squares of relative errors over points (x, y, weight); flat for one x."""
+    """y at x = 0 and what each x adds, neither negative: least squares of errors relative to the line itself over points (x, y, weight), so
+    that a point with hardly any y says no more than others; flat for one x."""
+    base, each = fitted(points, [1.0] * len(points))
+    for _ in range(FITS):
+        base, each = fitted(points, [max(base + each * x, SHORTEST) for x, _, _ in points])
+    return base, each
+
+
+def fitted(points: Sequence[Point], units: Sequence[float]) -> tuple[float, float]:
+    """The same, with each error in a unit of its own."""
     total = sx = sy = sxx = sxy = 0.0
-    for x, y, weight in points:
-        share = weight / max(y, SHORTEST) ** 2
+    for (x, y, weight), unit in zip(points, units, strict=True):
+        share = weight / unit**2
         total, sx, sy, sxx, sxy = total + share, sx + share * x, sy + share * y, sxx + share * x * x, sxy + share * x * y
     spread = total * sxx - sx * sx
     if spread <= 1e-9 * total * sxx:

@@ -109,6 +109,7 @@ class ModelHost:
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
         sizes: dict[str, Any] = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
         engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, recorder=self.recorder(), slots=slots, **sizes)
+        self.pilot.clock = engine.clock
         warm_up(engine)
         if not self.pilot.plan.knowledge.measured:
             profile(engine, self.pilot)

@@ -64,7 +64,8 @@ class Order:
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry. clock: seconds, that its own work is timed by; device: see `Telemetry`."""
+    """Turns plans into budgets and steps into telemetry. clock: seconds that its own work costs, the engine's clock; device: see
+    `Telemetry`."""
 
     def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter, device: str = "") -> None:
         self.replica, self.plan, self.clock, self.device = replica, plan, clock, device
@@ -193,7 +194,7 @@ class Pilot:
             self.remember(self.views[draft.request], draft)
         if seldom or self.worth >= 0:
             saved = self.cut(load, drafts)
-            self.worth += (saved - (self.clock() - begun) / self.plan.cost.stretch - self.worth) / LOOKS
+            self.worth += (saved - (self.clock() - begun) - self.worth) / LOOKS
         self.deciding += self.clock() - begun
 
     def cut(self, load: Load, drafts: Sequence[Draft]) -> float:
@@ -318,9 +319,8 @@ def largest(least: tuple[int, int], budgets: Iterable[Budget]) -> tuple[int, int
 
 
 def without(report: StepReport, asking: float) -> StepReport:
-    """What a step would have cost had the plan not been asked in it, for so many seconds that passed."""
-    cost = asking * report.seconds / report.duration
-    return replace(report, seconds=report.seconds - cost, draft_seconds=max(report.draft_seconds - cost, 0.0))
+    """What a step would have cost had the plan not been asked in it, which cost so many seconds."""
+    return replace(report, seconds=report.seconds - asking, draft_seconds=max(report.draft_seconds - asking, 0.0))
 
 
 def seen(load: Load) -> PolicyLoad:

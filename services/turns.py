@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter, thread_time
+from time import perf_counter
 
-from engine.engine import StepReport
+from engine.engine import StepReport, clock_of
 
 LATELY = 1024  # steps that say what telling takes
 
@@ -36,7 +36,7 @@ class Turns:
     """
 
     def __init__(self, device: str, telling: Clock | None = None) -> None:
-        self.clock = thread_time if device == "cpu" else perf_counter
+        self.clock = clock_of(device)
         self.telling = telling if device == "cpu" else None
         self.begun = self.since = self.heard = 0.0
         self.taken = self.outcomes = 0.0  # of late: seconds of telling, and what was told
@@ -53,11 +53,10 @@ class Turns:
         self.heard = self.telling() if self.telling else 0.0
 
     def told(self, report: StepReport) -> StepReport:
-        """The report of a step as that of the turn that ends with it. Its drafting waited as much as the rest of it."""
+        """The report of a step as that of the turn that ends with it."""
         seconds, elapsed = self.begin()
-        drafting = report.draft_seconds * min(seconds / elapsed, 1.0) if elapsed > 0 else 0.0
         whole = seconds + self.telling_of(len(report.outcomes))
-        return replace(report, seconds=whole, draft_seconds=min(drafting, seconds), elapsed=elapsed)
+        return replace(report, seconds=whole, draft_seconds=min(report.draft_seconds, seconds), elapsed=elapsed)
 
     def telling_of(self, outcomes: int) -> float:
         """Seconds that telling so much takes, by what it took of late: it comes in bursts, after the step."""

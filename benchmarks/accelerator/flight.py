@@ -69,6 +69,7 @@ class Flight:
         self.pilot = Pilot("here", self.plan())
         self.pilot.take(drafter)
         self.engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, **engine)
+        self.pilot.clock = self.engine.clock
         if store is not None:
             assert store.slots >= self.engine.store.slots
             self.engine.store = store

@@ -136,6 +136,7 @@ class Course:
         pilot.take(drafter)
         running = max(RUNNING, self.users)
         engine = Engine(self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running)
+        pilot.clock = engine.clock
         warm_up(engine)
         profile(engine, pilot)
         made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests(), Turns(self.base.device.type))

@@ -286,6 +286,19 @@ def test_plans_are_published_a_few_times_a_second_at_most(keeper, clock):
     assert 8 <= len(versions) <= 12
 
 
+def test_where_plans_are_much_work_there_are_fewer(store, clock):
+    """Making them takes a twentieth of the policy actor's time for one model at most."""
+    work = iter(range(1000))  # a second passes between two looks at the timer
+    keeper = PolicyKeeper(store, clock, SETTINGS, lambda: float(next(work)))
+    keeper.register("m", limits=Limits(4, 2))
+    versions = set()
+    for i in range(200):
+        clock.now += 0.5
+        keeper.report(telemetry(sequence=i + 1))
+        versions.add(keeper.plan("m").version)
+    assert 4 <= len(versions) <= 6
+
+
 def test_no_plan_is_published_for_want_of_news(keeper, clock):
     """Idle replicas say that they are there; a new replica, or one with another speculator, is news."""
 

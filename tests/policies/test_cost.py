@@ -36,6 +36,14 @@ def learned(*samples: StepSample) -> CostModel:
     return model
 
 
+def test_drafting_that_took_nothing_once_makes_it_dear_at_no_load():
+    """As where a step's drafting was counted away: other loads are no million times dearer than that."""
+    taken = {1: 0.0002, 4: 0.0005, 20: 0.0, 32: 0.0033, 64: 0.0065}
+    table = learned(*[drafting(n, 2, 0.02, seconds) for n, seconds in taken.items() for _ in range(5)]).table()
+    for n in (1, 2, 8, 24, 48, 64):
+        assert 0.3 <= table.draft(n, 2) / (0.0001 + 0.0001 * n) <= 3, n
+
+
 def test_depth_0_is_never_extrapolated_from_drafting_steps():
     table = learned(*[drafting(4, 3, 0.02)] * 10).table()
     assert table.off(4) is None and table.off_count(4) == 0

@@ -67,6 +67,10 @@ def last(items, choice=0):
 OFF = Speculation("off")
 
 
+async def test_asking_the_plan_is_timed_as_its_steps_are(host):
+    assert host.pilot.clock is host.runner.engine.clock is host.runner.turns.clock
+
+
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.7, "presence_penalty": 1.0}]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from drafters.versions import Canary, Line, Versions
 from engine.engine import Candidate, Engine, Load, StepReport
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
+from engine.tree import Budget
 from policies import CostTable, FixedPolicy, GoodputPolicy, Limits, Plan, SurvivalCurve
 from policies.cost import Cell
 from services.pilot import Pilot
@@ -182,6 +184,27 @@ def test_what_asking_the_plan_takes_is_not_what_a_depth_costs(monkeypatch):
     steps = pilot.report().steps
     assert now[0] > 0.5, "something was tried"
     assert {round(s.seconds, 9) for s in steps} == {0.01} and {round(s.draft_seconds, 9) for s in steps} == {0.001}
+
+
+def test_time_that_others_take_is_not_what_drafting_costs(base):
+    """On the processor itself: what asking the plan costs is counted away by the same clock."""
+    engine = Engine(base, Oracle({"q": list(range(5, 40))}, 1.0), slots=256)
+    pilot = Pilot("r", Plan.of(0, "m", GoodputPolicy()), engine.clock)
+
+    def asked(load: Load, candidates: list[Candidate]) -> list[Budget]:
+        budgets = pilot.budgets(load, candidates)
+        time.sleep(0.05)
+        return budgets
+
+    engine.budgets = asked
+    engine.submit(Request("q", [5], SamplingParams(max_tokens=8)))
+    costs = []
+    while engine.busy:
+        report = engine.step()
+        costs.append((report.seconds, report.draft_seconds))
+        assert 0 <= pilot.asking <= report.draft_seconds
+        pilot.observe(report)
+    assert len(costs) > 2 and max(costs) < (0.05, 0.05)
 
 
 def free_rows() -> CostTable:

@@ -76,7 +76,9 @@ def build(settings: Settings) -> tuple[Engine, Learner | None]:
     folder = Path(settings.model) / "speculator"
     drafter = build_drafter("mlp+ngram", folder, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
     learner.pilot.take(drafter)
-    return Engine(base, drafter, learner.pilot.budgets, learner.pilot.prune, **sizes), learner
+    engine = Engine(base, drafter, learner.pilot.budgets, learner.pilot.prune, **sizes)
+    learner.pilot.clock = engine.clock
+    return engine, learner
 
 
 def run(engine: Engine, learner: Learner | None) -> dict[str, list[int]]:
