@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
-from string import ascii_lowercase
 from typing import Any
 
 import httpx
@@ -38,7 +36,7 @@ KEY = {"Authorization": f"Bearer {USER}"}
 STORE = 80 * 2**20  # bytes of each node's object store
 SEATS = 8
 CLIENTS = 3 * SEATS
-FEW = 2  # that one replica would carry with a margin: by what it did in the flood, where it read prompts too
+FEW = 2  # that one replica would carry with a margin
 SHORT, LONG = 100, 400  # tokens of an answer
 READ = 600  # letters of a prompt in the flood
 
@@ -125,7 +123,7 @@ def nodes() -> int:
 def ask(settings: Settings, tokens: int, seed: int, letters: int) -> dict[str, Any]:
     """One streamed request with a prompt of so many letters: status, finish reason and tokens."""
     answer: dict[str, Any] = {"status": 0, "finish": None, "tokens": 0}
-    body = long_request(MODEL, tokens, seed) | {"prompt": "".join(Random(seed).choices(ascii_lowercase, k=letters))}
+    body = long_request(MODEL, tokens, seed, letters)
     with httpx.stream("POST", f"{url(settings)}/v1/completions", json=body, headers=KEY, timeout=240) as response:
         answer["status"] = response.status_code
         for line in response.iter_lines():

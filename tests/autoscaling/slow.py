@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 from typing import Any
 
 from transformers import GemmaConfig
@@ -31,7 +33,11 @@ def write_slow_model(folder: Path, layers: int = 8) -> Path:
     return folder
 
 
-def long_request(model: str, tokens: int, seed: int = 1) -> dict[str, Any]:
-    """The body of a request that takes so many steps."""
-    body = {"model": model, "prompt": "def add", "max_tokens": tokens, "seed": seed, "ignore_eos": True, "stream": True}
+def long_request(model: str, tokens: int, seed: int = 1, letters: int = 7) -> dict[str, Any]:
+    """The body of a request that takes so many steps, with a prompt of its own of so many letters.
+
+    After a flood of long prompts a replica is known to be strong enough for a few requests with short ones, however slow the machine is.
+    """
+    prompt = "".join(Random(seed).choices(ascii_lowercase, k=letters))
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "seed": seed, "ignore_eos": True, "stream": True}
     return {**body, "stream_options": {"include_usage": True}}

@@ -106,7 +106,7 @@ def test_many_who_come_at_once_while_it_sleeps_are_all_answered(settings: Settin
 def test_load_adds_a_replica_and_ease_takes_it_away_without_breaking_a_request(settings: Settings) -> None:
     assert replicas(settings, "busy") == 1
     with ThreadPoolExecutor(24) as pool:
-        flood = [pool.submit(ask, settings, long_request("busy", 300, seed)) for seed in range(20)]
+        flood = [pool.submit(ask, settings, long_request("busy", 300, seed, 600)) for seed in range(20)]
         wait_until(lambda: replicas(settings, "busy") == 2, timeout=60, every=0.1)
         assert [f.result() for f in flood] == [(200, 300)] * 20
         gone = threading.Event()
