@@ -15,6 +15,7 @@ from policies.arena import Arena, Choice, Group
 from policies.step import SETTLING
 
 SHARE = 0.001  # of all time, that one kind of probe may lose
+BASELINE = 0.003  # and that looking at depth 0 may, which all drafting is judged by
 RAREST = 64  # times the usual distance between two probes, at most
 RUN = SETTLING + 4  # steps of a probe between drafting and not drafting
 
@@ -87,7 +88,7 @@ class Agenda:
         """
         usual, made = self.phase(kind)[1], self.made.get(kind)
         seldom = min(1 + self.looks.get((kind, requests.bit_length()), 0), RAREST) if kind in DRAFTS else RAREST
-        wait = min(max(usual, round(lost / SHARE)), usual * seldom)
+        wait = min(max(usual, round(lost / (BASELINE if kind == OFF else SHARE))), usual * seldom)
         if made is None or step - made >= wait:
             return True
         self.due[kind] = made + min(wait, 2 * (step - made))

@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
-CHUNK_S = 0.001  # seconds between two chunks of a stream for every stream that runs
-MOST_CHUNK_S = 0.025  # and no more than that
 
 
 @dataclass(slots=True, eq=False)
@@ -227,7 +225,7 @@ class ModelHost:
             stream = await runner.submit([c.request for c in choices], lambda outcome: self.piece(job, by_id[outcome.request.id], outcome))
             prompt_tokens = sum(len(c.request.prompt) for c in choices if c.index % job.n == 0)
             yield Accepted(tuple(c.request.params.seed for c in choices), prompt_tokens)
-            async for pieces in chunks(stream, lambda: spacing(len(runner.streams))):
+            async for pieces in chunks(stream, lambda: runner.apart):
                 yield pieces
             stream = None
         except Exception as error:
@@ -382,16 +380,11 @@ class NotReady(RuntimeError):
 
 async def chunks(stream: Stream[Piece], apart: Callable[[], float]) -> AsyncGenerator[tuple[Piece, ...], None]:
     """The pieces of a stream as they come, those of one choice that are there at the same time as one; apart: seconds between two chunks
-    now, so that the way to the clients carries no more than it can."""
+    now."""
     clock, earliest = asyncio.get_running_loop().time, 0.0
     while pieces := await stream.take(earliest):
         yield joined(pieces)
         earliest = clock() + apart()
-
-
-def spacing(streams: int) -> float:
-    """Seconds between two chunks of a stream where so many run."""
-    return min(CHUNK_S * streams, MOST_CHUNK_S)
 
 
 def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from engine.engine import Engine, StepReport
 from engine.request import Outcome, Request
-from services.turns import Turns, this_thread
+from services.turns import Turns, spacing, this_thread
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,6 +118,11 @@ class EngineRunner:
         self.thread.join()
 
     @property
+    def apart(self) -> float:
+        """Seconds between two chunks of a stream now, so that the way to the clients carries no more than it can."""
+        return spacing(len(self.streams))
+
+    @property
     def alive(self) -> bool:
         return not self.closed and self.thread.is_alive()
 
@@ -210,7 +215,7 @@ class EngineRunner:
                 waiting[stream] = None
         if waiting:
             self.hop(wake, list(waiting))
-        told = self.turns.told(report)
+        told = self.turns.told(report, len(self.streams))
         try:
             self.on_step(told)
         except Exception:

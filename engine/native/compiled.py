@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
+from filelock import FileLock
+
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
+LONGEST_S = 300  # that compiling may take
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
 
 
@@ -121,7 +124,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def build() -> Path:
-    """Compile the kernels for this very processor unless that has been done. Raises OSError or SubprocessError."""
+    """Compile the kernels for this very processor unless that has been done; who comes meanwhile waits for it. Raises OSError or
+    SubprocessError."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     name = f"kernels-{fingerprint(compiler or '')}.so"
     ready = next((place / name for place in folders() if (place / name).exists()), None)
@@ -130,14 +134,21 @@ def build() -> Path:
     if compiler is None:
         raise FileNotFoundError(f"no C compiler was found ({', '.join(COMPILERS)})")
     target = writable(folders()) / name
+    with FileLock(target.with_suffix(".lock"), timeout=LONGEST_S):
+        if not target.exists():
+            compile_into(target, compiler)
+    return target
+
+
+def compile_into(target: Path, compiler: str) -> None:
+    """Compile the kernels into that file, which is there when all of it is. Raises OSError or SubprocessError."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *FLAGS, *vector_flags(), "-o", str(made), str(SOURCE), "-lpthread", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
         os.replace(made, target)
-    return target
 
 
 def vector_flags() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from configs.settings import EngineSettings, ModelSettings
 from engine.engine import Engine
 from engine.executor import Eager
 from policies import CostModel, GoodputPolicy, Plan, StepSample
-from services.host import MOST_CHUNK_S, ModelHost, joined, spacing
+from services.host import ModelHost, joined
 from services.pilot import Pilot
 from services.protocol import Accepted, Failure, Job, Piece, Speculation, Usage
 from tests.conftest import wait_until
@@ -303,10 +303,6 @@ def test_pieces_of_a_choice_join_and_keep_how_it_ended() -> None:
     first, other, last = Piece(0, "a", (1,)), Piece(1, "x", (9,)), Piece(0, "bc", (2, 3), finish="stop", usage=Usage(4, 3))
     assert joined([first, other, last]) == (Piece(0, "abc", (1, 2, 3), finish="stop", usage=Usage(4, 3)), other)
     assert joined([]) == ()
-
-
-def test_the_more_streams_the_wider_chunks_are_apart_within_a_bound() -> None:
-    assert 0 < spacing(1) < spacing(2) < spacing(8) <= spacing(1000) == MOST_CHUNK_S
 
 
 async def test_what_is_loaded_is_not_searched_for_garbage_while_serving(host) -> None:

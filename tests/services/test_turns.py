@@ -10,7 +10,7 @@ import pytest
 from engine.engine import StepReport
 from engine.request import Outcome, Request
 from engine.sampling import SamplingParams
-from services.turns import Turns, this_thread
+from services.turns import MOST_CHUNK_S, Turns, spacing, this_thread
 
 
 def report(outcomes: int) -> StepReport:
@@ -29,6 +29,26 @@ def test_telling_is_shared_out_among_all_that_is_told():
     own = Turns("cpu")
     own.rested()
     assert turns.told(report(8)).seconds == pytest.approx(8 * 0.0005, rel=0.1, abs=own.told(report(8)).seconds + 3e-4)
+
+
+def test_the_more_streams_the_wider_chunks_are_apart_within_a_bound() -> None:
+    assert 0 < spacing(1) < spacing(2) < spacing(8) <= spacing(1000) == MOST_CHUNK_S
+
+
+def test_what_is_told_together_is_told_once(monkeypatch):
+    """Where steps are shorter than chunks are apart, telling goes with the time: a step that lasts longer is told in more chunks."""
+    now, heard = 0.0, 0.0
+    monkeypatch.setattr("services.turns.perf_counter", lambda: now)
+    turns = Turns("cpu", lambda: heard)
+    turns.clock = lambda: 0.0
+    turns.rested()
+    costs: dict[float, float] = {}
+    for step in range(400):
+        lasts = (0.005, 0.0125, 0.025, 0.05)[step % 4]
+        now, heard = now + lasts, heard + 0.001
+        costs[lasts] = turns.told(report(8), 100).seconds
+    assert costs[0.0125] / costs[0.005] == pytest.approx(2.5, rel=0.05)
+    assert costs[0.025] / costs[0.005] == pytest.approx(5, rel=0.05) and costs[0.05] == pytest.approx(costs[0.025], rel=0.05)
 
 
 def test_what_the_other_thread_does_in_a_rest_is_no_telling():
