@@ -110,7 +110,7 @@ def test_probes_that_lose_much_are_rare():
     replica = Replica(Machine(memory_bound, 0.85))
     replica.run(4, 1200)
     off = [step for step, depths in probes(replica, 40_000) if not any(depths)]
-    assert 40 <= len(off) <= 90 and 0.7 * len(off) <= 0.0015 * 40_000
+    assert 100 <= len(off) <= 200 and 0.7 * len(off) <= 0.004 * 40_000
 
 
 def test_probes_take_three_per_cent_of_the_steps_at_most():
@@ -153,7 +153,7 @@ def test_an_agenda_goes_on_from_plan_to_plan():
             replica.plan = Plan.of(before.version + 1, "m", before.policy, before.cost, before.knowledge.curves, before.limits)
             replica.plan.follow(before)
         seen += not any(d.depth for d in replica.plan.decide(load, views, step))
-    assert 2 * RUN <= seen <= 4 * RUN
+    assert 5 * RUN <= seen <= 12 * RUN
 
 
 def test_with_no_data_starts_at_a_moderate_depth_and_measures_depth_0_soon():
