@@ -129,8 +129,8 @@ class Blocked:
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Seconds that work costs on a device of that type: those that pass, but where the engine computes on the processor itself those that
-    its thread is given, for beside other work it waits as long again, whatever it does."""
+    """Seconds that work costs on a device of that type: those that pass; where the engine computes on the processor itself, those that its
+    thread is given, since how long it waits for other work says nothing of its own."""
     return thread_time if device == "cpu" else perf_counter
 
 

@@ -103,11 +103,9 @@ class ModelHost:
         )
         if (versions := versions_of(drafter)) is not None:
             versions.ended = self.counted
-        self.pilot.take(drafter)
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
         sizes: dict[str, Any] = {"chunk": e.chunk, "max_running": e.max_running, "max_waiting": e.max_waiting}
-        engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, recorder=self.recorder(), slots=slots, **sizes)
-        self.pilot.clock = engine.clock
+        engine = self.pilot.engine(base, drafter, recorder=self.recorder(), slots=slots, **sizes)
         warm_up(engine)
         if not self.pilot.plan.knowledge.measured:
             profile(engine, self.pilot)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drafters.registry import versions_of
 from drafters.versions import Versions
 from engine.drafter import Draft, Drafter
-from engine.engine import Candidate, Load, StepReport, Verified
+from engine.engine import Candidate, Engine, Load, StepReport, Verified
+from engine.loading import Base
 from engine.request import Request
 from engine.tree import Budget
 from policies import Decision, DepthCounts, GoodputPolicy, Limits, Plan, Profile, RequestView, StepSample, Telemetry, nodes_of
@@ -64,8 +65,7 @@ class Order:
 
 
 class Pilot:
-    """Turns plans into budgets and steps into telemetry. clock: seconds that its own work costs, the engine's clock; device: see
-    `Telemetry`."""
+    """Turns plans into budgets and steps into telemetry. clock: seconds that its own work costs; device: see `Telemetry`."""
 
     def __init__(self, replica: str, plan: Plan, clock: Callable[[], float] = perf_counter, device: str = "") -> None:
         self.replica, self.plan, self.clock, self.device = replica, plan, clock, device
@@ -100,6 +100,13 @@ class Pilot:
         self.order, self.views = None, {}
         with self.lock:
             self.survival, self.apart = {}, set()
+
+    def engine(self, base: Base, drafter: Drafter | None, **sizes: Any) -> Engine:
+        """An engine that it flies, with this drafter. Its own work is timed by the engine's clock from now on."""
+        self.take(drafter)
+        made = Engine(base, drafter, self.budgets, self.prune, **sizes)
+        self.clock = made.clock
+        return made
 
     def adopt(self, plan: Plan | None) -> None:
         """Fly by a newer plan."""

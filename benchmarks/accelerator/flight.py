@@ -15,7 +15,6 @@ import torch
 
 from drafters.tree_draft import MLPDrafter
 from engine.attention import KVStore
-from engine.engine import Engine
 from engine.request import Request
 from engine.sampling import SamplingParams
 
@@ -67,9 +66,7 @@ class Flight:
         self.make: Any = Plan.of
         self.version = 0
         self.pilot = Pilot("here", self.plan())
-        self.pilot.take(drafter)
-        self.engine = Engine(base, drafter, self.pilot.budgets, self.pilot.prune, **engine)
-        self.pilot.clock = self.engine.clock
+        self.engine = self.pilot.engine(base, drafter, **engine)
         if store is not None:
             assert store.slots >= self.engine.store.slots
             self.engine.store = store

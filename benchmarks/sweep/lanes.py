@@ -132,11 +132,7 @@ class Course:
         keeper = PolicyKeeper(MemoryState(), watch)
         flies, policy = (Bandit, OFF.policy) if arm == BANDIT else (Pilot, arm.policy)
         pilot = flies(arm.name, keeper.register(arm.name, dict(policy)))
-        drafter = self.drafter()
-        pilot.take(drafter)
-        running = max(RUNNING, self.users)
-        engine = Engine(self.base, drafter, pilot.budgets, pilot.prune, slots=self.slots, chunk=CHUNK, max_running=running)
-        pilot.clock = engine.clock
+        engine = pilot.engine(self.base, self.drafter(), slots=self.slots, chunk=CHUNK, max_running=max(RUNNING, self.users))
         warm_up(engine)
         profile(engine, pilot)
         made = Lane(arm, self.users, engine, pilot, keeper, watch, self.requests(), Turns(self.base.device.type))

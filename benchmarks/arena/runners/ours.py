@@ -75,10 +75,7 @@ def build(settings: Settings) -> tuple[Engine, Learner | None]:
     learner = Learner(POLICIES[settings.setting])
     folder = Path(settings.model) / "speculator"
     drafter = build_drafter("mlp+ngram", folder, hidden_size=base.hidden_size, vocab_size=base.vocab_size)
-    learner.pilot.take(drafter)
-    engine = Engine(base, drafter, learner.pilot.budgets, learner.pilot.prune, **sizes)
-    learner.pilot.clock = engine.clock
-    return engine, learner
+    return learner.pilot.engine(base, drafter, **sizes), learner
 
 
 def run(engine: Engine, learner: Learner | None) -> dict[str, list[int]]:
