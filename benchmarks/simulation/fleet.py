@@ -119,7 +119,7 @@ class Fleet:
     def __init__(self, job: Job) -> None:
         self.job, self.now = job, 0.0
         self.costs = curves(job.model, job.device, job.results)
-        self.keeper = PolicyKeeper(MemoryState(), lambda: self.now, timer=lambda: 0.0)  # plans come as they would on a machine that is quick
+        self.keeper = PolicyKeeper(MemoryState(), lambda: self.now, timer=lambda: 0.0)  # as if plans were no work here
         self.pilots: list[Pilot] = []
         self.keeping = 0.0  # seconds of this machine that the keeper took
         self.rate = rate(self.costs, job.room, job.model)
