@@ -30,6 +30,11 @@ from tests.actors.stand import Flaky, MemoryState
 SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
 
 
+def no_work() -> float:
+    """A timer by which making plans is no work, however slow the machine is."""
+    return 0.0
+
+
 @pytest.fixture
 def store(url):
     return open_state(url)
@@ -37,7 +42,7 @@ def store(url):
 
 @pytest.fixture
 def keeper(store, clock):
-    made = PolicyKeeper(store, clock, SETTINGS)
+    made = PolicyKeeper(store, clock, SETTINGS, no_work)
     made.register("m", limits=Limits(4, 2))
     return made
 
@@ -212,7 +217,7 @@ def test_unknown_models(keeper):
 
 def test_a_change_that_cannot_be_stored_is_not_applied(clock):
     store = Flaky(MemoryState())
-    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
     keeper.register("m")
     store.broken = True
     with pytest.raises(StoreError):
@@ -231,7 +236,7 @@ class Unsure(Flaky):
 @pytest.mark.parametrize("found_by", ["change", "report"])
 def test_a_change_that_the_store_did_not_confirm_is_in_force_once_it_is_found_there(clock, found_by):
     store = Unsure(MemoryState())
-    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
     keeper.register("m")
     store.broken = True
     with pytest.raises(StoreError):
@@ -251,12 +256,12 @@ def test_a_change_that_the_store_did_not_confirm_is_in_force_once_it_is_found_th
 
 def test_what_was_learned_is_saved_now_and_then(keeper, store, clock):
     feed(keeper, clock, 20)
-    assert PolicyKeeper(store, clock, SETTINGS).plan("m").cost.off(4) == pytest.approx(0.01, rel=0.05)
+    assert PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").cost.off(4) == pytest.approx(0.01, rel=0.05)
 
 
 def test_without_its_store_it_goes_on_with_the_last_plan(clock):
     store = Flaky(MemoryState())
-    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
     keeper.register("m")
     store.broken = True
     feed(keeper, clock, 1500)
@@ -265,7 +270,7 @@ def test_without_its_store_it_goes_on_with_the_last_plan(clock):
     store.broken = False
     feed(keeper, clock, 2)
     assert keeper.plan("m").version > last
-    again = PolicyKeeper(store, clock, SETTINGS)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
     assert again.plan("m").version > keeper.plan("m").version
 
 
@@ -416,7 +421,7 @@ def test_what_other_versions_draft_says_nothing_of_the_live_one(keeper, store, c
     feed(keeper, clock, 1, survival={}, speculator_version="v2")
     assert "greedy, by v2" not in keeper.plan("m").knowledge.curves
     keeper.save()
-    assert "greedy, by v2" not in PolicyKeeper(store, clock, SETTINGS).plan("m").knowledge.curves
+    assert "greedy, by v2" not in PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").knowledge.curves
 
 
 def test_each_kind_of_device_has_its_own_costs(keeper, store, clock):
@@ -425,7 +430,7 @@ def test_each_kind_of_device_has_its_own_costs(keeper, store, clock):
         clock.now += 1
         for device, seconds in (("slow", 0.1), ("fast", 0.01)):
             plan = keeper.report(telemetry(device, sequence, steps=samples(seconds), device=device))
-    again = PolicyKeeper(store, clock, SETTINGS)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
     for made in (keeper, again):
         assert made.plan("m", "slow").cost.off(4) == pytest.approx(0.1, rel=0.05)
         assert made.plan("m", "fast").cost.off(4) == pytest.approx(0.01, rel=0.05)
@@ -507,7 +512,7 @@ def test_a_restart_recovers_everything_and_versions_rise(keeper, store, clock):
     feed(keeper, clock, 20, limits=Limits(3, 2))
     keeper.save()
     old, cost, history = keeper.plan("m"), keeper.plan("m").cost, keeper.history("m")
-    again = PolicyKeeper(store, clock, SETTINGS)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
     assert again.policy("m")["policy"] == GoodputPolicy(margin=0.2).model_dump() and again.policy("m")["version"] == 1
     assert again.history("m") == history
     assert again.plan("m").version > old.version and again.plan("m").cost.off(4) == cost.off(4)
@@ -521,7 +526,7 @@ def test_a_restart_recovers_everything_and_versions_rise(keeper, store, clock):
 
 
 def test_replicas_are_led_on_although_the_state_was_lost(clock):
-    keeper = PolicyKeeper(MemoryState(), clock, SETTINGS)
+    keeper = PolicyKeeper(MemoryState(), clock, SETTINGS, no_work)
     keeper.register("m")
     assert keeper.report(telemetry(plan_version=123_456)).version > 123_456
     assert keeper.report(telemetry("r2", plan_version=7)).version > 123_456
@@ -530,7 +535,7 @@ def test_replicas_are_led_on_although_the_state_was_lost(clock):
 def test_versions_rise_over_many_restarts(store, clock):
     last = 0
     for _ in range(5):
-        keeper = PolicyKeeper(store, clock, SETTINGS)
+        keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
         keeper.register("m")
         for i in range(3):
             version = keeper.put_policy("m", {"kind": "fixed", "depth": i}, "ann", "")["plan_version"]
@@ -541,15 +546,15 @@ def test_versions_rise_over_many_restarts(store, clock):
 def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock):
     feed(keeper, clock, 5)
     store.put("policy/learned/m", {"cost": {"off": "x"}, "survival": {"a": {"": {"trials": [math.nan]}}}})
-    again = PolicyKeeper(store, clock, SETTINGS)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
     assert again.plan("m").cost.off(4) is None
     store.put("policy/learned/m", {})
-    assert PolicyKeeper(store, clock, SETTINGS).plan("m").policy == GoodputPolicy()
+    assert PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").policy == GoodputPolicy()
 
 
 def test_a_stored_policy_of_another_release_leaves_the_default(store, clock):
     store.append("policy/m", {"version": 7, "to": {"kind": "bandit"}})
-    keeper = PolicyKeeper(store, clock, SETTINGS)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
     keeper.register("m", {"kind": "fixed"})
     assert keeper.plan("m").policy == FixedPolicy()
     assert keeper.put_policy("m", {"kind": "off"}, "ann", "")["version"] == 8
@@ -566,5 +571,5 @@ def test_a_clock_that_jumps_back_does_not_stop_publication(keeper, clock):
 def test_the_plan_of_a_warm_start_decides_without_any_replica(keeper, store, clock):
     feed(keeper, clock, 20, survival={"greedy": kept(0.9)})
     keeper.save()
-    plan = PolicyKeeper(store, clock, SETTINGS).plan("m")
+    plan = PolicyKeeper(store, clock, SETTINGS, no_work).plan("m")
     assert plan.decide(Load(4), [RequestView(str(i)) for i in range(4)], 1)[0].depth >= 2

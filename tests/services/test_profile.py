@@ -39,7 +39,7 @@ def test_loads_and_depths() -> None:
 
 
 def test_a_profile_lets_the_first_plan_choose(base, tmp_path) -> None:
-    keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), settings=KeeperSettings(publish=0.0))
+    keeper = PolicyKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), settings=KeeperSettings(publish=0.0), timer=lambda: 0.0)
     pilot, drafter = Pilot("r", keeper.register("m")), Guesser()
     pilot.take(drafter)
     engine = Engine(base, drafter, pilot.budgets, pilot.prune, slots=2048, max_running=4)
