@@ -193,7 +193,7 @@ def test_time_that_others_take_is_not_what_drafting_costs(base):
 
     def asked(load: Load, candidates: list[Candidate]) -> list[Budget]:
         budgets = pilot.budgets(load, candidates)
-        time.sleep(0.05)
+        time.sleep(0.2)
         return budgets
 
     engine.budgets = asked
@@ -204,7 +204,7 @@ def test_time_that_others_take_is_not_what_drafting_costs(base):
         costs.append((report.seconds, report.draft_seconds))
         assert 0 <= pilot.asking <= report.draft_seconds
         pilot.observe(report)
-    assert len(costs) > 2 and all(drafting <= whole < 0.05 for whole, drafting in costs)
+    assert len(costs) > 2 and all(drafting <= whole < 0.2 for whole, drafting in costs)
 
 
 def free_rows() -> CostTable:
