@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from policies.curve import Curve, Point
 from policies.pace import Pace
-from policies.smooth import smooth
+from policies.smooth import levelled, smooth
 from policies.step import SETTLING, SHORTEST, StepSample
 
 T = TypeVar("T")
@@ -71,8 +71,8 @@ class Cell:
     """One cell: median x, context and seconds of its window, how many samples it holds, how many of them since the machine's pace last
     changed much, and the step of the latest. Seconds are those without prompt rows.
 
-    rehearsed: whether all samples are from before the replica served; beside: whether most are of steps beside prompts. spread: usual
-    deviation of a sample's seconds from their median, as a part of it.
+    rehearsed: whether samples are from before the replica served, which leave as soon as there are enough others; beside: whether most
+    are of steps beside prompts. spread: usual deviation of a sample's seconds from their median, as a part of it.
     context_moments, prompt_moments: sums over the window of d*d, d*t and t*t, where d is the deviation of context, or of prompt rows, from
     its median, and t that of seconds, winsorised; 0 for few samples.
     """
@@ -97,7 +97,7 @@ class Cell:
         plain = [seconds - price * row[3] for seconds, row in zip(usual, rows, strict=True)]
         context, seconds = median(r[1] for r in rows), median(plain)
         count, since = len(rows), sum(row[4] > shaken for row in rows)
-        rehearsed, beside = all(row[6] == REHEARSED for row in rows), 2 * sum(row[3] > 0 for row in rows) > count
+        rehearsed, beside = any(row[6] == REHEARSED for row in rows), 2 * sum(row[3] > 0 for row in rows) > count
         made = cls(key, median(r[0] for r in rows), context, max(seconds, 0.0), count, since, rows[-1][4], rehearsed, beside)
         if count < 4:
             return made
@@ -345,7 +345,8 @@ class CostModel:
         most = min((0.8 * c.seconds / c.context for c in both if c.context > 0), default=0.0)
         self.slope = _slope([c.context_moments for c in both], both, most)
         off, forward = bounded(off, off, self.slope), bounded(forward, both, self.slope)
-        return CostTable(tuple(smooth(off)), tuple(smooth(forward)), tuple(draft), self.slope, self.price, self.stretch)
+        off, forward = smooth(levelled(off)), smooth(levelled(forward))
+        return CostTable(tuple(off), tuple(forward), tuple(draft), self.slope, self.price, self.stretch)
 
     def to_dict(self) -> dict[str, Any]:
         present = self.now()

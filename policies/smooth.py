@@ -7,6 +7,7 @@ lie off the plane (empirical Bayes: Efron and Morris 1973, doi:10.2307/2284155).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
@@ -34,8 +35,7 @@ def smooth(cells: Sequence[C]) -> list[C]:
     known = [cell.spread for cell in cells if cell.spread > 0]
     if len(cells) < FEWEST or not known:
         return list(cells)
-    logs = np.log([max(cell.seconds, SHORTEST) for cell in cells])
-    at = np.array([[1.0, cell.x, cell.key[0]] for cell in cells])
+    logs, at = np.log(seconds(cells)), places(cells)
     noise = OF_MEDIAN * median(known) ** 2 / np.array([float(cell.count) for cell in cells])  # of a median, relative
     off, far = LEAST**2, np.ones(len(cells))
     for _ in range(ROUNDS):
@@ -44,6 +44,30 @@ def smooth(cells: Sequence[C]) -> list[C]:
         far = np.maximum(np.abs(logs - plane) / np.sqrt(noise + off) / FAR, 1.0)
     found = np.exp(plane + (logs - plane) * off / (off + noise))
     return [replace(cell, seconds=float(s)) for cell, s in zip(cells, found, strict=True)]
+
+
+def levelled(cells: Sequence[C]) -> list[C]:
+    """The cells, those of before the replica served all by as much dearer or cheaper as what was measured since is than they say.
+
+    They know how seconds change with requests and rows. But nobody was told of those steps, and they ran at another pace of the machine.
+    """
+    before, since = [c for c in cells if c.rehearsed], [c for c in cells if not c.rehearsed]
+    if not before or not since:
+        return list(cells)
+    expected = places(since) @ coefficients(places(before), seconds(before), np.array([float(c.count) for c in before]))
+    ratios = np.log(seconds(since) / np.maximum(expected, SHORTEST))
+    order = np.argsort(ratios)
+    reached = np.cumsum(np.array([float(c.count) for c in since])[order])
+    ratio = math.exp(ratios[order][np.searchsorted(reached, reached[-1] / 2)])
+    return [replace(c, seconds=c.seconds * ratio) if c.rehearsed else c for c in cells]
+
+
+def places(cells: Sequence[C]) -> Numbers:
+    return np.array([[1.0, cell.x, cell.key[0]] for cell in cells])
+
+
+def seconds(cells: Sequence[C]) -> Numbers:
+    return np.array([max(cell.seconds, SHORTEST) for cell in cells])
 
 
 def coefficients(at: Numbers, seconds: Numbers, weights: Numbers) -> Numbers:

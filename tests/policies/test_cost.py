@@ -540,6 +540,20 @@ def test_a_change_of_pace_on_one_replica_is_known_of_them_all():
     assert CostModel.merged([steady, shaken]).shaken == shaken.pace.shaken + steady.steps - shaken.steps, "by the oldest's count"
 
 
+def test_what_was_rehearsed_is_as_much_dearer_as_what_was_measured_since():
+    """Nobody is told of rehearsed steps: beside those of service they would make one number of requests look cheap, or one depth."""
+    rehearsed = [s for n in (1, 2, 4, 8, 16) for s in (off(n, 0.001 + 0.0001 * n), drafting(n, 2, 0.003 + 0.0003 * n))]
+    model = learned(*[replace(sample, rehearsed=True) for sample in rehearsed for _ in range(9)])
+    alone = model.table()
+    for n in (3, 7, 9, 12):
+        for sample in [off(n, 0.002 + 0.0002 * n)] * (SETTLING + 5) + [drafting(n, 2, 0.006 + 0.0006 * n, 0.002)] * (SETTLING + 5):
+            model.add(sample)
+    table = model.table()
+    for n in (1, 2, 4, 8, 16):
+        assert table.off(n) == pytest.approx(2 * alone.off(n), rel=0.1), n
+        assert table.forward(n, 3 * n) == pytest.approx(2 * alone.forward(n, 3 * n), rel=0.15), n
+
+
 def test_what_was_rehearsed_stands_in_until_something_was_measured_in_service():
     """Many replicas that start at once make their profiles dear; steps in service, among their like, are believed before them."""
     model = CostModel()
