@@ -421,7 +421,7 @@ class CostTable:
 
     @property
     def rehearsed(self) -> bool:
-        """Whether no draft was measured in service yet."""
+        """Whether drafts were hardly measured in service yet."""
         return self._recalled("rehearsed", lambda: all(c.rehearsed for c in self.forward_cells))
 
     def off_count(self, requests: int) -> int:

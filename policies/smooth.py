@@ -47,9 +47,10 @@ def smooth(cells: Sequence[C]) -> list[C]:
 
 
 def levelled(cells: Sequence[C]) -> list[C]:
-    """The cells, those of before the replica served all by as much dearer or cheaper as what was measured since is than they say.
+    """The cells; those from before the replica served are all multiplied by the usual ratio of what was measured since to what they say.
 
-    They know how seconds change with requests and rows. But nobody was told of those steps, and they ran at another pace of the machine.
+    They know how seconds change with requests and rows, but not their level: nobody was told of those steps, and they ran at another pace
+    of the machine.
     """
     before, since = [c for c in cells if c.rehearsed], [c for c in cells if not c.rehearsed]
     if not before or not since:
