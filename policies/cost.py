@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.curve import Curve, Point
-from policies.pace import Pace
+from policies.pace import STRETCH, Pace
 from policies.smooth import levelled, smooth
 from policies.step import SETTLING, SHORTEST, StepSample
 
@@ -41,7 +41,7 @@ HALVED = 2000  # steps after which a sample counts half beside others, and no lo
 LATELY = 256  # steps that say how many seconds pass while one is spent
 CELLS = 512  # cells a table may hold
 TRUSTED = 3  # samples from which a cell is believed alone
-CHANGED, BEYOND = 3, 3.0  # latest samples that agree that a cell has changed, by so many times its usual deviation
+CHANGED, BEYOND = 3, 3.0  # latest samples, at least, that agree that a cell has changed, by so many times its usual deviation
 CLEAR = 0.1  # and by about that part of it
 FAINT = 1e-3  # least weight of a cell
 FITS = 3  # rounds in which errors come to be relative to what is fitted
@@ -143,9 +143,10 @@ class Window:
         """The samples at the present pace; those before the cell changed are forgotten."""
         factors = pace.since([row[4] for row in self.rows])
         found = [(x, c, t, p, step, f * now, belief) for (x, c, t, p, step, f, belief), now in zip(self.rows, factors, strict=True)]
-        if len(found) > 2 * CHANGED and changed([row[2] * row[5] - price * row[3] for row in found]):
-            del found[:-CHANGED]
-            self.rows = deque(list(self.rows)[-CHANGED:], maxlen=self.rows.maxlen)
+        latest = together(found)
+        if len(found) > 2 * latest and changed([row[2] * row[5] - price * row[3] for row in found], latest):
+            del found[:-latest]
+            self.rows = deque(list(self.rows)[-latest:], maxlen=self.rows.maxlen)
         return found
 
 
@@ -155,10 +156,17 @@ def trust(rows: Iterable[Row]) -> int:
     return found[min(TRUSTED, len(found)) - 1] if found else SINGLE
 
 
-def changed(seconds: Sequence[float]) -> bool:
-    """Whether the latest samples all lie on one side of what the others were, clearly and beyond their spread."""
+def together(rows: Sequence[Row]) -> int:
+    """How many of the latest samples tell a change if they agree: enough of them, and not all of one moment, in which something else may
+    have held them up."""
+    count = next((i for i, row in enumerate(reversed(rows), 1) if row[4] <= rows[-1][4] - STRETCH), len(rows))
+    return max(count, CHANGED)
+
+
+def changed(seconds: Sequence[float], count: int) -> bool:
+    """Whether so many of the latest samples all lie on one side of what the others were, clearly and beyond their spread."""
     logs = [math.log(max(t, SHORTEST)) for t in seconds]
-    before, latest = logs[:-CHANGED], logs[-CHANGED:]
+    before, latest = logs[:-count], logs[-count:]
     middle = median(before)
     low, high = min(latest) - middle, max(latest) - middle
     if low <= CLEAR and high >= -CLEAR:

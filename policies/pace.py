@@ -22,6 +22,7 @@ STRETCHES = 1024  # remembered
 AGAIN = STRETCH  # steps that must have come for the levels to be found anew
 KINDS = 64  # of steps that speak for the pace, the most frequent ones, so that the work is bounded
 SPARE = 2  # times as many steps as are remembered may be held
+APART = 8  # stretches after which a pace that walks has gone somewhere
 STEADY = 0.01  # usual change of the log pace from stretch to stretch, at least
 QUIET = 0.005  # deviation of a step's log seconds, at least
 BEYOND = 2.0  # deviations from which a step says less and less
@@ -118,11 +119,14 @@ def walked(at: Indices, kind: Indices, logs: Numbers) -> Numbers:
 
 
 def scatter(logs: Numbers) -> tuple[float, float]:
-    """Variance of a step's log seconds beside the pace, and of the pace from stretch to stretch: by how much steps differ that follow one
-    another, and those that lie a stretch apart; usually, so that stalls do not count."""
-    near, far = (float(np.median((logs[lag:] - logs[:-lag]) ** 2)) / HALF if len(logs) > lag else 0.0 for lag in (1, STRETCH))
-    walk = max((far - near) / (1.0 - 1.0 / STRETCH), STEADY**2)
-    return max((near - walk / STRETCH) / 2.0, QUIET**2), walk
+    """Variance of a step's log seconds beside the pace, and of the pace from stretch to stretch: by how much steps differ that lie a
+    stretch apart, and how much more those do that lie many apart; usually, so that stalls do not count.
+
+    Steps that follow one another are held up together, by the same neighbour: how much less they differ says nothing of the pace.
+    """
+    near, far = (float(np.median((logs[lag:] - logs[:-lag]) ** 2)) / HALF if len(logs) > lag else 0.0 for lag in (STRETCH, APART * STRETCH))
+    walk = max((far - near) / (APART - 1), STEADY**2)
+    return max((near - walk) / 2.0, QUIET**2), walk
 
 
 def tridiagonal(diagonal: Numbers, beside: Numbers, right: Numbers) -> Numbers:

@@ -74,6 +74,9 @@ def test_a_cell_visited_seldom_follows_its_few_new_samples():
     model = learned(*[drafting(2, 3, 0.05)] * 64, *[off(2, 0.01)] * 3000)
     for _ in range(3):
         model.add(drafting(2, 3, 0.02))
+    assert model.table().forward(2, 8) == pytest.approx(0.049), "all of one moment, in which something else may have been the matter"
+    for sample in (*[off(2, 0.01)] * STRETCH, drafting(2, 3, 0.02)):
+        model.add(sample)
     assert model.table().forward(2, 8) == pytest.approx(0.019)
 
 
@@ -89,7 +92,8 @@ def test_what_was_inherited_gives_way_to_few_samples_of_ones_own():
     for _ in range(2100):
         heir.add(off(3, 0.01))
     for _ in range(3):
-        heir.add(off(2, 0.03))
+        for sample in (*[off(3, 0.01)] * STRETCH, off(2, 0.03)):
+            heir.add(sample)
     assert heir.table().off(2) == pytest.approx(0.03, rel=0.1)
 
 
@@ -231,6 +235,17 @@ def test_noise_is_not_taken_for_a_pace():
     ratios = [table.forward(n, 4 * n) / table.off(n) / ((1.0 + 0.3 * n) / (0.8 + 0.2 * n)) for n in range(1, 9)]
     assert math.sqrt(sum(math.log(ratio) ** 2 for ratio in ratios) / len(ratios)) < 0.3, ratios
     assert model.pace.shaken == -1
+
+
+def test_steps_that_are_held_up_together_are_no_pace_that_wanders():
+    """Two minutes without drafts, then always with them: what is known of depth 0 stays, though its one probe ran beside something else."""
+    pace, rng, held = Pace(), random.Random(5), 0.0
+    for step in range(1, 80 * STRETCH):
+        held = 0.7 * held + rng.gauss(0, 0.1)
+        off, probed = step < 20 * STRETCH, 50 * STRETCH <= step < 50 * STRETCH + 4
+        kind = ("off", step % 3) if off or probed else ("drafts", rng.randrange(12))
+        pace.add(step, kind, 0.01 * math.exp(held) * (1.8 if probed else 1.0))
+    assert pace.since([10 * STRETCH])[0] == pytest.approx(1.0, abs=0.2)
 
 
 def test_what_a_step_takes_is_learned_from_steps_that_came_after_others_of_their_like():
