@@ -32,7 +32,7 @@ from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Placement
 from actors.store import Value
 from drafters.bundle import BundleError
-from drafters.checkpoint import CheckpointError
+from drafters.checkpoint import CheckpointError, check_fits
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
 from drafters.refresh import RefreshSettings
@@ -94,7 +94,7 @@ class TrainerKeeper:
         self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
         place = Place(base, work / "bundles", artefacts, now)
         for live, _ in parents.values():
-            live.check_base(base.emb_dim, base.vocab_size)
+            check_fits(live.config, base.emb_dim, base.vocab_size)
             live.to(s.device)
         self.domains = {
             tag: DomainTrainer(tag, *parents.get(tag, parents[""]), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)

@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, base: Base, folder: Path, share: float, depth: int) -> None:
         self.share, self.kept = share, list[Features]()
-        sizes = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
+        sizes: dict[str, Any] = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
         drafter = build_drafter("mlp+ngram", folder / "speculator", **sizes, version="", device="cpu")
         recorder = Recorder(self.kept.append) if share else None
         self.engine = Engine(base, drafter, lambda _, all_: [Budget.of(depth)] * len(all_), recorder=recorder, slots=16384, chunk=512)

@@ -80,7 +80,7 @@ def measure(base: Base, folder: Path, prompts: list[list[int]], depth: int, temp
 
 
 def speculator(base: Base, folder: Path) -> Any:
-    sizes = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
+    sizes: dict[str, Any] = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
     return build_drafter("mlp+ngram", folder / "speculator", **sizes, version="", device="cpu")
 
 
@@ -92,7 +92,7 @@ def read_bandwidth(size: int) -> float:
 
 def multiply_rate() -> float:
     """GFLOP/s of float32 multiply-adds, best of several."""
-    layer, x = NativeLinear(torch.randn(2048, 2048)), torch.randn(96, 2048)
+    layer, x = NativeLinear.of(torch.randn(2048, 2048)), torch.randn(96, 2048)
     return 2 * 96 * 2048 * 2048 / min(timed(lambda: layer(x)) for _ in range(8)) / 1e9
 
 

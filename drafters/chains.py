@@ -9,7 +9,7 @@ from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from drafters.mlp import MLPSpeculator
+from drafters.config import MLPSpeculatorConfig
 from engine.native import compiled
 from engine.native.operations import NativeLinear
 from engine.native.weights import aligned
@@ -41,16 +41,15 @@ class NativeChains:
 
     def __init__(
         self,
-        speculator: MLPSpeculator,
+        config: MLPSpeculatorConfig,
         linears: Sequence[tuple[NativeLinear, NativeLinear]],
         tensors: Sequence[tuple[Tensor, Tensor, Tensor]],
     ) -> None:
         """linears: projection and output of each head; tensors: its embedding [V, width], token weight multiplied in, scale and shift."""
-        c = speculator.config
         self.linears, self.tensors = linears, [tuple(aligned(t.float()) for t in one) for one in tensors]
         entries = [Head(p.linear, o.linear, *(t.data_ptr() for t in own)) for (p, o), own in zip(linears, self.tensors, strict=True)]
         table = (Head * len(entries))(*entries)
-        self.speculator = Speculator(len(entries), c.emb_dim, c.width, int(c.scale_input), c.vocab_size, table)
+        self.speculator = Speculator(len(entries), config.emb_dim, config.width, int(config.scale_input), config.vocab_size, table)
         self.kernel = compiled.load().chains
         self.kernel.argtypes = (c_void_p, POINTER(Speculator), POINTER(Chains))
 
@@ -75,9 +74,6 @@ class NativeChains:
         return [(paths[span], certain[span]) for span in spans]
 
 
-def suits(speculator: MLPSpeculator) -> bool:
-    """Whether the kernel can draft with this speculator: float32 on a CPU, widths in whole vectors."""
-    weight, c = next(speculator.parameters()), speculator.config
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or compiled.kernels() is None:
-        return False
-    return c.width % compiled.lanes() == 0 and c.emb_dim % compiled.lanes() == 0
+def suits(config: MLPSpeculatorConfig) -> bool:
+    """Whether the kernel can draft with a speculator of that shape: widths in whole vectors."""
+    return config.width % compiled.lanes() == 0 and config.emb_dim % compiled.lanes() == 0

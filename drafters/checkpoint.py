@@ -53,6 +53,14 @@ def read_config(folder: Path) -> MLPSpeculatorConfig:
         raise CheckpointError(f"{file}: {error}") from None
 
 
+def check_fits(config: MLPSpeculatorConfig, hidden_size: int, vocab_size: int) -> None:
+    """Refuse a base of another width or vocabulary with CheckpointError."""
+    if config.emb_dim != hidden_size:
+        raise CheckpointError(f"the speculator has emb_dim {config.emb_dim}, but the base's hidden size is {hidden_size}")
+    if config.vocab_size != vocab_size:
+        raise CheckpointError(f"the speculator has vocab_size {config.vocab_size}, but the base's vocabulary is {vocab_size}")
+
+
 def read_weights(folder: Path, config: MLPSpeculatorConfig) -> dict[str, Tensor]:
     """Every tensor of the speculator under its first name (`shapes`), checked. Raises CheckpointError."""
     expected = shapes(config)

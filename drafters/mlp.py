@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafters.checkpoint import CheckpointError, read_config, read_weights, shapes, write
+from drafters.checkpoint import read_config, read_weights, shapes, write
 from drafters.config import MLPSpeculatorConfig
 
 EPS = 1e-6
@@ -73,18 +73,9 @@ class MLPSpeculator(nn.Module):
         """Write the published format in the config's torch_dtype; see `drafters.checkpoint.write` for how tied weights are named."""
         write(Path(folder), self.config, self.state_dict(), pickled)
 
-    def check_base(self, hidden_size: int, vocab_size: int) -> None:
-        """Refuse a base of another width or vocabulary with CheckpointError."""
-        if self.config.emb_dim != hidden_size:
-            raise CheckpointError(f"the speculator has emb_dim {self.config.emb_dim}, but the base's hidden size is {hidden_size}")
-        if self.config.vocab_size != vocab_size:
-            raise CheckpointError(f"the speculator has vocab_size {self.config.vocab_size}, but the base's vocabulary is {vocab_size}")
-
     def start(self, hidden: Tensor) -> Tensor:
         """The state before the first head. [..., emb_dim] -> [..., emb_dim]"""
-        if not self.config.scale_input:
-            return hidden
-        return F.rms_norm(hidden, (hidden.shape[-1],), None, EPS) / math.sqrt(2)
+        return start(self.config, hidden)
 
     def advance(self, head: int, state: Tensor, token: Tensor) -> Tensor:
         """The state after `head` has read `token`. [..., emb_dim or width], [...] -> [..., width]"""
@@ -124,6 +115,11 @@ class MLPSpeculator(nn.Module):
             state = state.repeat_interleave(k, 1)
         best = score.topk(self.config.n_candidates).indices  # [B, n_candidates]
         return paths.gather(1, best[..., None].expand(-1, -1, paths.shape[-1]))
+
+
+def start(config: MLPSpeculatorConfig, hidden: Tensor) -> Tensor:
+    """The state before the first head. [..., emb_dim] -> [..., emb_dim]"""
+    return F.rms_norm(hidden, (hidden.shape[-1],), None, EPS) / math.sqrt(2) if config.scale_input else hidden
 
 
 def tied(config: MLPSpeculatorConfig, make: Callable[[], nn.Module]) -> list[nn.Module]:

@@ -5,22 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
+from drafters.checkpoint import check_fits, read_config
 from drafters.combined import CombinedDrafter
+from drafters.heads import Heads
 from drafters.mlp import MLPSpeculator
 from drafters.ngram import NgramDrafter
 from drafters.tree_draft import MLPDrafter
 from drafters.versions import Versions
 from engine.drafter import Drafter
+from engine.native.compiled import kernels
 
 Kind = Literal["none", "ngram", "mlp", "mlp+ngram"]
 
 
 def build_drafter(
-    kind: Kind, folder: str | Path | None, *, hidden_size: int, vocab_size: int, version: str = "0", device: str = "cpu"
+    kind: Kind,
+    folder: str | Path | None,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    version: str = "0",
+    device: str = "cpu",
+    cache: Path | None = None,
 ) -> Drafter | None:
     """The drafter of one base, None for kind 'none'.
 
-    folder: the speculator's checkpoint, needed by the kinds with an MLP speculator. hidden_size, vocab_size: the base's.
+    folder: the speculator's checkpoint, needed by the kinds with an MLP speculator. hidden_size, vocab_size: the base's. cache: where
+    weights packed for this processor are kept, to be mapped by every process of the host; None: private memory.
     Raises CheckpointError for a folder that cannot be read or was trained for another base, ValueError for an unknown kind or no folder.
     """
     if kind not in get_args(Kind):
@@ -31,15 +42,20 @@ def build_drafter(
         return NgramDrafter()
     if folder is None:
         raise ValueError(f"a drafter of kind {kind!r} needs the folder of a speculator")
-    versions = Versions(load_version(folder, hidden_size=hidden_size, vocab_size=vocab_size, version=version, device=device))
+    sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    versions = Versions(load_version(folder, **sizes, version=version, device=device, cache=cache))
     return versions if kind == "mlp" else CombinedDrafter(versions, NgramDrafter())
 
 
-def load_version(folder: str | Path, *, hidden_size: int, vocab_size: int, version: str, device: str = "cpu") -> MLPDrafter:
+def load_version(
+    folder: str | Path, *, hidden_size: int, vocab_size: int, version: str, device: str = "cpu", cache: Path | None = None
+) -> MLPDrafter:
     """One version of a speculator, ready to draft. Raises CheckpointError as `build_drafter` does."""
-    speculator = MLPSpeculator.from_pretrained(folder)
-    speculator.check_base(hidden_size, vocab_size)
-    return MLPDrafter(speculator.to(device), version)
+    config = read_config(Path(folder))
+    check_fits(config, hidden_size, vocab_size)
+    if cache is not None and device == "cpu" and kernels() is not None:
+        return MLPDrafter(Heads.mapped(config, Path(folder), cache), version)
+    return MLPDrafter(MLPSpeculator.from_pretrained(folder).to(device), version)
 
 
 def versions_of(drafter: Drafter | None) -> Versions | None:

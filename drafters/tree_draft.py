@@ -12,39 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from drafters.chains import NativeChains, suits
-from drafters.mlp import EPS, MLPSpeculator
+from drafters.chains import NativeChains
+from drafters.heads import Heads
+from drafters.mlp import MLPSpeculator, start
 from engine.drafter import Draft, Observer
-from engine.native.compiled import kernels
-from engine.native.operations import NativeLinear
-from engine.packed import PackedLinear, available
 from engine.sampling import COLDEST, Sampler, perturb, prepare_noise
 from engine.tree import Tree
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """One head's weights, with the token weight multiplied into the embedding."""
-
-    emb: Tensor  # [V, width]
-    proj: Callable[[Tensor], Tensor]  # [.., emb_dim or width] -> [.., width]
-    scale: Tensor  # [width]
-    shift: Tensor  # [width]
-    out: Callable[[Tensor], Tensor]  # [.., width] -> [.., V]
-
-    def advance(self, state: Tensor, token: Tensor, parent: Tensor | None) -> Tensor:
-        """The states after `token` was read below row `parent` of `state` (row for row if None). [N, ..], [M], [M] -> [M, width]"""
-        moved = self.proj(state)
-        u = F.embedding(token, self.emb).add_(moved if parent is None else moved.index_select(0, parent))
-        return F.gelu(F.rms_norm(u, self.scale.shape, self.scale, EPS).add_(self.shift))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +107,13 @@ class Front:
 class MLPDrafter:
     """Drafts with a speculator: up to n_predict tokens deep, up to n_candidates paths, whatever each request's budget allows."""
 
-    def __init__(self, speculator: MLPSpeculator, version: str = "0", name: str = "mlp") -> None:
-        config = speculator.config
-        self.name, self.version = name, version
-        self.max_depth, self.max_width = config.n_predict, config.n_candidates
-        self.branches = config.top_k_tokens_per_head
-        self.speculator = speculator
-        self.heads = inference_heads(speculator)
-        self.chains = native_chains(speculator, self.heads)
+    def __init__(self, speculator: MLPSpeculator | Heads, version: str = "0", name: str = "mlp") -> None:
+        """speculator: its heads are made ready to draft, on its device, if they are not; it is not kept."""
+        heads = speculator if isinstance(speculator, Heads) else Heads.of(speculator)
+        self.name, self.version, self.config = name, version, heads.config
+        self.max_depth, self.max_width = self.config.n_predict, self.config.n_candidates
+        self.branches = self.config.top_k_tokens_per_head
+        self.heads, self.chains = list(heads.each), heads.chains
 
     @torch.inference_mode()
     def draft(self, batch: Sequence[Draft]) -> None:
@@ -202,7 +178,7 @@ class MLPDrafter:
         """The state before the first head and the last known token of every job. [jobs, emb_dim], [jobs]"""
         like = self.heads[0].emb
         hidden = torch.stack([job.draft.hidden for job in jobs if job.draft.hidden is not None]).to(like)
-        return self.speculator.start(hidden), torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
+        return start(self.config, hidden), torch.tensor([job.draft.tokens[-1] for job in jobs], device=like.device)
 
 
 def perturbed(logits: Tensor, jobs: Sequence[Job], owners: Sequence[int], head: int, before: Callable[[int], list[int]]) -> Tensor:
@@ -248,39 +224,6 @@ def prepare(jobs: Sequence[Job], like: Tensor) -> None:
 def plain(samplers: Iterable[Sampler]) -> bool:
     """Whether every request ranks tokens by the bare logits."""
     return all(s.params.temperature <= 0 and s.bias is None and s.counts is None for s in samplers)
-
-
-def inference_heads(speculator: MLPSpeculator) -> list[Head]:
-    """The heads' weights as drafting reads them, once each however many heads share them."""
-    emb = once(speculator.emb, lambda module: module.weight.detach() * speculator.config.token_weight)
-    out = once(speculator.head, fast_linear)
-    proj = once(speculator.proj, fast_linear)
-    scale = [module.get_parameter("weight").detach() for module in speculator.ln]
-    shift = [module.get_parameter("bias").detach() for module in speculator.ln]
-    return [Head(*parts) for parts in zip(emb, proj, scale, shift, out, strict=True)]
-
-
-def native_chains(speculator: MLPSpeculator, heads: Sequence[Head]) -> NativeChains | None:
-    """The heads for the native kernel, where it can draft with them."""
-    if not suits(speculator):
-        return None
-    native = [(h.proj, h.out) for h in heads if isinstance(h.proj, NativeLinear) and isinstance(h.out, NativeLinear)]
-    return NativeChains(speculator, native, [(h.emb, h.scale, h.shift) for h in heads])
-
-
-def once(modules: Iterable[nn.Module], make: Callable[[Any], T]) -> list[T]:
-    """`make` of every module, called once for a module that is there several times."""
-    made: dict[nn.Module, T] = {}
-    return [made[module] if module in made else made.setdefault(module, make(module)) for module in modules]
-
-
-def fast_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The layer in the layout that is fastest for few rows."""
-    if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
-        return layer.forward
-    if kernels() is not None:
-        return NativeLinear(layer.weight.detach())
-    return PackedLinear(layer.weight, None).forward if available() else layer.forward
 
 
 def rank(scores: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:

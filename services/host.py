@@ -24,7 +24,7 @@ from drafters.versions import Line, Versions
 from engine.capture import Features, Recorder
 from engine.drafter import Drafter
 from engine.engine import Engine
-from engine.loading import load_base
+from engine.loading import Base, load_base
 from engine.request import Outcome, Overloaded, Priority, Request, TokenScore
 from engine.sampling import InvalidRequest, SamplingParams
 from policies import in_canary
@@ -94,13 +94,11 @@ class ModelHost:
         s = self.settings
         if s.threads:
             torch.set_num_threads(s.threads)
-        e, packed = s.engine, Path(s.packed_weights) if s.packed_weights else None
-        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), packed, e.executor, e.batch_invariant)
+        e = s.engine
+        base = load_base(s.base, device(s.device), dtype(s.dtype, s.device), self.packed, e.executor, e.batch_invariant)
         self.speculator = local_copy(s.speculator, SPECULATOR_FILES) if s.speculator and s.drafter.startswith("mlp") else None
         version = self.configured_version = fingerprint(self.speculator) if self.speculator else ""
-        drafter = build_drafter(
-            s.drafter, self.speculator, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=device(s.device)
-        )
+        drafter = build_drafter(s.drafter, self.speculator, version=version, **self.fitting(base))
         if (versions := versions_of(drafter)) is not None:
             versions.ended = self.counted
         slots = affordable(e.kv_bytes, base.kv_bytes_per_token)
@@ -150,8 +148,18 @@ class ModelHost:
     def load_version(self, folder: Path, version: str) -> Drafter:
         """Another version of the speculator, ready to draft beside the one that does. Blocks. Raises CheckpointError."""
         assert self.runner is not None
-        base, where = self.runner.engine.base, device(self.settings.device)
-        return load_version(folder, hidden_size=base.hidden_size, vocab_size=base.vocab_size, version=version, device=where)
+        return load_version(folder, version=version, **self.fitting(self.runner.engine.base))
+
+    def fitting(self, base: Base) -> dict[str, Any]:
+        """What a speculator must fit, and where it is to be."""
+        speculators = self.packed / "speculators" if self.packed else None
+        sizes = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
+        return {**sizes, "device": device(self.settings.device), "cache": speculators}
+
+    @property
+    def packed(self) -> Path | None:
+        """Where weights are packed for every replica of the host."""
+        return Path(self.settings.packed_weights) if self.settings.packed_weights else None
 
     def load_configured(self) -> Drafter:
         """The version that the model was configured with. Blocks. Raises CheckpointError."""

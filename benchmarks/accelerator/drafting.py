@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drafters.mlp import MLPSpeculator
+from drafters.mlp import MLPSpeculator, start
 from drafters.tree_draft import Job, MLPDrafter, surest
 from engine.gpu.capture import Captured
 from engine.sampling import Sampler
@@ -22,7 +22,7 @@ class GraphedDrafter(MLPDrafter):
 
     def chain(self, hidden: Tensor, token: Tensor, depth: int) -> Tensor:
         """The best token of every head, and the log-softmax at it. [N, emb_dim], [N] -> [N, 2, depth], tokens as float64"""
-        state, path, sure = self.speculator.start(hidden), [], []
+        state, path, sure = start(self.config, hidden), [], []
         for head in self.heads[:depth]:
             state = head.advance(state, token, None)
             best = surest(head.out(state))

@@ -5,30 +5,33 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from engine.native import compiled
-from engine.native.packing import Kind, lossless, padded, panels
+from engine.native.packing import Kind, lossless, panels
 from engine.native.weights import aligned
 
 SHARED = 2**15  # numbers of noise that are worth waking threads for
 
 
 class NativeLinear:
-    """A linear layer in the kernels' layout. Weights that bfloat16 represents exactly are kept so."""
+    """A linear layer without bias in the kernels' layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [out, in]; bias: [out] or None."""
+    def __init__(self, packed: Tensor, out: int) -> None:
+        """packed: what `panels` makes of a weight [out, in], beginning on a cache line."""
         lanes = compiled.lanes()
-        packed = aligned(panels(weight, lanes, lossless(weight)))
-        shift = None if bias is None else aligned(padded(bias.float(), packed.shape[0] * 2 * lanes))
-        self.out, self.inputs, self.width = weight.shape[0], weight.shape[1], packed.shape[0] * 2 * lanes
-        self.tensors = (packed, shift)
-        place = None if shift is None else shift.data_ptr()
-        self.linear = compiled.Linear(packed.data_ptr(), place, self.inputs, packed.shape[0], Kind.of(packed), 0)
+        self.out, self.inputs, self.width = out, packed.shape[1], packed.shape[0] * 2 * lanes
+        self.packed = packed
+        self.linear = compiled.Linear(packed.data_ptr(), None, self.inputs, packed.shape[0], Kind.of(packed), 0)
         self.kernels = compiled.load()
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """weight: [out, in]. Weights that bfloat16 represents exactly are kept so."""
+        return cls(aligned(panels(weight, compiled.lanes(), lossless(weight))), len(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[.., in] float32 -> [.., out] float32"""

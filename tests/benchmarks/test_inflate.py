@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.inflate import CannotInflate, grown, inflate, inflate_speculator
+from drafters.checkpoint import check_fits
 from drafters.config import MLPSpeculatorConfig
 from drafters.mlp import MLPSpeculator
 
@@ -118,4 +119,4 @@ def test_command(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.float32 and model.generation_config.eos_token_id == [0]
     assert AutoTokenizer.from_pretrained(tmp_path)("def f():")["input_ids"]
-    MLPSpeculator.from_pretrained(tmp_path / "speculator").check_base(384, 2048)
+    check_fits(MLPSpeculator.from_pretrained(tmp_path / "speculator").config, 384, 2048)

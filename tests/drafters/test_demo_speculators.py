@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from drafters.checkpoint import check_fits
 from drafters.measuring import measure
 from drafters.mlp import MLPSpeculator
 from drafters.tree_draft import MLPDrafter
@@ -44,7 +45,7 @@ def test_measured_on_held_out_prompts(name: str) -> None:
 def test_worth_it_on_the_real_engine(name: str) -> None:
     base = load_base(MODELS / name, dtype=torch.float32)
     speculator = MLPSpeculator.from_pretrained(MODELS / name / "speculator")
-    speculator.check_base(base.hidden_size, base.vocab_size)
+    check_fits(speculator.config, base.hidden_size, base.vocab_size)
     assert (speculator.config.tie_weights, speculator.config.scale_input) == (True, True)
     for temperature in (0.0, 1.0):
         measured = measure(base, MLPDrafter(speculator), prompts(name), temperature, new_tokens=40)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafters.checkpoint import CheckpointError
+from drafters.checkpoint import CheckpointError, check_fits
 from drafters.mlp import MLPSpeculator
 
 Make = Callable[..., MLPSpeculator]
@@ -91,9 +91,9 @@ def test_forward_refuses_wrong_shapes(make_speculator: Make) -> None:
 
 
 def test_another_base_is_refused(make_speculator: Make) -> None:
-    speculator = make_speculator()
-    speculator.check_base(24, 61)
+    config = make_speculator().config
+    check_fits(config, 24, 61)
     with pytest.raises(CheckpointError, match="emb_dim 24, but the base's hidden size is 32"):
-        speculator.check_base(32, 61)
+        check_fits(config, 32, 61)
     with pytest.raises(CheckpointError, match="vocab_size 61, but the base's vocabulary is 64"):
-        speculator.check_base(24, 64)
+        check_fits(config, 24, 64)

@@ -205,7 +205,7 @@ def test_steps_that_want_no_logits_run_one_after_another():
 
 
 def test_callers_in_several_threads_take_turns():
-    layer, x = operations.NativeLinear(torch.randn(77, 48)), torch.randn(5, 48)
+    layer, x = operations.NativeLinear.of(torch.randn(77, 48)), torch.randn(5, 48)
     executors = [native(3) for _ in range(3)]
     want, product, wrong = executors[0].forward(KVStore(64), [chain(20)], [5] * 20, [19])[0], layer(x), []
 
@@ -268,7 +268,7 @@ print("threads", sum(1 for _ in __import__("pathlib").Path("/proc/self/task").it
 
 
 def test_a_step_too_large_for_memory_fails_alone():
-    layer, x = operations.NativeLinear(torch.randn(77, 48)), torch.randn(5, 48)
+    layer, x = operations.NativeLinear.of(torch.randn(77, 48)), torch.randn(5, 48)
     want = layer(x)
     huge = compiled.Linear(0, 0, 2**30, 1, 0, 0)
     place = compiled.pool(torch.get_num_threads())
@@ -277,7 +277,7 @@ def test_a_step_too_large_for_memory_fails_alone():
 
 
 def test_a_caller_that_flushes_small_numbers_changes_no_bit():
-    layer, x = operations.NativeLinear(torch.full((2048, 32), 1e-20)), torch.full((1, 32), 1e-20)
+    layer, x = operations.NativeLinear.of(torch.full((2048, 32), 1e-20)), torch.full((1, 32), 1e-20)
     want = layer(x)
     assert 0 < float(want.min()) < torch.finfo(torch.float32).tiny
     if not torch.set_flush_denormal(True):
@@ -339,7 +339,7 @@ def test_tokens_and_positions_outside_the_tables_are_refused():
 
 
 def test_operations_take_tensors_however_they_lie():
-    layer, x = operations.NativeLinear(torch.randn(77, 48)), torch.randn(48, 5, dtype=torch.float64).T
+    layer, x = operations.NativeLinear.of(torch.randn(77, 48)), torch.randn(48, 5, dtype=torch.float64).T
     assert torch.equal(layer(x), layer(x.float().contiguous())) and layer(x[:0]).shape == (0, 77)
     pairs = torch.tensor([[3, 4], [5, 6]])
     assert torch.equal(operations.gumbel(pairs[:, 0], pairs[:, 1], 99), operations.gumbel(torch.tensor([3, 5]), torch.tensor([4, 6]), 99))

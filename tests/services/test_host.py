@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
@@ -322,3 +323,15 @@ async def test_a_replica_measures_itself_only_where_nothing_is_known_of_what_ste
     await host.start()
     host.stop()
     assert measured == ([] if known else [host.pilot])
+
+
+async def test_speculators_are_mapped_from_the_folder_of_packed_weights(folder, tmp_path):
+    async for host in running(settings(folder).model_copy(update={"packed_weights": str(tmp_path)})):
+        host.load_configured()
+        (file,) = (tmp_path / "speculators").glob("*.safetensors")
+        assert file.name in mapped()
+
+
+def mapped() -> str:
+    """What this process has in its memory."""
+    return Path("/proc/self/maps").read_text()
