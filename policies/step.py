@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 LONGEST = 120.0  # seconds; a slower step is a stall, not a cost
 SETTLING = 6  # steps of one kind, with or without drafts, after which a machine has settled into them
@@ -38,6 +39,10 @@ class StepSample:
         """Seconds that passed."""
         return self.elapsed or self.seconds
 
+    def __reduce__(self) -> tuple[type[StepSample], tuple[float, ...]]:
+        """Hundreds of them are in a report: by position they are pickled and read in a fraction of the time."""
+        return StepSample, NUMBERS(self)
+
     def sane(self) -> bool:
         """True if the numbers can belong to one real step: finite, ordered, consistent."""
         try:
@@ -59,3 +64,6 @@ class StepSample:
 
     def _times(self) -> bool:
         return SHORTEST <= self.seconds <= LONGEST and 0 <= self.draft_seconds <= self.seconds and 0 <= self.elapsed <= LONGEST
+
+
+NUMBERS = attrgetter(*(field.name for field in fields(StepSample)))
