@@ -12,7 +12,6 @@ from torch import Tensor
 from drafters.config import MLPSpeculatorConfig
 from engine.native import compiled
 from engine.native.operations import NativeLinear
-from engine.native.weights import aligned
 
 
 class Head(ctypes.Structure):
@@ -45,8 +44,9 @@ class NativeChains:
         linears: Sequence[tuple[NativeLinear, NativeLinear]],
         tensors: Sequence[tuple[Tensor, Tensor, Tensor]],
     ) -> None:
-        """linears: projection and output of each head; tensors: its embedding [V, width], token weight multiplied in, scale and shift."""
-        self.linears, self.tensors = linears, [tuple(aligned(t.float()) for t in one) for one in tensors]
+        """linears: projection and output of each head; tensors: its embedding [V, width], token weight multiplied in, scale and shift, all
+        float32 and beginning on a cache line."""
+        self.linears, self.tensors = linears, tensors
         entries = [Head(p.linear, o.linear, *(t.data_ptr() for t in own)) for (p, o), own in zip(linears, self.tensors, strict=True)]
         table = (Head * len(entries))(*entries)
         self.speculator = Speculator(len(entries), config.emb_dim, config.width, int(config.scale_input), config.vocab_size, table)
