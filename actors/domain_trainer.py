@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from actors.artefacts import Artefacts
 from actors.releases import Base
@@ -19,7 +18,7 @@ from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings
 from drafters.replay import ReplayBuffer
 from drafters.traces import Trace
 from policies import Verdict
-from policies.gate import GateRule, gate
+from policies.gate import GateRule, Replayed, gate
 
 UNTAKEN = "the gate let the candidate through and the registry rejected it: its history says why"
 
@@ -52,12 +51,13 @@ class Trial:
         """Replay one stretch of a request more, with either of them."""
         (self.tried if self.parent.whole else self.parent).advance()
 
-    def pairs(self) -> list[tuple[float, float]]:
-        """Tokens per step of the parent and of the candidate on each request: the mean over its choices, which are not independent."""
-        found: dict[str, list[tuple[float, float]]] = {}
+    def requests(self) -> list[Replayed]:
+        """What the parent and the candidate take for each request: over all its choices, which are not independent."""
+        found: dict[str, Replayed] = {}
         for before, after in zip(self.parent.walks, self.tried.walks, strict=True):
-            found.setdefault(request_of(before.request), []).append((before.per_step, after.per_step))
-        return [(fmean(before for before, _ in choices), fmean(after for _, after in choices)) for choices in found.values()]
+            tokens, live, candidate = found.get(request := request_of(before.request), Replayed(0, 0, 0))
+            found[request] = Replayed(tokens + before.tokens, live + before.steps, candidate + after.steps)
+        return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class DomainTrainer:
 
     def judge(self, trial: Trial) -> Submission:
         """Let the gate decide. What it refuses is published, too: the history keeps it with the reason, and anybody may look into it."""
-        verdict = self.verdict = gate(trial.pairs(), self.rule)
+        verdict = self.verdict = gate(trial.requests(), self.rule)
         return self.publish(trial.candidate, verdict)
 
     def publish(self, candidate: Candidate, verdict: Verdict) -> Submission:

@@ -29,11 +29,6 @@ class Walk:
     tokens: int
     steps: int
 
-    @property
-    def per_step(self) -> float:
-        """Expected tokens per step; 1 for an answer of one token, which no speculator can help."""
-        return self.tokens / self.steps if self.steps else 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -51,13 +46,8 @@ class HeldOut:
         return cls(requests(w.request for w in found), tokens, steps, tokens / steps if steps else 1.0)
 
 
-def expected_tokens(speculator: MLPSpeculator, trace: Trace) -> float:
-    """Tokens per step that the speculator would have been worth on the request, 1 to n_predict + 1. See `walk`."""
-    return walk(speculator, trace).per_step
-
-
 def walk(speculator: MLPSpeculator, trace: Trace) -> Walk:
-    """The steps that the speculator's chains would have taken through the answer."""
+    """The steps, 1 token to n_predict + 1 each, that the speculator's chains would have taken through the answer."""
     replay = Replay(speculator, trace)
     while (found := replay.advance()) is None:
         pass

@@ -118,6 +118,10 @@ class GoodputPolicy(BaseModel):
         groups = [self.group(request, knowledge.limits) for request in requests]
         return [OFF if group is None else decision(trial.choice.depth(group) or 0, trial.choice.width) for group in groups]
 
+    def trial_until(self, step: int, knowledge: Knowledge) -> int:
+        """The step before which what is tried in this one goes on."""
+        return max(self.agenda(knowledge).until, step + 1)
+
     def _trial(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int, standing: Standing) -> Trial | None:
         """What begins to be tried in that step."""
         agenda, best = self.agenda(knowledge), standing.choice
@@ -152,17 +156,24 @@ class GoodputPolicy(BaseModel):
         return made
 
     def span(self, step: int, requests: int, knowledge: Knowledge) -> Span:
-        """How long what was decided in that step stands."""
+        """How long what was decided in that step stands; what is being tried goes on in it."""
         standing: Standing | None = knowledge.memo.get("standing")
+        due = step if step < self.agenda(knowledge).until else self.due(step + 1, requests, knowledge)
         if standing is None:
-            due = step - step % HASTE + HASTE
             return Span(due + 1, due, requests, requests)
-        agenda = self.agenda(knowledge)
-        due = step + 1 if step + 1 < agenda.until else max(step + 1, agenda.next(standing.choice.drafts, step + 1)[1])
-        if standing.choice.drafts and self._unsure(requests, knowledge):
-            due = min(due, step + HASTE)
         slack = standing.requests // ALIKE
         return Span(standing.step + LASTING, due, standing.requests - slack, standing.requests + slack)
+
+    def due(self, step: int, requests: int, knowledge: Knowledge) -> int:
+        """The first step from that one on in which something is tried."""
+        standing: Standing | None = knowledge.memo.get("standing")
+        if standing is None:
+            return step + -step % HASTE
+        agenda = self.agenda(knowledge)
+        if step < agenda.until:
+            return step
+        due = max(step, agenda.next(standing.choice.drafts, step)[1])
+        return min(due, step - 1 + HASTE) if standing.choice.drafts and self._unsure(requests, knowledge) else due
 
     def _hurries(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, agenda: Agenda, step: int) -> bool:
         """Whether depth 0 at about so many requests, as have been there for a while, is hardly measured while drafting rests on it; never

@@ -79,6 +79,14 @@ class Plan:
         wishes = self.policy.probe(load, requests, self.knowledge, step)
         return wishes and self._within(wishes, load, requests)
 
+    def due(self, step: int, requests: int) -> int:
+        """The first step from that one on in which something is tried, while so many requests run."""
+        return self.policy.due(step, requests, self.knowledge) if isinstance(self.policy, GoodputPolicy) else FOREVER
+
+    def trial_until(self, step: int) -> int:
+        """The step before which what is tried in this one is tried for the same requests again."""
+        return self.policy.trial_until(step, self.knowledge) if isinstance(self.policy, GoodputPolicy) else step + 1
+
     def join(self, load: Load, requests: Sequence[RequestView], step: int) -> list[Decision] | None:
         """What stands for requests that came since it was settled; None if it says nothing about one of them."""
         if not isinstance(self.policy, GoodputPolicy):

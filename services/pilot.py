@@ -86,6 +86,7 @@ class Pilot:
         self.load = PolicyLoad()
         self.views: dict[str, RequestView] = {}  # of the requests that could draft in the last step
         self.order: Order | None = None
+        self.trial: Order | None = None  # the latest
         self.made: dict[Decision, Budget] = {}  # budgets by decision
         self.drafting = self.depth = self.width = 0  # of this step: requests that draft, and how deep and wide at most
         self.last_depth = 0  # of the last step that was reported
@@ -97,7 +98,7 @@ class Pilot:
         if drafter is not None:
             self.drafter_name, self.version, self.versions = drafter.name, drafter.version, versions_of(drafter)
             self.limits = Limits(drafter.max_depth, drafter.max_width)
-        self.order, self.views = None, {}
+        self.order, self.trial, self.views = None, None, {}
         with self.lock:
             self.survival, self.apart = {}, set()
 
@@ -122,17 +123,16 @@ class Pilot:
         order, step = self.order, self.steps
         if order is None or order.plan is not self.plan or not (order.span.covers(step, load.decoding) or self.moves(load, order)):
             order = self.order = self.settle(load, candidates)
-        self.probing = False
-        if step >= order.span.due and (tried := self.probe(load, candidates)):
-            self.depth, self.width = largest((0, 0), tried)
-        else:
-            try:
-                tried = [order.budgets[c.request.id] for c in candidates]
-            except KeyError:
-                tried = self.join(load, candidates)
-            self.depth, self.width = order.depth, order.width
+        trial = self.tried(load, candidates) if step >= order.span.due else None
+        self.probing = trial is not None
+        given = order if trial is None else trial
+        try:
+            made = [given.budgets[c.request.id] for c in candidates]
+        except KeyError:
+            given, made = self.join(load, candidates)
+        self.depth, self.width = given.depth, given.width
         self.deciding += self.clock() - begun
-        return tried
+        return made
 
     def moves(self, load: Load, order: Order) -> bool:
         """Whether the order stands for a load that has changed; if so, as long as the plan says."""
@@ -145,7 +145,7 @@ class Pilot:
     def settle(self, load: Load, candidates: Sequence[Candidate]) -> Order:
         """Ask the plan anew."""
         begun, plan = self.clock(), self.plan
-        self.views = {c.request.id: self.view(c) for c in candidates}
+        self.views, self.trial = {c.request.id: self.view(c) for c in candidates}, None
         decisions = plan.settle(self.usual(load), list(self.views.values()), self.steps)
         order = Order(plan, plan.span(self.steps, load.decoding), {})
         order.take(dict(zip(self.views, map(self.budget, decisions), strict=True)))
@@ -156,13 +156,13 @@ class Pilot:
         """A step's load with as many rows of prompts as steps have had of late: what is settled stands for steps with and without them."""
         return replace(seen(load), prompt=round(self.reading))
 
-    def join(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget]:
-        """Give those who came since the plan was asked what stands for them; where nothing does, ask anew."""
+    def join(self, load: Load, candidates: Sequence[Candidate]) -> tuple[Order, list[Budget]]:
+        """The order with what stands for those who came since the plan was asked, and the budgets; where nothing stands, ask anew."""
         assert self.order is not None
         order, known = self.order, self.order.budgets
         if len(known) > len(candidates) + MOST_KNOWN:  # most of them are gone
             order = self.order = self.settle(load, candidates)
-            return [order.budgets[c.request.id] for c in candidates]
+            return order, [order.budgets[c.request.id] for c in candidates]
         new = {c.request.id: self.view(c) for c in candidates if c.request.id not in known}
         decisions = order.plan.join(seen(load), list(new.values()), self.steps)
         if decisions is None:
@@ -170,20 +170,28 @@ class Pilot:
         else:
             self.views |= new
             order.take(dict(zip(new, map(self.budget, decisions), strict=True)))
-        return [order.budgets[c.request.id] for c in candidates]
+        return order, [order.budgets[c.request.id] for c in candidates]
 
-    def probe(self, load: Load, candidates: Sequence[Candidate]) -> list[Budget] | None:
-        """What the plan wants to try in this step, if anything."""
+    def tried(self, load: Load, candidates: Sequence[Candidate]) -> Order | None:
+        """What is tried in this step instead of what was settled, if anything. It stands for the same requests until the trial ends."""
+        trial = self.trial
+        known = trial is not None and trial.plan is self.plan and self.steps < trial.span.until
+        if trial is None or not known or not all(c.request.id in trial.budgets for c in candidates):
+            trial = self.trial = self.probe(load, candidates)
+        return trial
+
+    def probe(self, load: Load, candidates: Sequence[Candidate]) -> Order | None:
+        """What the plan wants to try from this step on, if anything."""
         assert self.order is not None
         begun, plan, views = self.clock(), self.order.plan, {c.request.id: self.view(c) for c in candidates}
-        decisions = plan.probe(self.usual(load), list(views.values()), self.steps)
-        self.order.span = replace(self.order.span, due=plan.span(self.steps, load.decoding).due)
+        decisions, order = plan.probe(self.usual(load), list(views.values()), self.steps), None
+        span = self.order.span = replace(self.order.span, due=plan.due(self.steps + 1, load.decoding))
+        if decisions is not None:
+            self.views |= views
+            order = Order(plan, replace(span, until=plan.trial_until(self.steps)), {})
+            order.take(dict(zip(views, map(self.budget, decisions), strict=True)))
         self.asking += self.clock() - begun
-        if decisions is None:
-            return None
-        self.views |= views
-        self.probing = True
-        return [self.budget(d) for d in decisions]
+        return order
 
     def budget(self, decision: Decision) -> Budget:
         found = self.made.get(decision)

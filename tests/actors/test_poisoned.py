@@ -21,7 +21,7 @@ from engine.request import Request, Stats
 from engine.sampling import SamplingParams
 from engine.tree import Budget
 from policies import Arm, CanaryRule, GateRule, Verdict
-from policies.gate import gate
+from policies.gate import Replayed, gate
 from tests.actors.stand import MemoryState
 
 MODEL = Path(__file__).parents[2] / "models" / "demo-code"
@@ -71,8 +71,8 @@ def test_a_poisoned_speculator(base, bundles, tmp_path):
     for told in by_version.values():
         assert [told[name][0] for name in IDS] == [plain[name][0] for name in IDS]
 
-    pairs = [tuple(len(by_version[v][name][0]) / by_version[v][name][1].steps for v in (live, poisoned)) for name in IDS]
-    verdict = gate(pairs, GateRule(least=len(IDS)))
+    replayed = [Replayed(len(plain[name][0]), *(by_version[v][name][1].steps for v in (live, poisoned))) for name in IDS]
+    verdict = gate(replayed, GateRule(least=len(IDS)))
     assert not verdict.passed and verdict.high < 0
 
     artefacts = Artefacts(str(tmp_path / "shared"), tmp_path / "cache")

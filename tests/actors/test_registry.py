@@ -21,7 +21,7 @@ from actors.registry import RegistryKeeper, RegistrySettings
 from actors.releases import Assignment, Base, RegistryConflict, Releases, ReplicaReport, UnknownVersion
 from actors.store import StoreError, open_state
 from policies import Arm, CanaryRule, GateRule, Verdict, in_canary
-from policies.gate import gate
+from policies.gate import Replayed, gate
 from tests.actors.bundles import VOCAB, WIDTH, make_bundle
 from tests.actors.stand import Clock, Flaky, MemoryState
 from tests.conftest import wait_until
@@ -243,7 +243,7 @@ def test_a_candidate_judged_against_a_version_that_is_not_live_any_more_is_not_t
 
 def test_a_poisoned_candidate_does_not_pass_the_gate(world):
     """Random weights of the right shapes: nothing to see in the bundle, everything in what it drafts."""
-    verdict = gate([(2.0 + 0.01 * (i % 7), 1.0 + 0.001 * (i % 5)) for i in range(150)], GateRule())
+    verdict = gate([Replayed(40 + i % 7, 20, 40) for i in range(150)], GateRule())
     answer = world.submit(3, verdict)
     assert answer["state"] == "rejected"
     with pytest.raises(RegistryConflict, match=r"was rejected .*the candidate drafts -1"):

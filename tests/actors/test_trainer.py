@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
 from drafters.traces import Trace
-from drafters.walk import expected_tokens
+from drafters.walk import HeldOut, walk
 from policies import Verdict
 from policies.gate import GateRule
 from tests.conftest import wait_until
@@ -79,13 +78,13 @@ def test_traces_become_a_submission(tmp_path: Path) -> None:
     published = Artefacts(str(tmp_path / "artefacts"), tmp_path / "other").fetch(submission.url, manifest.checksum, VOCAB, WIDTH)
     candidate = MLPSpeculator.from_pretrained(published.folder)
     judged = found.buffer.judging("")
-    assert submission.verdict.mean_candidate == pytest.approx(sum(expected_tokens(candidate, trace) for trace in judged) / len(judged))
+    assert submission.verdict.mean_candidate == pytest.approx(HeldOut.of(walk(candidate, t) for t in judged).per_step)
     assert found.status()["phase"] == "waiting" and found.status()["gate"]["passed"]
     assert found.status()["candidates"] == {"passed": 1, "rejected": 0}
 
 
 def test_choices_of_one_request_count_once(tmp_path: Path) -> None:
-    """By the gate and for what it waits for; a request is worth what its choices are on average, however many those are."""
+    """By the gate and for what it waits for: all of its choices are one request, with the tokens and steps of all."""
     found = keeper(tmp_path)
     for index in range(80):
         for choice in range(1 + 7 * (index % 2)):
@@ -99,8 +98,7 @@ def test_choices_of_one_request_count_once(tmp_path: Path) -> None:
     assert submission is not None and submission.verdict.requests == len(judged) >= RULE.least
     live, candidate = found.domains[""].refresher.live, MLPSpeculator.from_pretrained(Path(submission.url.removeprefix("file://")))
     for drafter, told in ((live, submission.verdict.mean_live), (candidate, submission.verdict.mean_candidate)):
-        worth = [fmean(expected_tokens(drafter, trace) for trace in choices) for choices in judged.values()]
-        assert told == pytest.approx(fmean(worth))
+        assert told == pytest.approx(HeldOut.of(walk(drafter, trace) for choices in judged.values() for trace in choices).per_step)
     assert submission.manifest.data.requests == len({trace.asked for trace in found.buffer.training("")})
 
 

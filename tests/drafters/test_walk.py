@@ -14,7 +14,7 @@ from drafters.measuring import run
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
 from drafters.tree_draft import MLPDrafter
-from drafters.walk import HeldOut, Replay, Walk, expected_tokens, survivals, walk
+from drafters.walk import HeldOut, Replay, Walk, survivals, walk
 from engine.engine import Engine
 from engine.loading import Base, load_base
 from engine.request import Request
@@ -80,7 +80,7 @@ def test_a_walk_takes_the_steps_that_the_engine_took(pair: tuple[Base, MLPSpecul
     for trace, steps in served(base, speculator, params, torch.float32):
         found = walk(speculator, trace)
         assert (found.tokens, found.steps) == (len(trace) - 1, steps)
-        assert expected_tokens(speculator, trace) == found.tokens / steps > 1.2
+        assert found.tokens / steps > 1.2
         kept = kept_by(survived(speculator, trace))
         assert kept[:-1] == trace.accepted.tolist()[:-1]  # the engine drafts nothing for the last token it may emit
 
@@ -132,7 +132,6 @@ def test_long_answers_are_walked_through_in_stretches(monkeypatch: pytest.Monkey
 def test_an_answer_of_one_token_takes_no_step() -> None:
     trace = make_trace(count=1)
     assert walk(MLPSpeculator(config()), trace) == Walk(trace.request, 0, 0)
-    assert expected_tokens(MLPSpeculator(config()), trace) == 1.0
     assert HeldOut.of([]).per_step == 1.0
 
 

@@ -304,7 +304,7 @@ def test_depth_0_is_tried_while_nothing_is_measured_whenever_it_was_settled(sett
             span = plan.span(step, 1)
         if step >= span.due:
             tried += [step] * bool(plan.probe(Load(1), requests, step))
-            span = replace(span, due=plan.span(step, 1).due)
+            span = replace(span, due=plan.due(step + 1, 1))
     assert len(tried) >= 2 and all(step % 20 == 0 for step in tried)
 
 

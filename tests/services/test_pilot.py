@@ -15,7 +15,7 @@ from engine.engine import Candidate, Engine, Load, StepReport
 from engine.request import Request, Stats
 from engine.sampling import SamplingParams
 from engine.tree import Budget
-from policies import CostTable, FixedPolicy, GoodputPolicy, Limits, Plan, SurvivalCurve
+from policies import CostTable, FixedPolicy, GoodputPolicy, Limits, Plan, SurvivalCurve, probes
 from policies.cost import Cell
 from services.pilot import Pilot
 from services.protocol import Speculation
@@ -163,6 +163,24 @@ def test_an_order_stands_for_a_load_that_comes_back_if_the_same_is_decided_for_i
     assert settled == [1, 4, 2] and set(given) == {4}
     (tight,) = pilot.budgets(Load(1, 0, 10, 2, 1), asked[:1])
     assert settled[-1] == 1 and tight.depth == 2, "but for want of room"
+
+
+def test_what_a_trial_gives_a_request_stands_until_it_ends(monkeypatch):
+    """It is asked for once, and again for whoever comes."""
+    curves = {"": SurvivalCurve((0.9,) * 4)}
+    pilot = Pilot("r", Plan.of(0, "m", GoodputPolicy(max_width=1), free_rows(), curves, Limits(4, 1)))
+    probed, probe = [], Plan.probe
+    monkeypatch.setattr(Plan, "probe", lambda plan, load, views, step: probed.append(step) or probe(plan, load, views, step))
+    one, two = (Candidate(Request(name, [5], SamplingParams(max_tokens=500)), 500, Stats()) for name in "qr")
+    depths = {}
+    for step in range(112):
+        running = [one, two] if step == 105 else [one]
+        depths[step] = {b.depth for b in pilot.budgets(Load(len(running), 0, 10, 100, len(running)), running)}
+        pilot.observe(StepReport(requests=len(running), rows=5, seconds=0.01, load=Load(len(running), 0, 10, 100, len(running))))
+    off = [step for step in range(100, 112) if depths[step] == {0}]
+    assert off == list(range(100, 100 + probes.RUN)), "ten steps without drafts, also for the one who came"
+    assert [step for step in probed if step >= 100] == [100, 105, 110]
+    assert pilot.report().probes >= probes.RUN
 
 
 def test_what_asking_the_plan_takes_is_not_what_a_depth_costs(monkeypatch):
