@@ -19,7 +19,6 @@ REFRESH = {
     "window": 32,
     "steps": 200,
     "interval": 50,
-    "least_gain": 0.03,
     "least_tokens": 2000,
     "gate": {"least": 20},
     "trainer": {"running": None, "quiet_s": 0.1, "checkpoint_s": 30.0},
