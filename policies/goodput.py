@@ -124,7 +124,7 @@ class GoodputPolicy(BaseModel):
 
     def _trial(self, load: Load, requests: Sequence[RequestView], knowledge: Knowledge, step: int, standing: Standing) -> Trial | None:
         """What begins to be tried in that step."""
-        agenda, best = self.agenda(knowledge), standing.choice
+        agenda, best, about = self.agenda(knowledge), standing.choice, running(load, requests).bit_length()
         kind, due = agenda.next(best.drafts, step)
         if hurried := best.drafts and self._hurries(load, requests, knowledge, agenda, step):
             kind, due = probes.OFF, step
@@ -135,10 +135,10 @@ class GoodputPolicy(BaseModel):
         trial = probes.trial(kind, turn, arena, best, self.widths(knowledge.limits)) if arena.groups else None
         if trial is None:
             agenda.skip(kind, step)
-        elif hurried or agenda.affords(kind, step, trial.lost(best), standing.requests):
+        elif hurried or agenda.affords(kind, step, trial.lost(best), standing.requests, hasty=about not in self._looked(knowledge)):
             agenda.begin(kind, step, trial, standing.requests)
             if kind == probes.OFF:
-                self._looked(knowledge).add(running(load, requests).bit_length())
+                self._looked(knowledge).add(about)
             return trial
         return None
 

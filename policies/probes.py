@@ -2,8 +2,9 @@
 
 A probe costs what it loses against the best choice. The more it is expected to lose, the rarer it is: every kind of probe may take a small
 part of all time, so where a race is close it is run often, and where probes keep confirming that one choice is far behind they are spaced
-out; as soon as the distance shrinks they come back. While off, the first drafts at a load come soon, whatever they are said to lose: what a
-profile or another machine told of them may be wrong. Between drafting and not drafting a probe lasts some steps, see `policies.cost`.
+out; as soon as the distance shrinks they come back. The first drafts at a load while off, and the first steps without them while drafting,
+come soon, whatever they are said to lose: what a profile, another machine or a single probe told of them may be wrong. Between drafting
+and not drafting a probe lasts some steps, see `policies.cost`.
 """
 
 from __future__ import annotations
@@ -81,13 +82,15 @@ class Agenda:
         kinds = BESIDE if kind in BESIDE else DRAFTS
         return self.every * kinds.index(kind) + self.every // 2, self.every * len(kinds)
 
-    def affords(self, kind: str, step: int, lost: float, requests: int) -> bool:
-        """Whether a probe that loses so many steps' worth of tokens is made now. The first drafts at about so many requests come soon.
+    def affords(self, kind: str, step: int, lost: float, requests: int, hasty: bool = True) -> bool:
+        """Whether a probe that loses so many steps' worth of tokens is made now. The first drafts at about so many requests come soon, and
+        if `hasty` the first steps without any.
 
         Else it is thought of again when it may be, or when twice as much time has passed: what it loses may have changed by then.
         """
         usual, made = self.phase(kind)[1], self.made.get(kind)
-        seldom = min(1 + self.looks.get((kind, requests.bit_length()), 0), RAREST) if kind in DRAFTS else RAREST
+        looks = self.looks.get((kind, requests.bit_length()), 0)
+        seldom = min(1 + looks, RAREST) if kind in DRAFTS else min(1 << looks, RAREST) if kind == OFF and hasty else RAREST
         wait = min(max(usual, round(lost / (BASELINE if kind == OFF else SHARE))), usual * seldom)
         if made is None or step - made >= wait:
             return True
