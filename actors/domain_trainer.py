@@ -138,9 +138,12 @@ class DomainTrainer:
         assert self.verdict is not None, "what is settled was judged"
         self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
         self.end()
-        self.refresher.take()
-        if not (self.verdict.passed and taken):
-            self.refresher.reject(UNTAKEN if self.verdict.passed else self.verdict.reason)
+        candidate = self.refresher.take()
+        assert candidate is not None, "what is settled was not taken yet"
+        if not self.verdict.passed:
+            self.refresher.reject(self.verdict.reason, candidate.speculator if self.verdict.difference > 0 else None)
+        elif not taken:
+            self.refresher.reject(UNTAKEN)
 
     def judge(self, trial: Trial) -> Submission:
         """Let the gate decide. What it refuses is published, too: the history keeps it with the reason, and anybody may look into it."""

@@ -216,6 +216,7 @@ class Refresher:
         self.live, self.version = frozen(live), version
         self.round: Round | None = None
         self.candidate: Candidate | None = None
+        self.further: dict[str, Tensor] | None = None  # weights that the next round trains; None: those that serve
         self.rounds = self.fruitless = self.refused = 0
         self.used = 0  # answer tokens seen when the last round began
         self.former = 1.0  # the pace of serving then
@@ -257,17 +258,20 @@ class Refresher:
             self.round = None
         return candidate
 
-    def reject(self, reason: str) -> None:
-        """The candidate that was taken is not wanted: the next round waits for twice as much traffic."""
+    def reject(self, reason: str, further: MLPSpeculator | None = None) -> None:
+        """The candidate that was taken is not wanted: the next round waits for twice as much traffic. further: what that trains, instead of
+        the serving speculator; a candidate that is better, and not surely so, may come to it in more than one round."""
         self.outcome, self.fruitless = reason, self.fruitless + 1
+        self.further = None if further is None else tensors(further)
 
     def serve(self, live: MLPSpeculator, version: str) -> None:
         """Another version serves now: a round that began from an older one is dropped. Waiting begins anew."""
         self.live, self.version = frozen(live), version
-        self.round, self.candidate, self.fruitless = None, None, 0
+        self.round, self.candidate, self.further, self.fruitless = None, None, None, 0
 
     def drop(self, reason: str) -> None:
         """Give up the round that is under way, or its candidate, if there is one; the next one waits for as much traffic as any."""
+        self.further = None
         if self.round is not None or self.candidate is not None:
             self.round, self.candidate, self.outcome = None, None, reason
 
@@ -326,8 +330,10 @@ class Refresher:
         return tuple(trace for trace in self.buffer.choosing(self.tag) if len(trace) > 1)
 
     def begin(self) -> Round:
-        """A round that first measures the serving speculator."""
-        trained = copy.deepcopy(self.live).requires_grad_(True).train()
+        """A round that first measures the serving speculator. It trains what the last one came to, if that was better and yet not enough."""
+        device = next(self.live.parameters()).device
+        start = self.live if self.further is None else restored(self.live, self.further).to(device)
+        trained = copy.deepcopy(start).float().requires_grad_(True).train()
         held = self.held_out()[-self.settings.most_held :]
         return Round(trained, self.optimizer_for(trained), held, Measurement(self.live, held))
 
@@ -345,7 +351,7 @@ class Refresher:
             elif (found := r.measurement.advance()) is not None:
                 self.measured(r, found)
         except Refused as error:
-            self.refused += 1
+            self.refused, self.further = self.refused + 1, None
             self.give_up(f"refused: {error}")
 
     def step(self, r: Round) -> None:
@@ -409,11 +415,12 @@ class Refresher:
         assert r.before is not None, "the serving speculator is measured first"
         gain = r.best.per_step - r.before.per_step if r.best else 0.0
         if r.best is None or r.weights is None or gain < self.settings.least_gain:
+            self.further = r.weights
             self.give_up(f"nothing to gain: {gain:.3f} tokens per step on held-out requests, {self.settings.least_gain} are wanted")
             return
         data = window_of(self.buffer.training(self.tag))
         parts = (self.version, self.tag, self.settings.objective, r.step, data, r.before, r.best, r.first, r.losses)
-        self.candidate, r.done, self.fruitless = Candidate(restored(self.live, r.weights), *parts), True, 0
+        self.candidate, r.done, self.further, self.fruitless = Candidate(restored(self.live, r.weights), *parts), True, None, 0
         r.speculator, r.optimizer = self.live, self.optimizer_for(self.live)  # a candidate may wait, and its copy has trained enough
         self.outcome = f"candidate: {r.before.per_step:.3f} to {r.best.per_step:.3f} tokens per step on held-out requests"
 
@@ -476,7 +483,7 @@ class Refresher:
         return r
 
 
-KEPT = ("rounds", "fruitless", "refused", "used", "former", "outcome")
+KEPT = ("rounds", "further", "fruitless", "refused", "used", "former", "outcome")
 
 
 def round_state(r: Round | None) -> dict[str, Any] | None:

@@ -116,6 +116,7 @@ def test_a_candidate_that_the_gate_refuses_is_published_and_told_of(tmp_path: Pa
     status = found.status()
     assert status["gate"]["passed"] is False and "not surely more than +3" in status["outcome"]
     assert status["waiting_for"] == 2 * SETTINGS.least_tokens and status["candidates"] == {"passed": 0, "rejected": 1}
+    assert submission.verdict.difference > 0 and found.domains[""].refresher.further is not None, "it was better: it is trained further"
 
 
 def test_the_history_tells_of_a_candidate_that_the_gate_refused(tmp_path: Path) -> None:

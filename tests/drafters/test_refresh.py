@@ -264,6 +264,28 @@ def test_another_version_that_serves_drops_the_round() -> None:
     assert refresher.standing.waiting_for == 2 * SETTINGS.least_tokens and refresher.standing.outcome == "the gate saw no gain"
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_what_was_better_and_not_surely_so_is_trained_further(tmp_path: Path, better: bool) -> None:
+    """By the next round, also after a restart; what serves is still what it is measured against. Another version ends that."""
+    live = speculator()
+    refresher = Refresher(live, "v1", filled(), SETTINGS)
+    refresher.advance()
+    candidate = refresher.take()
+    assert candidate is not None
+    refresher.reject("not surely more", candidate.speculator if better else None)
+    refresher.checkpoint(tmp_path / "checkpoint.pt")
+    resumed = Refresher(live, "v1", filled(many(80)), SETTINGS)
+    assert resumed.resume(tmp_path / "checkpoint.pt")
+    for found in (refresher, resumed):
+        for trace in many(40, first=100):
+            found.buffer.add(trace)
+        found.advance(units=1)
+        assert found.round is not None and found.round.measurement is not None and same(found.round.measurement.speculator, live)
+        assert same(found.round.speculator, candidate.speculator.float()) is better and same(found.round.speculator, live) is not better
+    refresher.serve(live, "v2")
+    assert refresher.further is None
+
+
 @pytest.mark.parametrize(("units", "part"), [(3, 128), (20, 128), (26, 128), (50, 128), (20, 50)])
 def test_a_run_cut_off_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: int, part: int) -> None:
     """Cut off while the serving speculator is measured, in training, while a copy is measured, later, and in the middle of a step."""
