@@ -136,7 +136,6 @@ class DomainTrainer:
     def settle(self, taken: bool = True) -> None:
         """The registry knows the candidate that was judged; until now every checkpoint held it. taken: False where it rejected it."""
         assert self.verdict is not None, "what is settled was judged"
-        self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
         self.end()
         candidate = self.refresher.take()
         assert candidate is not None, "what is settled was not taken yet"
@@ -144,6 +143,7 @@ class DomainTrainer:
             self.refresher.reject(self.verdict.reason, candidate.speculator if self.verdict.difference > 0 else None)
         elif not taken:
             self.refresher.reject(UNTAKEN)
+        self.verdicts["passed" if self.verdict.passed else "rejected"] += 1
 
     def judge(self, trial: Trial) -> Submission:
         """Let the gate decide. What it refuses is published, too: the history keeps it with the reason, and anybody may look into it."""

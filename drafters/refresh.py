@@ -330,7 +330,7 @@ class Refresher:
         return tuple(trace for trace in self.buffer.choosing(self.tag) if len(trace) > 1)
 
     def begin(self) -> Round:
-        """A round that first measures the serving speculator. It trains what the last one came to, if that was better and yet not enough."""
+        """A round that first measures the serving speculator. It trains what the last came to, if that was better and yet not enough."""
         device = next(self.live.parameters()).device
         start = self.live if self.further is None else restored(self.live, self.further).to(device)
         trained = copy.deepcopy(start).float().requires_grad_(True).train()
