@@ -266,7 +266,7 @@ def test_another_version_that_serves_drops_the_round() -> None:
 
 @pytest.mark.parametrize("better", [True, False])
 def test_what_was_better_and_not_surely_so_is_trained_further(tmp_path: Path, better: bool) -> None:
-    """By the next round, also after a restart; what serves is still what it is measured against. Another version ends that."""
+    """By the next round, also after a restart; what serves is still what it is measured against. Another version, or traces that are to be forgotten, end that."""
     live = speculator()
     refresher = Refresher(live, "v1", filled(), SETTINGS)
     refresher.advance()
@@ -283,7 +283,8 @@ def test_what_was_better_and_not_surely_so_is_trained_further(tmp_path: Path, be
         assert found.round is not None and found.round.measurement is not None and same(found.round.measurement.speculator, live)
         assert same(found.round.speculator, candidate.speculator.float()) is better and same(found.round.speculator, live) is not better
     refresher.serve(live, "v2")
-    assert refresher.further is None
+    resumed.drop("its traces were to be forgotten")
+    assert refresher.further is resumed.further is None
 
 
 @pytest.mark.parametrize(("units", "part"), [(3, 128), (20, 128), (26, 128), (50, 128), (20, 50)])
