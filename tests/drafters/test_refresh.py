@@ -266,7 +266,8 @@ def test_another_version_that_serves_drops_the_round() -> None:
 
 @pytest.mark.parametrize("better", [True, False])
 def test_what_was_better_and_not_surely_so_is_trained_further(tmp_path: Path, better: bool) -> None:
-    """By the next round, also after a restart; what serves is still what it is measured against. Another version, or traces that are to be forgotten, end that."""
+    """By the next round, also after a restart; what serves is still what it is measured against. Another version ends that, and so do
+    traces that are to be forgotten."""
     live = speculator()
     refresher = Refresher(live, "v1", filled(), SETTINGS)
     refresher.advance()
