@@ -89,7 +89,7 @@ class Agenda:
         Else it is thought of again when it may be, or when twice as much time has passed: what it loses may have changed by then.
         """
         usual, made = self.phase(kind)[1], self.made.get(kind)
-        looks = self.looks.get((kind, requests.bit_length()), 0)
+        looks = min(self.looks.get((kind, requests.bit_length()), 0), RAREST)
         seldom = min(1 + looks, RAREST) if kind in DRAFTS else min(1 << looks, RAREST) if kind == OFF and hasty else RAREST
         wait = min(max(usual, round(lost / (BASELINE if kind == OFF else SHARE))), usual * seldom)
         if made is None or step - made >= wait:
