@@ -26,8 +26,8 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class GateRule:
-    """least: requests below which nothing passes. margin: expected tokens per step by which the candidate must be better. confidence: of
-    the two-sided interval whose lower end must lie above the margin. ValueError for what cannot be."""
+    """least: requests on which versions can differ, below which nothing passes. margin: expected tokens per step by which the candidate
+    must be better. confidence: of the two-sided interval whose lower end must lie above the margin. ValueError for what cannot be."""
 
     least: int = 100
     margin: float = 0.0
@@ -52,8 +52,8 @@ class Replayed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate found. Means (over all steps), difference (candidate less live), low and high are in expected tokens per step; low and
-    high are 0 when there were too few requests for an interval."""
+    """What the gate found. requests: that counted. Means (over all steps), difference (candidate less live), low and high are in expected
+    tokens per step; low and high are 0 when there were too few requests for an interval."""
 
     passed: bool
     requests: int
@@ -66,24 +66,25 @@ class Verdict:
 
 
 def gate(requests: Sequence[Replayed], rule: GateRule | None = None, seed: int = 0) -> Verdict:
-    """Judge a candidate by the steps that it and the live version take for each held-out request.
+    """Judge a candidate by the steps that it and the live version take for each held-out request. One with a single token to draft for
+    takes every version one step: it says nothing, and does not count.
 
     The same requests, rule and seed give the same verdict. ValueError for numbers that no replay gives.
     """
     rule, table = rule or GateRule(), checked(requests)
     live, candidate = map(float, worth(table.sum(axis=0)))
-    difference = candidate - live
-    if len(requests) < rule.least:
-        reason = f"{len(requests)} held-out requests are too few to judge by: at least {rule.least} are needed"
-        return Verdict(False, len(requests), live, candidate, difference, 0.0, 0.0, reason)
+    difference, count = candidate - live, int((table[:, 0] > 1).sum())
+    if count < rule.least:
+        reason = f"{count} held-out requests are too few to judge by: at least {rule.least} are needed"
+        return Verdict(False, count, live, candidate, difference, 0.0, 0.0, reason)
     low, high = interval(table, rule.confidence, seed)
     passed = low > rule.margin
     reason = (
-        f"over {len(requests)} held-out requests the candidate drafts {difference:+.4f} tokens per step against its parent's "
+        f"over {count} held-out requests the candidate drafts {difference:+.4f} tokens per step against its parent's "
         f"{live:.4f} ({rule.confidence:.0%} interval {low:+.4f} to {high:+.4f}), "
         f"{'surely' if passed else 'not surely'} more than {rule.margin:+g}"
     )
-    return Verdict(passed, len(requests), live, candidate, difference, low, high, reason)
+    return Verdict(passed, count, live, candidate, difference, low, high, reason)
 
 
 def checked(requests: Sequence[Replayed]) -> Numbers:

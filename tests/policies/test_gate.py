@@ -39,7 +39,17 @@ def test_a_better_candidate_passes_although_requests_differ_more_than_versions()
     assert found.passed and 0 < found.low < found.difference < found.high < 0.25
     assert found.mean_candidate - found.mean_live == pytest.approx(found.difference)
     assert np.std([r.tokens / r.live for r in replayed(0.05)]) > 4 * found.difference
-    assert "surely more than +0" in found.reason and "150" in found.reason
+    assert "surely more than +0" in found.reason and f"over {found.requests} held-out requests" in found.reason
+    assert found.requests == sum(request.tokens > 1 for request in replayed(0.05)) > 140
+
+
+def test_requests_on_which_no_version_can_be_better_do_not_count():
+    """Two that differ among a hundred with nothing, or one token, to draft for are two."""
+    empty, single = [Replayed(0, 0, 0)] * 49, [Replayed(1, 1, 1)] * 49
+    found = gate([Replayed(36, 18, 16)] * 2 + empty + single)
+    assert not found.passed and found.requests == 2
+    assert found.reason == "2 held-out requests are too few to judge by: at least 100 are needed"
+    assert found.mean_live == pytest.approx((72 + 49) / (36 + 49))
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.05, -0.5])
