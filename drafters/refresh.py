@@ -322,19 +322,15 @@ class Refresher:
 
     def enough(self) -> bool:
         """Whether there are held-out requests to measure on, and any to train on."""
-        held = requests(trace.request for trace in self.held_out())
+        held = requests(trace.request for trace in self.buffer.choosing(self.tag))
         return held >= self.settings.least_held and any(len(trace) > 1 for trace in self.buffer.training(self.tag))
-
-    def held_out(self) -> tuple[Trace, ...]:
-        """Held-out answers to choose by, on which speculators can differ."""
-        return tuple(trace for trace in self.buffer.choosing(self.tag) if len(trace) > 1)
 
     def begin(self) -> Round:
         """A round that first measures the serving speculator. It trains what the last came to, if that was better and yet not enough."""
         device = next(self.live.parameters()).device
         start = self.live if self.further is None else restored(self.live, self.further).to(device)
         trained = copy.deepcopy(start).float().requires_grad_(True).train()
-        held = self.held_out()[-self.settings.most_held :]
+        held = self.buffer.choosing(self.tag)[-self.settings.most_held :]
         return Round(trained, self.optimizer_for(trained), held, Measurement(self.live, held))
 
     def optimizer_for(self, speculator: MLPSpeculator) -> torch.optim.Optimizer:
@@ -468,7 +464,7 @@ class Refresher:
         r.speculator.load_state_dict(state["speculator"])
         r.optimizer.load_state_dict(state["optimizer"])
         r.step, r.first, r.losses = state["step"], state["first"], state["losses"]
-        r.held = tuple(trace for trace in self.held_out() if trace.request in state["held"])
+        r.held = tuple(trace for trace in self.buffer.choosing(self.tag) if trace.request in state["held"])
         if len(r.held) < self.settings.least_held:
             return None
         if len(r.held) < len(state["held"]):

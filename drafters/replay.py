@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from drafters.durable import replacing
 from drafters.traces import InvalidTrace, Trace
@@ -53,6 +53,14 @@ class Counts:
     seen: int = 0
     tokens: int = 0
     dropped: int = 0
+
+
+class Rooms(NamedTuple):
+    """Bytes of each part of a domain."""
+
+    recent: int
+    older: int
+    held: int
 
 
 class Recent:
@@ -146,8 +154,12 @@ class ReplayBuffer:
         if trace.model != self.model:
             raise InvalidTrace(f"{trace.request}: model is {trace.model!r}, expected {self.model!r}")
         trace.check(self.vocab_size, self.emb_dim)
-        domain = self.count(trace.tag, 1, len(trace))
-        (domain.held if self.is_held_out(trace.asked) else domain.recent).add(trace)
+        domain, held_out = self.count(trace.tag, 1, len(trace)), self.is_held_out(trace.asked)
+        rooms = self.rooms()
+        if trace.nbytes > (rooms.held if held_out else rooms.recent or rooms.older):  # for which all others would have to go, and it too
+            domain.counts.dropped += 1
+            return
+        (domain.held if held_out else domain.recent).add(trace)
         for other in self.domains.values():
             self.trim(other)
 
@@ -161,13 +173,18 @@ class ReplayBuffer:
 
     def trim(self, domain: Domain) -> None:
         """Bring a domain down to its share of the budget. What is no longer recent may stay in the sample of older ones."""
+        rooms = self.rooms()
+        domain.counts.dropped += sum(1 for _ in domain.held.shrink(rooms.held))
+        for trace in domain.recent.shrink(rooms.recent):
+            domain.counts.dropped += not domain.older.offer(self.key(trace), trace)
+        domain.counts.dropped += sum(1 for _ in domain.older.shrink(rooms.older))
+
+    def rooms(self) -> Rooms:
+        """Of each domain's parts, as many as there are now."""
         share = self.settings.budget // len(self.domains)
         held = int(share * self.settings.held_out)
         recent = int((share - held) * self.settings.recent)
-        domain.counts.dropped += sum(1 for _ in domain.held.shrink(held))
-        for trace in domain.recent.shrink(recent):
-            domain.counts.dropped += not domain.older.offer(self.key(trace), trace)
-        domain.counts.dropped += sum(1 for _ in domain.older.shrink(share - held - recent))
+        return Rooms(recent, share - held - recent, held)
 
     def forget(self, unwanted: Callable[[Trace], bool]) -> dict[str, int]:
         """Give up all traces that are unwanted, whatever they are kept for; how many of each domain. What `save` wrote before still has
@@ -187,12 +204,12 @@ class ReplayBuffer:
         return tuple(self.domains[tag].held.traces) if tag in self.domains else ()
 
     def choosing(self, tag: str) -> tuple[Trace, ...]:
-        """The half of the held-out traces by which a trainer chooses among its own copies."""
-        return tuple(trace for trace in self.held_out(tag) if not self.is_judged(trace.asked))
+        """The half of the held-out traces by which a trainer chooses among its own copies, as far as they tell speculators apart."""
+        return tuple(trace for trace in self.held_out(tag) if tells(trace) and not self.is_judged(trace.asked))
 
     def judging(self, tag: str) -> tuple[Trace, ...]:
-        """The other half, on which what was chosen is compared: nothing that led to it was measured here."""
-        return tuple(trace for trace in self.held_out(tag) if self.is_judged(trace.asked))
+        """Those of the other half, on which what was chosen is compared: nothing that led to it was measured here."""
+        return tuple(trace for trace in self.held_out(tag) if tells(trace) and self.is_judged(trace.asked))
 
     def is_judged(self, request: str) -> bool:
         return chance(f"judged {self.settings.seed}", request) < 0.5
@@ -305,6 +322,11 @@ class ReplayBuffer:
     def nbytes(self) -> int:
         """Bytes of all tensors kept."""
         return sum(domain.nbytes for domain in self.domains.values())
+
+
+def tells(trace: Trace) -> bool:
+    """Whether speculators can differ on an answer: one of two tokens, the first of which is not drafted, takes each of them one step."""
+    return len(trace) > 2
 
 
 def parts(domain: Domain) -> tuple[list[Trace], list[Trace], list[Trace]]:

@@ -16,7 +16,8 @@ def one(_: object) -> int:
 
 
 class Outbox(Generic[T]):
-    """Items that weigh at most `most` together; the oldest is lost when there is more. Each weighs 1 if `weigh` says nothing else."""
+    """Items that weigh at most `most` together; the oldest is lost when there is more, and one that alone weighs more. Each weighs 1 if
+    `weigh` says nothing else."""
 
     def __init__(self, most: int, weigh: Callable[[T], int] = one) -> None:
         self.most, self.weigh = most, weigh
@@ -28,9 +29,13 @@ class Outbox(Generic[T]):
         return len(self.items)
 
     def put(self, item: T) -> None:
+        weight = self.weigh(item)
         with self.lock:
+            if weight > self.most:  # all others would be lost for it, and it too
+                self.lost += 1
+                return
             self.items.append(item)
-            self.weight += self.weigh(item)
+            self.weight += weight
             self.trim()
 
     def take(self) -> list[T]:

@@ -49,6 +49,28 @@ def test_half_of_the_held_out_requests_judge_what_the_other_half_chose() -> None
     assert 70 <= len(choosing) <= 130 and 70 <= len(judging) <= 130
 
 
+def test_answers_that_tell_no_speculators_apart_are_not_measured_on() -> None:
+    """Of two tokens the first is not drafted, and the second takes one step whatever is."""
+    one = buffer(10_000, held_out=0.5)
+    for trace in (*many(100, 2), *(make_trace(f"long-{i}-0", 3) for i in range(100))):
+        one.add(trace)
+    assert len(one.held_out("")) > 70
+    for part in (one.choosing(""), one.judging("")):
+        assert len(part) > 10 and {len(trace) for trace in part} == {3}
+
+
+def test_a_trace_that_is_larger_than_its_part_costs_no_other() -> None:
+    for held_out, recent in ((False, 0.5), (False, 0.0), (True, 0.5)):
+        one = buffer(30, held_out=0.3, recent=recent)
+        for trace in many(60):
+            one.add(trace)
+        kept, dropped = (one.training(""), one.held_out("")), one.counts("").dropped
+        name = next(f"big-{i}" for i in range(100) if one.is_held_out(f"big-{i}") == held_out)
+        one.add(make_trace(f"{name}-0", 20 * 30))
+        assert (one.training(""), one.held_out("")) == kept and one.counts("").dropped == dropped + 1
+        assert one.counts("").seen == 61
+
+
 def test_choices_of_a_request_are_for_the_same() -> None:
     one = buffer(10_000, held_out=0.5)
     for index in range(200):

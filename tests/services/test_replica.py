@@ -84,6 +84,13 @@ def test_an_outbox_never_holds_more_than_it_may() -> None:
     assert ids(outbox.take()) == ["r4", "r5", "r6"] and outbox.lost == 4
 
 
+def test_what_is_heavier_than_an_outbox_costs_nothing_else_in_it() -> None:
+    outbox = Outbox[str](6, len)
+    for item in ("one", "sevenseven", "two"):
+        outbox.put(item)
+    assert (outbox.lost, outbox.weight, outbox.take()) == (1, 6, ["one", "two"])
+
+
 async def test_the_log_is_told_what_was_lost(shell: Any) -> None:
     peers = Peers(absent=1)
     one = shell(peers)
