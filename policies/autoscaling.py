@@ -3,7 +3,7 @@
 Replicas are added by need when drafting is off, or cannot help, and latency misses its target or too many seconds of work are queued; they
 are taken away one by one when the others would carry the load with a margin, by what a replica did when it had too much; all are when
 nobody asks and there may be none. Numbers that are old, missing or impossible never take a replica away, and one replica alone cannot talk
-the others up: each counts as far as the median of all and the number of requests that were really sent allow.
+the others up: each counts as far as the median of all allows, and none asks for more than the requests that were really sent.
 """
 
 from __future__ import annotations
@@ -129,10 +129,12 @@ class ScalingDecision:
 
 @dataclass(frozen=True, slots=True)
 class Strain:
-    """The replicas that serve, as one. count: how many; requests: that run or wait, as they or their senders say, whichever is more;
-    waiting: those that wait; tokens: queued; rate: tokens per second of all; goodput, depth, per_step, tpot, ttft: medians."""
+    """The replicas that serve, as one. count: how many; sent: requests that are not answered, as their senders say; requests: that run or
+    wait, as the replicas or their senders say, whichever is more; waiting: of those sent, that wait; tokens: queued; rate: tokens per
+    second of all; goodput, depth, per_step, tpot, ttft: medians."""
 
     count: int
+    sent: float
     requests: float
     waiting: float
     tokens: float
@@ -151,7 +153,12 @@ class Strain:
     @property
     def crowded(self) -> bool:
         """Whether requests share a replica; one that has it for itself cannot be made faster by another replica."""
-        return self.requests > self.count
+        return self.sent > self.count
+
+    @property
+    def queued(self) -> bool:
+        """Whether first tokens still have to wait for others."""
+        return self.crowded and self.waiting + self.tokens > 0
 
     @property
     def seconds(self) -> float:
@@ -160,7 +167,7 @@ class Strain:
 
     def late_first(self, rule: ScalingRule) -> bool:
         """Whether first tokens are late and still will be."""
-        return self.ttft > rule.ttft and self.crowded and self.waiting + self.tokens > 0
+        return self.ttft > rule.ttft and self.queued
 
     def late_next(self, rule: ScalingRule) -> bool:
         """Whether other tokens are late."""
@@ -209,12 +216,12 @@ def judged(rule: ScalingRule, seen: Observation, fresh: Sequence[Vitals], strain
     if not strain.count:
         return ScalingDecision(target, "its replicas are loading")
     more = growth(rule, strain, target)
-    if more.replicas > target:
+    if more is not None and more.replicas > target:
         return more
     if strain.count < len(seen.replicas):
         return ScalingDecision(target, f"{strain.count} of {len(seen.replicas)} replicas serve and send news, so none is taken away")
     asleep = all(v.idle >= rule.idle for v in fresh)
-    return shrinkage(rule, strain, memory.capacity, asleep, target) or more
+    return more or shrinkage(rule, strain, memory.capacity, asleep, target) or ScalingDecision(target, content(rule, strain))
 
 
 def resting(rule: ScalingRule, seen: Observation, target: int) -> ScalingDecision:
@@ -226,14 +233,15 @@ def resting(rule: ScalingRule, seen: Observation, target: int) -> ScalingDecisio
 
 def strained(rule: ScalingRule, seen: Observation, serving: Sequence[Vitals]) -> Strain:
     """The replicas that serve as one, none of them believed alone."""
-    count, sent = len(serving), real(seen.requests)
+    count, sent = len(serving), max(real(seen.requests), real(seen.queued))
     goodput = middle([v.goodput for v in serving])
     tokens = sum(agreed([v.backlog for v in serving], goodput * rule.backlog))
     tokens = min(tokens, sent * rule.longest * CHOICES)
-    waiting = sum(agreed([v.waiting for v in serving], rule.seats)) + real(seen.queued)
+    waiting = min(sum(agreed([v.waiting for v in serving], rule.seats)) + real(seen.queued), sent)
     running = sum(min(v.running, rule.seats) for v in serving)
     return Strain(
         count=count,
+        sent=sent,
         requests=max(running + waiting, sent),
         waiting=waiting,
         tokens=tokens,
@@ -246,23 +254,37 @@ def strained(rule: ScalingRule, seen: Observation, serving: Sequence[Vitals]) ->
     )
 
 
-def growth(rule: ScalingRule, strain: Strain, target: int) -> ScalingDecision:
-    """As many more replicas as missed targets and queued work ask for, at most twice as many; the target if none."""
+def growth(rule: ScalingRule, strain: Strain, target: int) -> ScalingDecision | None:
+    """As many more replicas as missed targets and queued work ask for, at most twice as many, and not more than there may be; None where
+    they ask for none."""
+    if left_to_depth(rule, strain):
+        return None
     late_first, late_next = strain.late_first(rule), strain.late_next(rule)
-    if strain.drafting and not late_first and not (late_next and strain.tpot > STRAINED * rule.tpot):
-        held = "is left to it" if late_next else "holds"
-        return ScalingDecision(target, f"drafting to depth {strain.depth:.1f} still pays, and latency {held}")
     needs = [
-        (strain.seconds / rule.backlog, f"{strain.seconds:.1f} s of work are queued, target {rule.backlog:g} s"),
+        (strain.seconds / rule.backlog * strain.crowded, f"{strain.seconds:.1f} s of work are queued, target {rule.backlog:g} s"),
         (strain.ttft / rule.ttft * late_first, f"{strain.ttft:.2f} s to the first token, target {rule.ttft:g} s"),
         (strain.tpot / rule.tpot * late_next, f"{strain.tpot:.3f} s per token, target {rule.tpot:g} s"),
     ]
     worst, reason = max(needs)
     if worst <= 1:
-        return ScalingDecision(target, "latency and queued work are within their targets")
+        return None
     wanted = math.ceil(strain.count * min(worst, STEEPEST))
     how = "drafting is off" if not strain.drafting else f"depth {strain.depth:.1f} cannot help"
     return ScalingDecision(max(target, rule.within(wanted)), f"{reason}; {how}")
+
+
+def left_to_depth(rule: ScalingRule, strain: Strain) -> bool:
+    """Whether drafts still pay, and first tokens are not late nor others by more than depth can mend."""
+    late_next = strain.late_next(rule) and strain.tpot > STRAINED * rule.tpot
+    return strain.drafting and not strain.late_first(rule) and not late_next
+
+
+def content(rule: ScalingRule, strain: Strain) -> str:
+    """Why the replicas that there are stay as many."""
+    if not left_to_depth(rule, strain):
+        return "latency and queued work are within their targets"
+    held = "is left to it" if strain.late_next(rule) else "holds"
+    return f"drafting to depth {strain.depth:.1f} still pays, and latency {held}"
 
 
 def shrinkage(rule: ScalingRule, strain: Strain, capacity: float, asleep: bool, target: int) -> ScalingDecision | None:
@@ -275,7 +297,8 @@ def shrinkage(rule: ScalingRule, strain: Strain, capacity: float, asleep: bool, 
         return None
     share = strain.count / left
     roomy = strain.requests <= MARGIN * rule.seats * left and strain.seconds * share <= MARGIN * rule.backlog
-    quick = strain.requests <= left or strain.tpot * share <= MARGIN * rule.tpot
+    prompt = not strain.queued or strain.ttft * share <= MARGIN * rule.ttft
+    quick = prompt and (strain.requests <= left or strain.tpot * share <= MARGIN * rule.tpot)
     strong = capacity == 0 or strain.rate <= MARGIN * capacity * left
     return ScalingDecision(left, "idle" if idle else f"{left} would carry the load") if roomy and quick and strong else None
 

@@ -116,6 +116,18 @@ def test_up_and_down_do_not_meet() -> None:
                 assert decided(seen(*[then] * grown.replicas)).replicas >= grown.replicas
 
 
+def test_none_goes_while_a_target_is_missed_though_there_may_be_no_more() -> None:
+    slow = CALM | dict(running=2, waiting=1, backlog=100, goodput=5000.0, rate=2250.0, depth=0.0, per_step=1.0, ttft=1.6)
+    assert decided(seen(*[slow] * 4), replace(RULE, most=4)) == ScalingDecision(4, "1.60 s to the first token, target 1 s; drafting is off")
+
+
+def test_first_tokens_too_are_to_come_in_time_with_a_margin() -> None:
+    some = CALM | dict(running=2, waiting=1, backlog=100, rate=100.0, depth=0.0, per_step=1.0)
+    assert decided(seen(*[some | dict(ttft=0.6)] * 4)).replicas == 4  # might be 0.8 s on three
+    assert decided(seen(*[some | dict(ttft=0.5)] * 4)).replicas == 3
+    assert decided(seen(*[some | dict(ttft=0.6, waiting=0, backlog=0)] * 4)).replicas == 3  # they do not wait for one another
+
+
 def test_what_a_replica_did_when_it_had_too_much_is_remembered_for_an_hour() -> None:
     _, memory = decide(RULE, seen(FLOODED), Memory())
     assert memory.capacity == 1000.0
@@ -207,6 +219,12 @@ def test_vitals_survive_as_plain_numbers() -> None:
 def test_one_that_cries_wolf_is_outvoted(lie: dict[str, float]) -> None:
     calm = BUSY | dict(running=14)
     assert decided(seen(calm, calm, calm | lie, requests=42)).replicas == 3
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 7])
+@pytest.mark.parametrize("lie", [dict(waiting=50, ttft=100.0), dict(running=16, tpot=9.0), dict(waiting=1e12, ttft=1e9, backlog=1e12)])
+def test_one_that_cries_wolf_while_nobody_asks_is_not_believed(lie: dict[str, float], others: int) -> None:
+    assert decided(seen(BUSY | lie, *[IDLE] * others, requests=0.0)).replicas <= others + 1
 
 
 @pytest.mark.parametrize("lie", [IDLE, FLOODED | dict(backlog=0, waiting=0), FLOODED | dict(goodput=1e12), FLOODED | dict(ttft=0)])
