@@ -128,9 +128,9 @@ def check_decoder(report: Report, name: str, config: Any, dtype: torch.dtype) ->
     """Logits of a batch by every way to compute them, with and without graphs."""
     device = report.device
     eager = Eager(model_of(config, device, dtype), device, dtype)
-    rows = rows_of([(0, 20, 0), (0, 3, 0), (0, 1, 6)], 100)
+    rows = rows_of([(0, 20, 0), (0, 3, 0), (80, 1, 6)], 200)  # the last one's text is longer than a window
     tokens = [1 + i % 200 for i in range(sum(len(r.new) for r in rows))]
-    want, states = eager.forward(KVStore(100), rows, tokens, range(len(tokens)))
+    want, states = eager.forward(KVStore(200), rows, tokens, range(len(tokens)))
     ways: list[dict[str, Any]] = [
         dict(mode="fused"),
         dict(mode="fused", capture=False),
@@ -139,7 +139,7 @@ def check_decoder(report: Report, name: str, config: Any, dtype: torch.dtype) ->
     ]
     for options in ways:
         executor = Graphed(Eager(model_of(config, device, dtype), device, dtype), **options)
-        store, way = KVStore(100), executor.way
+        store, way = KVStore(200), executor.way
         for _ in range(2):  # the first call captures, the second replays
             got, hidden = executor.forward(store, rows, tokens, range(len(tokens)))
         scale = max(1.0, float(want.float().abs().max()))

@@ -151,7 +151,7 @@ class Reader:
             kv_heads=attention.k_proj.out_features // dim,
             dim=dim,
             scale=float(attention.scaling),
-            window=getattr(attention, "sliding_window", None),
+            window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),  # Mistral's is its config's
         )
 
     def bigcode(self) -> Decoder:

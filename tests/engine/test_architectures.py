@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from engine.attention import KVStore, Row
 from engine.engine import Engine
+from engine.gpu.decoder import read
 from engine.loading import UnsupportedModel, attach
 from engine.request import Request
 from engine.sampling import SamplingParams
@@ -134,6 +135,15 @@ def test_recurrent_layers_are_refused_by_name():
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_next"](**BASE, **fields, **experts), attn_implementation="eager")
     with pytest.raises(UnsupportedModel, match="linear_attention"):
         attach(model)
+
+
+@pytest.mark.parametrize(("name", "windows"), [("llama", [None] * 4), ("mistral", [80] * 4), ("qwen2", [None, None, 80, 80])])
+def test_a_decoder_for_gpus_sees_the_window_of_every_layer(name, windows):
+    """Wherever the model keeps it: a layer's own attribute, or its config's."""
+    config = config_of(name)
+    if any(windows):
+        config.sliding_window = 80
+    assert [layer.window for layer in read(toy_model(config, "ragged"), 64).layers] == windows
 
 
 def test_a_model_that_computes_something_else_is_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Gemma2Config, GPTBigCodeConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, GPTBigCodeConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine.attention import KVStore, Row
 from engine.gpu import triton
@@ -37,6 +37,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
     "grouped heads, tied": LlamaConfig(**SMALL, intermediate_size=40, num_key_value_heads=1, tie_word_embeddings=True),
     "biases": Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=1),
+    "a sliding window": MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=1, sliding_window=64),
     "one key head": GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=53, n_inner=48),
 }
 
@@ -62,6 +63,13 @@ def test_the_fused_decoder_is_the_model(name, invariant):
     with torch.inference_mode():
         want = forward(Eager(model_of(name), DEVICE, torch.float32), proof(53))
         got = forward(executor, proof(53))
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_a_text_that_is_longer_than_the_window():
+    executor, eager = graphed("a sliding window"), Eager(model_of("a sliding window"), DEVICE, torch.float32)
+    whole = Row(np.zeros(0, dtype=np.int64), range(1, 101), range(-1, 99), range(100))
+    got, want = (way.forward(KVStore(128), [whole], [3 + i % 40 for i in range(100)], range(100))[0] for way in (executor, eager))
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
