@@ -323,6 +323,7 @@ class Engine:
         """Drop a request's slots and keep its tokens; it resumes as a longer forced chain, its published blocks found again."""
         self.running.remove(text)
         self.vacate(text)
+        text.sampler.noise.clear()
         text.stats.preemptions += 1
         self.waiting.push(text)
 
@@ -486,24 +487,27 @@ class Engine:
         new = [tree.tokens[node] for node in path[tree.forced :]] + [drawn[path[-1]]]
         try:
             emitted, finish = self.accept(text, new)
+            path = path[: tree.forced + len(emitted) - 1]
+            at = [plan.rows.start + node - first for node in path[first:]]  # rows of logits that drew what was emitted
+            scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
+            states = None if self.observer is None else pick(hidden, at)
+            text.sampler.record(emitted, len(text.tokens) + len(emitted))
+        except DeviceLost:
+            raise
         except Exception as error:
             log.exception("request %s cannot go on", text.request.id)
             return next(self.fail([plan], error)), None
-        path = path[: tree.forced + len(emitted) - 1]
-        at = [plan.rows.start + node - first for node in path[first:]]  # rows of logits that drew what was emitted
         accepted = min(len(emitted), len(new) - 1)
         self.count(text.stats, tree, accepted)
         kept = set(path)
         text.tokens += emitted
-        text.sampler.record(emitted)
         self.pool.give([slot for node, slot in enumerate(plan.slots) if node not in kept])
         self.keep(text, [plan.slots[node] for node in path])
         text.hidden = hidden[at[-1]]
-        if self.observer is not None:
-            self.tell(self.observer, Kept(text.request.id, emitted, tree.drafted, accepted, pick(hidden, at), text.request.tag))
+        if self.observer is not None and states is not None:
+            self.tell(self.observer, Kept(text.request.id, emitted, tree.drafted, accepted, states, text.request.tag))
         if self.recorder is not None and text.request.record:
             self.recorder.keep(text.request, emitted, accepted, at)
-        scores = token_scores(logprobs, [a - plan.rows.start for a in at], emitted, text.request.params.logprobs)
         fared = tested(tree, path, finish is not None) if tree.drafted else ()
         verified = Verified(text.request.id, tree.drafted_depth(), accepted, fared) if tree.drafted else None
         if finish is None:

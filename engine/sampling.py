@@ -18,6 +18,7 @@ MASK = 0xFFFFFFFF
 UNDRAWN = -1  # in place of a token: the logits were not numbers
 COLDEST = 1e-6  # temperatures above zero are at least this
 NOISE_ROWS = 16  # positions whose noise a request keeps
+UNIT = 1 << 40  # parts of a probability that nucleus sampling counts in
 
 
 class InvalidRequest(ValueError):
@@ -98,8 +99,10 @@ class Sampler:
             self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = 1.0
         self.shaped = self.bias is not None or self.counts is not None or params.truncated
 
-    def record(self, tokens: Sequence[int]) -> None:
-        """Count committed tokens."""
+    def record(self, tokens: Sequence[int], length: int) -> None:
+        """Count committed tokens, and let go of the noise of positions before `length`: the text is as long now."""
+        if self.noise:
+            self.noise = {position: row for position, row in self.noise.items() if position >= length}
         if self.counts is not None and self.seen is not None and tokens:
             ids = torch.tensor(list(tokens), device=self.counts.device)
             self.counts.index_put_((ids,), torch.ones(len(tokens), device=ids.device), accumulate=True)
@@ -205,17 +208,24 @@ def perturb(
     top_k, top_p or min_p are -inf. A row at temperature 0 gets no noise.
     """
     scores = penalise(logits.float(), samplers, owner, paths)
-    if all(samplers[i].params.temperature <= 0 for i in owner):
+    warm = [row for row, o in enumerate(owner) if samplers[o].params.temperature > 0]
+    if not warm:
         return scores
+    if len(warm) == len(owner):
+        return heated(scores, samplers, owner, positions)
+    out = scores.clone()
+    out[warm] = heated(scores[warm], samplers, *chosen(warm, owner, positions))
+    return out
+
+
+def heated(scores: Tensor, samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """`perturb` of rows at temperatures above 0, from penalised scores on. [N, V]"""
     params = [samplers[i].params for i in owner]
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)  # [N]
-    warm = temperature > 0
+    temperature = torch.tensor([p.temperature for p in params], device=scores.device)  # [N]
     scaled = scores / temperature.clamp_min(COLDEST)[:, None]
     if cut := [row for row, p in enumerate(params) if p.truncated]:
         scaled[cut] = truncate(scaled[cut], [params[row] for row in cut])
-    drawn = scaled + shared_noise(samplers, owner, positions, logits)
-    return drawn if bool(warm.all()) else torch.where(warm[:, None], drawn, scores)
+    return scaled + shared_noise(samplers, owner, positions, scores)
 
 
 def shared_noise(samplers: Sequence[Sampler], owner: Sequence[int], positions: Sequence[int], like: Tensor) -> Tensor:
@@ -285,7 +295,8 @@ def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
     ordered, index = torch.sort(logits, dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # mass ahead of each token
-    drop = (torch.arange(vocab, device=device) >= top_k) | ((before >= top_p) & (top_p < 1)) | (probs < min_p * probs[:, :1])
+    mass = (probs.double() * UNIT).long()  # whole numbers: their sums do not depend on how many rows are summed at once
+    before = mass.cumsum(-1) - mass  # ahead of each token
+    drop = (torch.arange(vocab, device=device) >= top_k) | ((before >= top_p * UNIT) & (top_p < 1)) | (probs < min_p * probs[:, :1])
     drop[:, 0] = False
     return logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)

@@ -148,6 +148,21 @@ def test_logprobs_are_those_of_the_plain_forward(base):
         assert [[t for t, _ in s.top] for s in scores] == want.topk(3).indices.tolist()
 
 
+def test_no_noise_of_what_is_drawn_already_is_kept(base):
+    """Not of running requests, and none of those that wait to be resumed: it is as large as the vocabulary, for every position."""
+    request = Request("n", [5, 9, 30], SamplingParams(temperature=1.0, seed=4, max_tokens=12))
+    known = {"n": [5, 9, 30, *texts(run(Engine(base, slots=256), [request]))["n"]]}
+    engine = Engine(base, Oracle(known, 0.6), everywhere(4, 2), slots=256)
+    engine.submit(request)
+    engine.step()
+    text, ahead = engine.texts["n"], 0
+    while engine.busy:
+        assert all(position >= len(text.tokens) for position in text.sampler.noise)
+        ahead += len(text.sampler.noise)
+        engine.step()
+    assert ahead > 0
+
+
 def test_company_does_not_change_a_text(base, plain):
     requests = mixed_requests()
     for order in (requests[::-1], requests[3:] + requests[:3]):

@@ -147,6 +147,25 @@ def test_a_drafter_that_cannot_learn_or_forget_costs_nothing(base):
     assert texts(run(Engine(base, Deaf(known), everywhere(3), slots=1024), requests)) == plain
 
 
+def test_scores_that_cannot_be_computed_fail_their_request_only(base, monkeypatch):
+    """As where a device has no memory left for them: after the draw, before anything of the request has moved."""
+    plain = [Request(name, [5, 9, 30, 44], SamplingParams(max_tokens=6, seed=1)) for name in ("a", "b")]
+    want = texts(run(Engine(base, slots=128), plain))
+
+    def fails(logprobs, rows, tokens, top):
+        if top is not None:
+            raise RuntimeError("out of memory")
+        return ()
+
+    monkeypatch.setattr("engine.engine.token_scores", fails)
+    asked = Request("c", [5, 9, 30, 44], SamplingParams(max_tokens=6, seed=1, logprobs=2))
+    engine = Engine(base, Oracle({r.id: [*r.prompt, *want[r.id]] for r in plain}), everywhere(3), slots=128)
+    outcomes = run(engine, [*plain, asked])
+    assert {name: texts(outcomes)[name] for name in want} == want
+    assert outcomes["c"][-1].finish == "error" and outcomes["c"][-1].error == "RuntimeError: out of memory"
+    engine.check()
+
+
 def test_logits_that_are_not_numbers_fail_their_request_only(base):
     class Broken(Flaky):
         def forward(self, *args):

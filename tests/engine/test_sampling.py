@@ -33,7 +33,7 @@ def rows_of(*kinds: SamplingParams) -> list[int]:
 def samplers() -> list[Sampler]:
     made = [Sampler(params, [1, 2, 3], VOCAB) for params in PARAMS]
     for sampler in made:
-        sampler.record([7, 9])
+        sampler.record([7, 9], 40)
     return made
 
 
@@ -118,7 +118,7 @@ def test_shaping_cuts_penalises_and_biases() -> None:
 
     def scores(**fields: object) -> list[float]:
         sampler = Sampler(SamplingParams(seed=6, **fields), [1], 4)
-        sampler.record([0, 0])
+        sampler.record([0, 0], 4)
         return (perturb(logits, [sampler], [0], [4], [[3]])[0] - (noise if fields["temperature"] else 0)).tolist()
 
     cut = float("-inf")
