@@ -67,8 +67,10 @@ def purge(
         emit_json(answer)
     else:
         show(f"{answer['purged']} records were deleted.")
-    for name in answer["untold"]:
-        remark(f"The trainer of {name} could not be told to forget them; purge again once it is back.")
+    for name in answer["cleared"]:
+        remark(f"What a trainer of {name} had left on the disk was deleted.")
+    for name, why in answer["untold"].items():
+        remark(f"Traces of {name} may still be there; purge again once that is mended: {why}")
 
 
 @app.command()

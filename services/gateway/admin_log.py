@@ -48,13 +48,14 @@ def log(edge: Edge) -> APIRouter:
 
     @router.delete("")
     async def purge(caller: Operator, terms: Annotated[Terms, Query()]) -> dict[str, Any]:
-        """Delete records for good, and what trainers keep of them; `untold` names the models whose trainer could not be told."""
+        """Delete records for good, and what trainers keep of them, or kept; `untold` says of which models that may still be there."""
         what = terms.selection()
         if what.everything != terms.everything:
             raise refused(
                 400, "Name what is to go by model, key, request, tag or before, or give all=true and none of these.", code="invalid_value"
             )
         done = await edge.refresh.log.purge(Purge(what, caller.name, terms.why))
-        return {"purged": done.records, **asdict(what), "traces": dict(done.traces), "untold": list(done.untold)}
+        told = {"traces": dict(done.traces), "cleared": list(done.cleared), "untold": dict(done.untold)}
+        return {"purged": done.records, **asdict(what), **told}
 
     return router

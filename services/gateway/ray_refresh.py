@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +19,7 @@ from actors.log_contents import Purge, Selection
 from actors.policy import UnknownModel
 from actors.store import StateStore, StoreError, Value, open_state
 from configs.settings import Settings
+from drafters.durable import sync_folder
 from services.gateway.errors import ApiError, refused
 from services.gateway.ray_desk import ANSWER_S, told
 from services.gateway.refresh import Pause, Purged, Refresh, Release, State, known
@@ -24,6 +28,7 @@ from services.peers import Finder
 LOG = logging.getLogger(__name__)
 REGISTRY = "specfleet-registry"
 TRAINER = "specfleet-trainer"  # before the model's name
+LEFT = ("traces", "checkpoint")  # what files of a trainer's work folder begin with that hold what was answered, or were learning from it
 CONTENTS_S, PURGE_S = 30.0, 120.0  # seconds in which every record of the log is looked at
 
 
@@ -185,12 +190,29 @@ def stream(model: str) -> str:
     return f"training/{model}"
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What became of a model's traces. count: that its trainer gave up, None if no trainer did. cleared: whether what a trainer had left on
+    the disk was deleted. why: they may still be there."""
+
+    count: int | None = None
+    cleared: bool = False
+    why: str = ""
+
+
 class RayLog:
     """The request log. find: looks its actor up, or starts it. finds: by model, what looks up the trainer that keeps traces of the same
-    requests."""
+    requests. left: by model that is not to have a trainer, the folder where an earlier one kept its traces."""
 
-    def __init__(self, find: Callable[[], Any], retention: Mapping[str, float], finds: Mapping[str, Callable[[], Any]]) -> None:
-        self._log, self._retention, self._trainers = Contact("request log", "log", find), dict(retention), contacts(finds)
+    def __init__(
+        self,
+        find: Callable[[], Any],
+        retention: Mapping[str, float],
+        finds: Mapping[str, Callable[[], Any]],
+        left: Mapping[str, Path],
+    ) -> None:
+        self._log, self._retention = Contact("request log", "log", find), dict(retention)
+        self._trainers, self._left = contacts(finds), dict(left)
 
     async def state(self) -> State:
         contents, counts = await asyncio.gather(self._ask("contents", patience=CONTENTS_S), self._ask("stats"))
@@ -203,23 +225,49 @@ class RayLog:
         """The log first: when it refuses, nothing is forgotten either."""
         records = int(await self._ask("purge", purge, patience=PURGE_S))
         models = [model for model in self._trainers if purge.what.model in (None, model)]
-        counts = dict(zip(models, await asyncio.gather(*(self._forget(model, purge.what) for model in models)), strict=True))
-        gone = {model: count for model, count in counts.items() if count is not None}
-        return Purged(records, gone, tuple(model for model in models if model not in gone))
+        told = dict(zip(models, await asyncio.gather(*(self._forget(model, purge.what) for model in models)), strict=True))
+        traces = {model: found.count for model, found in told.items() if found.count is not None}
+        untold = {model: found.why for model, found in told.items() if found.why}
+        for model, why in untold.items():
+            LOG.warning("traces of %s may have outlived a purge: %s", model, why)
+        return Purged(records, traces, tuple(model for model, found in told.items() if found.cleared), untold)
 
-    async def _forget(self, model: str, what: Selection) -> int | None:
-        """How many traces a model's trainer gave up; None if it could not be told, or failed."""
+    async def _forget(self, model: str, what: Selection) -> Forgotten:
+        """Have a model's trainer forget. Where there is none and none is to come, what one left on the disk is deleted, as a whole."""
+        trainer = self._trainers[model]
         try:
-            return int(await self._trainers[model].call("forget", what, patience=PURGE_S))
-        except (Absent, ApiError) as error:
-            LOG.warning("the trainer of %s could not be told of a purge: %r", model, error)
-            return None
+            return Forgotten(int(await trainer.call("forget", what, patience=PURGE_S)))
+        except ApiError as error:
+            return Forgotten(why=str(error))
+        except Absent:
+            if model not in self._left:
+                return Forgotten(why=str(trainer.away()))
+            return await asyncio.to_thread(clear, self._left[model], what)
 
     async def _ask(self, method: str, *arguments: object, patience: float = ANSWER_S) -> Any:
         try:
             return await self._log.call(method, *arguments, patience=patience)
         except Absent:
             raise self._log.away() from None
+
+
+def clear(folder: Path, what: Selection) -> Forgotten:
+    """Delete what a trainer that runs no more left in its work folder, if all of it is meant: only a trainer tells one trace from another.
+    Traces carry no key."""
+    try:
+        files = [folder / name for name in os.listdir(folder) if name.startswith(LEFT)]
+        if not files:
+            return Forgotten()
+        if any(part is not None for part in (what.request, what.before, what.tag)):
+            return Forgotten(why=f"No trainer runs, and what one left in {folder} goes as a whole: purge by model or key alone, or all.")
+        for file in files:
+            file.unlink(missing_ok=True)
+        sync_folder(folder)
+    except FileNotFoundError:
+        return Forgotten()
+    except OSError as error:
+        return Forgotten(why=f"No trainer runs, and what one left in {folder} cannot be deleted: {error}.")
+    return Forgotten(cleared=True)
 
 
 def off(model: str) -> ApiError:
@@ -230,13 +278,13 @@ def ray_refresh(settings: Settings, log: Callable[[], Any]) -> Refresh:
     """The desks of a service. Registry and trainers are not started here, they come with the models. log: finds the request log."""
     find = partial(ray.get_actor, namespace=settings.ray.namespace)
     refreshed = {model.name: model.refresh.tags for model in settings.models if model.refresh.enabled}
-    trained = [model for model in settings.models if model.refresh.enabled and model.log]
-    trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in trained}
-    budgets = {model.name: int(model.refresh.buffer_bytes) for model in trained}
+    trainers = {model.name: partial(find, f"{TRAINER}-{model.name}") for model in settings.models}
+    budgets = {model.name: int(model.refresh.buffer_bytes) for model in settings.models if model.refresh.enabled and model.log}
+    left = {name: Path(settings.refresh.work) / name for name in trainers if name not in budgets}
     kept = settings.request_log
     retention = {"max_records": kept.max_records, "max_bytes": int(kept.max_bytes), "max_age_s": kept.max_age_s}
-    training = RayTraining(trainers, budgets, Once(partial(open_state, settings.state.url)))
-    return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention, trainers))
+    training = RayTraining({name: trainers[name] for name in budgets}, budgets, Once(partial(open_state, settings.state.url)))
+    return Refresh(RaySpeculators(partial(find, REGISTRY), refreshed), training, RayLog(log, retention, trainers, left))
 
 
 class Once:

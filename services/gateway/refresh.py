@@ -44,12 +44,13 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What a purge took. records: of the log. traces: that each model's trainer gave up. untold: models whose trainer could not be told, or
-    could not clear its disk."""
+    """What a purge took. records: of the log. traces: that each model's trainer gave up. cleared: models that no trainer runs for, of which
+    what one had left on the disk was deleted. untold: models whose traces may still be there, and why."""
 
     records: int
     traces: Mapping[str, int]
-    untold: tuple[str, ...]
+    cleared: tuple[str, ...]
+    untold: Mapping[str, str]
 
 
 class SpeculatorDesk(Protocol):
@@ -86,7 +87,8 @@ class LogDesk(Protocol):
     async def history(self) -> Sequence[State]: ...
 
     async def purge(self, purge: Purge) -> Purged:
-        """Delete records, and have trainers forget what they have of them; a trainer that is away does not hold it up."""
+        """Delete records, and have trainers forget what they have of them, those too that no configuration wants any more; one that is away
+        does not hold it up."""
         ...
 
 

@@ -90,7 +90,7 @@ def nothing() -> Refresh:
     def opener() -> StateStore:
         raise AssertionError("nothing is stored")
 
-    return Refresh(RaySpeculators(find, {}), RayTraining({}, {}, opener), RayLog(find, {}, {}))
+    return Refresh(RaySpeculators(find, {}), RayTraining({}, {}, opener), RayLog(find, {}, {}, {}))
 
 
 def choices(job: Job) -> int:

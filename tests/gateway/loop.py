@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +57,8 @@ class Actor:
 
 
 class Loop:
-    """v[0] is configured, v[1] and v[2] are candidates, v[3] was refused by the gate. The domain `law` has no version of its own."""
+    """v[0] is configured, v[1] and v[2] are candidates, v[3] was refused by the gate. The domain `law` has no version of its own. The model
+    `slow` is not trained."""
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.store = Clock(), Flaky(open_state(f"sqlite:///{folder}/state.db"))
@@ -68,7 +69,10 @@ class Loop:
         self.trainer = trainer_of(folder)
         self.log = RequestLogActor(f"sqlite:///{folder}/requests.db")
         self.registry_actor, self.trainer_actor, self.log_actor = Actor(self.keeper), Actor(Training(self.trainer)), Actor(self.log)
-        self.desks = desks(self.registry_actor, self.trainer_actor, self.log_actor, self.opened)
+        self.untrained_actor = Actor(None)
+        self.untrained_actor.absent = True
+        trainers = {"echo": self.trainer_actor, "slow": self.untrained_actor}
+        self.desks = desks(self.registry_actor, trainers, self.log_actor, self.opened, {"slow": folder / "slow" / "work"})
 
     def opened(self) -> StateStore:
         return self.store
@@ -124,6 +128,9 @@ def trainer_of(folder: Path) -> Worker:
     return Worker(found, lambda _: None, dict)
 
 
-def desks(registry: Actor, trainer: Actor, log: Actor, opener: Callable[[], StateStore]) -> Refresh:
-    training = RayTraining({"echo": trainer.find}, {"echo": 2**28}, opener, lambda: 77.0)
-    return Refresh(RaySpeculators(registry.find, {"echo": TAGS}), training, RayLog(log.find, RETENTION, {"echo": trainer.find}))
+def desks(
+    registry: Actor, trainers: Mapping[str, Actor], log: Actor, opener: Callable[[], StateStore], left: Mapping[str, Path]
+) -> Refresh:
+    finds = {model: trainer.find for model, trainer in trainers.items()}
+    training = RayTraining({"echo": finds["echo"]}, {"echo": 2**28}, opener, lambda: 77.0)
+    return Refresh(RaySpeculators(registry.find, {"echo": TAGS}), training, RayLog(log.find, RETENTION, finds, left))

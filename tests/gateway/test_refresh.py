@@ -270,7 +270,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
     answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
     said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0, "tag": None}
-    assert answer.json() == said | {"traces": {"echo": 80}, "untold": []}  # the trainer's are of the first 80 seconds
+    assert answer.json() == said | {"traces": {"echo": 80}, "cleared": [], "untold": {}}  # the trainer's are of the first 80 seconds
     assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
     assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
     assert (await root.delete("/admin/log", params={"all": "true"})).json()["purged"] == 1
@@ -297,7 +297,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
 async def test_a_purge_reaches_the_trainer(root: httpx.AsyncClient, loop: Loop, query: str, gone: int) -> None:
     await loop.logged()
     answer = (await root.delete(f"/admin/log?{query}")).json()
-    assert answer["traces"] == ({} if "slow" in query else {"echo": gone}) and answer["untold"] == []
+    assert answer["traces"] == ({} if "slow" in query else {"echo": gone}) and answer["cleared"] == [] and answer["untold"] == {}
     traces = loop.trainer.keeper.status()["traces"]
     assert traces["training"] + traces["held_out"] == 80 - gone
 
@@ -311,8 +311,52 @@ async def test_a_purge_says_which_trainers_could_not_be_told(root: httpx.AsyncCl
     else:
         setattr(loop.trainer_actor, trouble, True)
     answer = (await root.delete("/admin/log", params={"model": "echo"})).json()
-    assert (answer["purged"], answer["traces"], answer["untold"]) == (2, {}, ["echo"])
+    assert (answer["purged"], answer["traces"], answer["untold"].keys()) == (2, {}, {"echo"})
+    assert ("away" in answer["untold"]["echo"]) == (trouble != "full")
     assert (await root.get("/admin/log")).json()["records"] == 1
+
+
+def left(folder: Path) -> Path:
+    """The work folder of a trainer of the model `slow` that was killed."""
+    trainer = fed(keeper(folder / "slow"))
+    trainer.save()
+    (trainer.work / "traces.partial").write_bytes(b"a part of them")
+    (trainer.work / "paused").write_text("false")
+    return trainer.work
+
+
+@pytest.mark.parametrize("query", ["all=true", "model=slow", "key=client", "model=slow&key=client"])
+async def test_a_purge_deletes_what_a_trainer_left_of_a_model_that_is_not_trained(
+    root: httpx.AsyncClient, tmp_path: Path, query: str
+) -> None:
+    work = left(tmp_path)
+    assert (work / "traces").stat().st_size > 1000
+    answer = (await root.delete(f"/admin/log?{query}")).json()
+    assert answer["cleared"] == ["slow"] and answer["untold"] == {} and "slow" not in answer["traces"]
+    assert {file.name for file in work.iterdir()} - {"bundles", "cache"} == {"paused"}
+    assert (await root.delete(f"/admin/log?{query}")).json()["cleared"] == []
+
+
+@pytest.mark.parametrize("query", ["request=r-7", "before=1970-01-01T00:00:30Z", "tag=law&model=slow"])
+async def test_only_a_trainer_tells_traces_apart(root: httpx.AsyncClient, tmp_path: Path, query: str) -> None:
+    before = (work := left(tmp_path)).joinpath("traces").read_bytes()
+    answer = (await root.delete(f"/admin/log?{query}")).json()
+    assert answer["cleared"] == [] and answer["untold"].keys() == {"slow"} and str(work) in answer["untold"]["slow"]
+    assert (work / "traces").read_bytes() == before
+
+
+async def test_what_a_trainer_left_and_cannot_be_deleted_is_named(root: httpx.AsyncClient, tmp_path: Path) -> None:
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "work").write_text("not a folder")
+    answer = (await root.delete("/admin/log?all=true")).json()
+    assert answer["cleared"] == [] and "cannot be deleted: " in answer["untold"]["slow"]
+
+
+async def test_a_trainer_that_goes_on_although_its_model_is_not_trained_any_more_forgets(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.untrained_actor.absent, loop.untrained_actor.body = False, loop.trainer_actor.body
+    answer = (await root.delete("/admin/log?model=slow")).json()
+    assert (answer["traces"], answer["cleared"], answer["untold"]) == ({"slow": 80}, [], {})
+    assert (await root.get("/admin/training/slow")).json()["state"] == "off"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from actors.artefacts import Artefacts
 from actors.log_contents import Purge, Selection
 from actors.registry import start_registry
 from actors.request_log import RequestRecord
+from actors.trainer import NAME as TRAINER_NAME
 from actors.trainer import start_trainer
 from configs.settings import Settings
 from drafters.bundle import Origin, adopt_folder
@@ -22,6 +24,7 @@ from services.gateway.ray_refresh import ray_refresh
 from services.gateway.refresh import Pause, Purged, Refresh, Release
 from services.named import log_actor
 from tests.actors.test_trainer import BASE, TRAINER
+from tests.conftest import wait_until
 from tests.drafters.test_refresh import speculator
 
 pytestmark = pytest.mark.cluster
@@ -43,6 +46,7 @@ def settings(folder: Path) -> Settings:
         ray={"namespace": SPACE},
         state={"url": f"sqlite:///{folder}/state.db"},
         request_log={"url": f"sqlite:///{folder}/requests.db"},
+        refresh={"work": str(folder / "work")},
     )
 
 
@@ -60,7 +64,7 @@ async def begun(folder: Path, chosen: Settings) -> str:
     url, version = Artefacts(place, folder / "cache").publish(bundle), bundle.manifest.version
     registry = start_registry(chosen.state.url, place, str(folder / "registry"), namespace=SPACE)
     await registry.register.remote("toy", BASE, url, bundle.manifest)
-    trainer = start_trainer("toy", BASE, str(published), version, place, str(folder / "work"), settings=TRAINER, namespace=SPACE)
+    trainer = start_trainer("toy", BASE, str(published), version, place, str(folder / "work" / "toy"), settings=TRAINER, namespace=SPACE)
     await trainer.status.remote()  # it is up
     return version
 
@@ -75,6 +79,7 @@ async def test_the_desks_find_their_actors(cluster: None, tmp_path: Path) -> Non
     await releases(desks, version)
     await training(desks)
     await log(desks, chosen)
+    await switched_off(chosen)
     assert set(await desks.survey(["toy", "plain"])) == {"toy", "plain"}
 
 
@@ -91,7 +96,29 @@ async def training(desks: Refresh) -> None:
     assert (await desks.training.state("toy"))["paused"] and (await desks.training.history("toy"))[0]["who"] == "me"
 
 
+async def switched_off(chosen: Settings) -> None:
+    """A purge reaches the trainer of a model that is not logged any more, which goes on, and when it is killed what it leaves."""
+    silent = chosen.model_copy(update={"models": tuple(model.model_copy(update={"log": False}) for model in chosen.models)})
+    desks = ray_refresh(silent, log_actor(silent))
+    assert (await desks.training.state("toy"))["state"] == "off"
+    assert await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {"toy": 0}, (), {})
+    ray.kill(ray.get_actor(f"{TRAINER_NAME}-toy", SPACE))
+    await asyncio.to_thread(wait_until, lambda: not runs())
+    assert (work := Path(chosen.refresh.work) / "toy").joinpath("traces").is_file()
+    assert await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {}, ("toy",), {})
+    assert not (work / "traces").exists() and await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {}, (), {})
+
+
+def runs() -> bool:
+    """Whether there is a trainer to be found."""
+    try:
+        ray.get_actor(f"{TRAINER_NAME}-toy", SPACE)
+    except ValueError:
+        return False
+    return True
+
+
 async def log(desks: Refresh, chosen: Settings) -> None:
     await log_actor(chosen)().append.remote([RequestRecord("cmpl-1-0", "toy", time.time(), "me", (1,), (2,), None)])
-    assert await desks.log.purge(Purge(Selection(model="toy"), "me")) == Purged(1, {"toy": 0}, ())
+    assert await desks.log.purge(Purge(Selection(model="toy"), "me")) == Purged(1, {"toy": 0}, (), {})
     assert (await desks.log.state())["records"] == 0 and (await desks.log.history())[0]["records"] == 1
