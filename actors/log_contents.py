@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 
 import redis
 
-from actors.store import StoreError, Value, check_state, connect, sqlite_path
+from actors.store import BUSY_S, StoreError, Value, check_state, connect, sqlite_path
 from drafters.choices import request_of
 
 STREAM = "specfleet:requests"
 PURGES = "specfleet:purges"
 PAGE = 200  # entries of a Redis stream looked at together
+PAUSE_S = 0.05  # seconds between two attempts to empty what is written ahead of an SQLite file
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class Purge:
     def entry(self, at: float, records: int) -> Value:
         """As the history keeps it."""
         return {"at": at, "who": self.who, "why": self.why, **asdict(self.what), "records": records}
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What a purge deleted. records: how many. readable: whether these, or those of an earlier purge, can still be read in the store's file
+    with other tools than its own, since somebody who reads it kept them from being overwritten; the next purge tries again."""
+
+    records: int
+    readable: bool = False
 
 
 @dataclass(slots=True)
@@ -102,8 +112,8 @@ class LogKeeping(Protocol):
         """What it holds; looks at every record."""
         ...
 
-    def purge(self, purge: Purge) -> int:
-        """Delete the records that are meant, and record that; how many there were."""
+    def purge(self, purge: Purge) -> Deleted:
+        """Delete the records that are meant, and record that."""
         ...
 
     def purges(self) -> list[Value]:
@@ -122,12 +132,13 @@ def open_keeping(url: str, clock: Callable[[], float] = time.time) -> LogKeeping
 
 
 class SqliteKeeping:
-    """A log in an SQLite file. What is purged is overwritten, in the file and in what was written ahead of it."""
+    """A log in an SQLite file. What is purged is overwritten, in the file and in what was written ahead of it, once nobody reads that any
+    more; patience: seconds that a purge waits for it."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time, patience: float = BUSY_S) -> None:
+        self._clock, self._patience = clock, patience
         try:
-            self._db = connect(path)
+            self._db = connect(path, patience)
             self._db.execute("PRAGMA secure_delete=ON")
             create_tables(self._db)
         except (sqlite3.Error, OSError) as error:
@@ -142,7 +153,7 @@ class SqliteKeeping:
             found.store_bytes = held_bytes(self._db)
         return found
 
-    def purge(self, purge: Purge) -> int:
+    def purge(self, purge: Purge) -> Deleted:
         where, values = condition(purge.what)
         with told():
             self._db.execute("BEGIN IMMEDIATE")
@@ -154,8 +165,7 @@ class SqliteKeeping:
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return count
+            return Deleted(count, readable=not self._emptied())
 
     def purges(self) -> list[Value]:
         with told():
@@ -163,6 +173,16 @@ class SqliteKeeping:
 
     def close(self) -> None:
         self._db.close()
+
+    def _emptied(self) -> bool:
+        """Whether all that was written ahead is in the file and nowhere else now. SQLite waits for readers itself, and not for somebody who
+        does the same at this moment."""
+        until = time.monotonic() + self._patience
+        while self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(PAUSE_S)
+        return True
 
 
 def create_tables(db: sqlite3.Connection) -> None:
@@ -211,11 +231,11 @@ class RedisKeeping:
             found.store_bytes = self._redis.memory_usage(self._stream) or 0
         return found
 
-    def purge(self, purge: Purge) -> int:
+    def purge(self, purge: Purge) -> Deleted:
         with told():
             count = self._redis.xtrim(self._stream, maxlen=0, approximate=False) if purge.what.everything else self._delete(purge.what)
             self._redis.xadd(PURGES, {"entry": json.dumps(purge.entry(self._clock(), count))})
-        return int(count)
+        return Deleted(int(count))
 
     def purges(self) -> list[Value]:
         with told():

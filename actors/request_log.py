@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import ray
 import redis
 
-from actors.log_contents import STREAM, Purge, create_tables, held_bytes, open_keeping
+from actors.log_contents import STREAM, Deleted, Purge, create_tables, held_bytes, open_keeping
 from actors.store import StoreError, Value, check_state, connect, sqlite_path
 
 NAME = "specfleet-request-log"
@@ -398,8 +398,8 @@ class RequestLogActor:
         """What the store holds: `Contents` as JSON. StoreError."""
         return await asyncio.to_thread(self._contents)
 
-    async def purge(self, purge: Purge) -> int:
-        """Delete records, with those that came before this call and are not written yet; how many there were. StoreError."""
+    async def purge(self, purge: Purge) -> Deleted:
+        """Delete records, with those that came before this call and are not written yet. StoreError."""
         return await asyncio.to_thread(self._purge, purge)
 
     async def purges(self) -> list[Value]:
@@ -418,7 +418,7 @@ class RequestLogActor:
         with contextlib.closing(open_keeping(self._url)) as keeping:
             return keeping.contents().to_json()
 
-    def _purge(self, purge: Purge) -> int:
+    def _purge(self, purge: Purge) -> Deleted:
         if not self._writer.flush(PATIENCE):
             raise StoreError(f"records could not be written within {PATIENCE:g} s, so they could not be purged either")
         with contextlib.closing(open_keeping(self._url)) as keeping:

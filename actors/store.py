@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import redis
 
 Value = dict[str, Any]
+BUSY_S = 10.0  # seconds that one who needs an SQLite file waits for others
 
 
 class StateStore(Protocol):
@@ -62,10 +63,13 @@ def sqlite_path(url: str) -> Path:
     return Path(path)
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection that several threads may share under a lock, in WAL mode, so that readers never wait for the writer."""
+def connect(path: Path, patience: float = BUSY_S) -> sqlite3.Connection:
+    """A connection that several threads may share under a lock, in WAL mode, so that readers never wait for the writer.
+
+    patience: seconds that it waits for other connections.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     return connection

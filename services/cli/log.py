@@ -67,6 +67,8 @@ def purge(
         emit_json(answer)
     else:
         show(f"{answer['purged']} records were deleted.")
+    if answer["readable"]:
+        remark("Deleted records are not overwritten in the log's file yet, because another program reads it; purge again after that.")
     for name in answer["cleared"]:
         remark(f"What a trainer of {name} had left on the disk was deleted.")
     for name, why in answer["untold"].items():

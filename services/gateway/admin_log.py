@@ -48,7 +48,8 @@ def log(edge: Edge) -> APIRouter:
 
     @router.delete("")
     async def purge(caller: Operator, terms: Annotated[Terms, Query()]) -> dict[str, Any]:
-        """Delete records for good, and what trainers keep of them, or kept; `untold` says of which models that may still be there."""
+        """Delete records for good, and what trainers keep of them, or kept; `untold` says of which models that may still be there, and why;
+        `readable`, whether the log's file still holds deleted records, which the next purge overwrites."""
         what = terms.selection()
         if what.everything != terms.everything:
             raise refused(
@@ -56,6 +57,6 @@ def log(edge: Edge) -> APIRouter:
             )
         done = await edge.refresh.log.purge(Purge(what, caller.name, terms.why))
         told = {"traces": dict(done.traces), "cleared": list(done.cleared), "untold": dict(done.untold)}
-        return {"purged": done.records, **asdict(what), **told}
+        return {"purged": done.records, "readable": done.readable, **asdict(what), **told}
 
     return router

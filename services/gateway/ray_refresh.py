@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.log_contents import Purge, Selection
+from actors.log_contents import Deleted, Purge, Selection
 from actors.policy import UnknownModel
 from actors.store import StateStore, StoreError, Value, open_state
 from configs.settings import Settings
@@ -223,14 +223,15 @@ class RayLog:
 
     async def purge(self, purge: Purge) -> Purged:
         """The log first: when it refuses, nothing is forgotten either."""
-        records = int(await self._ask("purge", purge, patience=PURGE_S))
+        deleted: Deleted = await self._ask("purge", purge, patience=PURGE_S)
         models = [model for model in self._trainers if purge.what.model in (None, model)]
         told = dict(zip(models, await asyncio.gather(*(self._forget(model, purge.what) for model in models)), strict=True))
         traces = {model: found.count for model, found in told.items() if found.count is not None}
         untold = {model: found.why for model, found in told.items() if found.why}
         for model, why in untold.items():
             LOG.warning("traces of %s may have outlived a purge: %s", model, why)
-        return Purged(records, traces, tuple(model for model, found in told.items() if found.cleared), untold)
+        cleared = tuple(model for model, found in told.items() if found.cleared)
+        return Purged(deleted.records, traces, cleared, untold, deleted.readable)
 
     async def _forget(self, model: str, what: Selection) -> Forgotten:
         """Have a model's trainer forget. Where there is none and none is to come, what one left on the disk is deleted, as a whole."""

@@ -45,12 +45,14 @@ class Pause:
 @dataclass(frozen=True, slots=True)
 class Purged:
     """What a purge took. records: of the log. traces: that each model's trainer gave up. cleared: models that no trainer runs for, of which
-    what one had left on the disk was deleted. untold: models whose traces may still be there, and why."""
+    what one had left on the disk was deleted. untold: models whose traces may still be there, and why. readable: whether the log's file
+    still holds deleted records that are not overwritten yet."""
 
     records: int
     traces: Mapping[str, int]
     cleared: tuple[str, ...]
     untold: Mapping[str, str]
+    readable: bool = False
 
 
 class SpeculatorDesk(Protocol):

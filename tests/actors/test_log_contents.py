@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from actors.log_contents import Purge, Selection, open_keeping
+from actors.log_contents import Deleted, Purge, Selection, SqliteKeeping, open_keeping
 from actors.request_log import RedisLog, RequestLogActor, RequestRecord, Retention, SqliteLog, open_log
 from actors.store import StoreError
 
@@ -65,7 +66,7 @@ def test_contents_are_counted_by_model(keeping, log):
     ],
 )
 def test_a_purge_takes_what_was_named_and_nothing_else(keeping, log, what, left):
-    assert keeping.purge(Purge(what, "root", "asked for")) == 4 - len(left)
+    assert keeping.purge(Purge(what, "root", "asked for")) == Deleted(4 - len(left))
     assert [r.id for r in log.tail(10)] == left and keeping.contents().total.records == len(left)
     (entry,) = keeping.purges()
     assert (entry["at"], entry["who"], entry["why"], entry["records"]) == (500.0, "root", "asked for", 4 - len(left))
@@ -84,20 +85,34 @@ def test_the_log_goes_on_after_a_purge(keeping, log):
 def test_a_long_stream_is_purged_in_pages(redis_url):
     log, keeping = open_log(redis_url), open_keeping(redis_url)
     log.append([record(f"r{i}-0", "ab"[i % 2]) for i in range(4500)])
-    assert keeping.purge(Purge(Selection(model="a"), "root")) == 2250
+    assert keeping.purge(Purge(Selection(model="a"), "root")) == Deleted(2250)
     assert {r.model for r in log.tail(5000)} == {"b"} and keeping.contents().total.records == 2250
 
 
 def test_what_is_purged_from_a_file_is_overwritten(tmp_path):
     log, keeping = open_log(f"sqlite:///{tmp_path}/log.db"), open_keeping(f"sqlite:///{tmp_path}/log.db")
     log.append([record(f"r{i}-0", size=300) for i in range(50)])
+    assert holds(tmp_path, b"7654321")
+    assert keeping.purge(Purge(Selection(), "root")) == Deleted(50)
+    assert not holds(tmp_path, b"7654321") and not holds(tmp_path, b"297,298")
 
-    def told(text: bytes) -> bool:
-        return any(text in file.read_bytes() for file in Path(tmp_path).iterdir())
 
-    assert told(b"7654321")
-    assert keeping.purge(Purge(Selection(), "root")) == 50
-    assert not told(b"7654321") and not told(b"297,298")
+def test_what_a_reader_keeps_from_being_overwritten_is_told_of_and_goes_with_the_next_purge(tmp_path):
+    log, keeping = open_log(f"sqlite:///{tmp_path}/log.db"), SqliteKeeping(tmp_path / "log.db", patience=0.1)
+    log.append([record(f"r{i}-0", size=300) for i in range(50)])
+    with contextlib.closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT COUNT(*) FROM requests").fetchone() == (50,)
+        assert keeping.purge(Purge(Selection(), "root")) == Deleted(50, readable=True)
+        assert log.tail(50) == [] and holds(tmp_path, b"297,298")
+        assert keeping.purge(Purge(Selection(model="none"), "root")) == Deleted(0, readable=True)
+        reader.execute("ROLLBACK")
+        assert keeping.purge(Purge(Selection(model="none"), "root")) == Deleted(0)
+        assert not holds(tmp_path, b"7654321") and not holds(tmp_path, b"297,298")
+
+
+def holds(folder: Path, text: bytes) -> bool:
+    return any(text in file.read_bytes() for file in folder.iterdir())
 
 
 def test_sqlite_keeps_within_its_bytes(tmp_path):
@@ -121,7 +136,7 @@ def test_redis_keeps_about_within_its_bytes(redis_url):
 async def test_the_actor_purges_what_is_not_written_yet_too(url):
     actor = RequestLogActor(url)
     await actor.append(RECORDS)
-    assert await actor.purge(Purge(Selection(model="a"), "root", "why")) == 2
+    assert await actor.purge(Purge(Selection(model="a"), "root", "why")) == Deleted(2)
     assert (await actor.contents())["models"].keys() == {"b"} and (await actor.purges())[0]["records"] == 2
     await actor.close()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
+from actors.log_contents import Deleted
 from services.cli.log import moment_of
 from services.cli.problem import Problem
 from tests.cli.conftest import CLIENT, Service, Shell
@@ -132,6 +134,17 @@ def test_the_log_is_shown_and_purged(shell: Shell, service: Service) -> None:
     assert [(entry["who"], entry["records"]) for entry in history] == [("operator", 1)] * 3 and history[1]["why"] == "asked for"
     shown = shell("log", "history").out
     assert "request cmpl-1" in shown and "key other, tag law" in shown
+
+
+def test_a_purge_says_what_is_still_there(shell: Shell, service: Service) -> None:
+    service.loop.trainer_actor.away = True
+    service.loop.log_actor.body = SimpleNamespace(purge=lambda purge: Deleted(2, readable=True))
+    work = service.loop.artefacts.cache.parent / "slow" / "work"
+    work.mkdir(parents=True)
+    (work / "traces").write_bytes(b"of a trainer that is no more")
+    done = shell("log", "purge", "--all", "--yes")
+    assert done.code == 0 and "2 records were deleted." in done.out and "not overwritten" in done.err
+    assert "a trainer of slow had left" in done.err and "Traces of echo may still be there" in done.err and "is away" in done.err
 
 
 @pytest.mark.parametrize("arguments", [(), ("--all", "--model", "echo"), ("--before", "soon"), ("--why", "tidy")])

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.log_contents import Deleted
 from actors.registry import NAME as REGISTRY_NAME
 from actors.registry import RegistryKeeper
 from actors.releases import ReplicaReport
@@ -269,7 +271,7 @@ async def test_the_log_is_counted_and_purged(root: httpx.AsyncClient, loop: Loop
     assert (state["records"], state["oldest"], state["newest"]) == (3, 100.0, 300.0)
     assert state["models"]["echo"]["records"] == 2 and state["writer"]["written"] == 3 and state["retention"]["max_records"] == 1000
     answer = await root.delete("/admin/log", params={"model": "echo", "before": "1970-01-01T00:02:30Z", "why": "asked for"})
-    said = {"purged": 1, "model": "echo", "key": None, "request": None, "before": 150.0, "tag": None}
+    said = {"purged": 1, "readable": False, "model": "echo", "key": None, "request": None, "before": 150.0, "tag": None}
     assert answer.json() == said | {"traces": {"echo": 80}, "cleared": [], "untold": {}}  # the trainer's are of the first 80 seconds
     assert (await root.delete("/admin/log", params={"request": "cmpl-3"})).json()["purged"] == 1
     assert (await root.delete("/admin/log", params={"key": "nobody"})).json()["purged"] == 0
@@ -357,6 +359,12 @@ async def test_a_trainer_that_goes_on_although_its_model_is_not_trained_any_more
     answer = (await root.delete("/admin/log?model=slow")).json()
     assert (answer["traces"], answer["cleared"], answer["untold"]) == ({"slow": 80}, [], {})
     assert (await root.get("/admin/training/slow")).json()["state"] == "off"
+
+
+async def test_a_purge_says_that_records_are_not_overwritten_yet(root: httpx.AsyncClient, loop: Loop) -> None:
+    loop.log_actor.body = SimpleNamespace(purge=lambda purge: Deleted(2, readable=True))
+    answer = (await root.delete("/admin/log?model=echo")).json()
+    assert (answer["purged"], answer["readable"], answer["traces"]) == (2, True, {"echo": 80})
 
 
 @pytest.mark.parametrize(
