@@ -82,6 +82,7 @@ class SqliteState:
         self._lock = threading.Lock()
         try:
             self._db = connect(path)
+            self._db.execute("PRAGMA synchronous=FULL")  # every change is on the disk when it is answered, whatever the power does then
             self._db.execute("CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
             self._db.execute("CREATE TABLE IF NOT EXISTS stream (id INTEGER PRIMARY KEY, name TEXT NOT NULL, entry TEXT NOT NULL)")
             self._db.execute("CREATE INDEX IF NOT EXISTS stream_name ON stream (name, id)")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from actors.store import StoreError, open_state
+from actors.store import SqliteState, StoreError, open_state
 
 
 def test_values(url):
@@ -36,6 +36,12 @@ def test_everything_outlives_the_store_object(url):
     store.close()
     again = open_state(url)
     assert again.get("a") == {"x": 1} and again.entries("s") == [{"y": 2}]
+
+
+def test_a_change_is_on_the_disk_when_it_is_answered(tmp_path):
+    """A process that is killed shows nothing of this, only a power failure would: that SQLite was told must do."""
+    store = open_state(f"sqlite:///{tmp_path}/store.db")
+    assert isinstance(store, SqliteState) and store._run("PRAGMA synchronous") == [(2,)]
 
 
 def test_appends_from_many_threads_are_all_there(url):
