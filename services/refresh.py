@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from actors.policy import UnknownModel
 from actors.releases import Assignment, Base, Placement, ReplicaReport
 from configs.settings import ModelSettings
 from drafters.bundle import Bundle, BundleError, Origin, adopt_folder, fingerprint, read_bundle
+from drafters.checkpoint import CheckpointError
 from drafters.traces import Trace
 from drafters.versions import Canary, Line
 from engine.drafter import Drafter
@@ -35,6 +37,7 @@ REPORT_S = 0.25  # seconds between two reports
 HANDING_OVER_S = 1.0  # seconds between two deliveries to the trainer: each takes the interpreter from the engine for a while
 RETRY_S = 5.0  # seconds between attempts at what another part did not let happen
 PATIENCE = 3  # attempts to reach a bundle before it is reported as one that cannot be loaded
+AGAIN_S = 300.0  # seconds between attempts to load a version that a full disk, a full device or the like kept from being loaded
 SILENCE_S = 60.0  # seconds in which the same trouble is logged once
 REMIND_S = 2.0  # seconds after which an unchanged load is told again
 
@@ -84,14 +87,14 @@ class Configured:
 
 @dataclass(slots=True)
 class Following:
-    """Assignments by line, and how far they are followed: errors by version, attempts by version to reach it, when to try again, and
-    whether nothing more is to be done."""
+    """Assignments by line, and how far they are followed: errors by version, attempts by version to reach it, when each that could not be
+    loaded is tried again, and when any is next: at once, or never once nothing more is to be done."""
 
     assignments: Mapping[str, Assignment] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
-    again: float = 0.0
-    settled: bool = False
+    later: dict[str, float] = field(default_factory=dict)
+    next: float = -math.inf
 
     @property
     def wanted(self) -> dict[str, Placement]:
@@ -234,18 +237,21 @@ class Refresh:
     async def change(self) -> None:
         """Load what the assignments name beside what serves, and exchange it all between two steps. What cannot be loaded is left out."""
         following = self.following
-        if not following.assignments or following.settled or self.clock() < following.again:
+        if not following.assignments or self.clock() < following.next:
             return
-        following.settled = True
         await asyncio.to_thread(self.artefacts.keep, [placement.checksum for placement in following.wanted.values()])
         common = following.assignments.get("")
         own: dict[str, Placement | None] = {self.host.configured_version: None} if common and not common.live else {}
         found = {version: await self.obtain(version, place, following) for version, place in (own | following.wanted).items()}
+        following.next = min(following.later.values(), default=math.inf)
         await self.exchange(following.assignments, {version: drafter for version, drafter in found.items() if drafter is not None})
 
     async def obtain(self, version: str, placement: Placement | None, following: Following) -> Drafter | None:
-        """A version, loaded if it is not yet; None, with the reason among the errors, if it cannot be."""
+        """A version, loaded if it is not yet; None, with the reason among the errors, if it cannot be. One that is wrong itself is not
+        tried again, and any other not before its time."""
         assert self.host.versions is not None
+        if self.clock() < following.later.get(version, -math.inf):
+            return None
         checksum = placement.checksum if placement else self.checksums.get(version, "")
         drafter = next((found for found in self.host.versions.drafters if found.version == version), None)
         try:
@@ -255,16 +261,18 @@ class Refresh:
             return None
         except Exception as error:  # whatever files and devices say to it
             following.errors[version] = f"{type(error).__name__}: {error}"
+            following.later[version] = math.inf if isinstance(error, (BundleError, CheckpointError)) else self.clock() + AGAIN_S
             log.error("%s: version %s cannot be loaded, the old one stays: %s", self.settings.name, version, error)
             return None
         following.errors.pop(version, None)
+        following.later.pop(version, None)
         self.checksums[version] = checksum
         return drafter
 
     def unreached(self, version: str, why: str, following: Following) -> None:
         """Try again later; a place that stays away is an error of the version."""
         following.attempts[version] = following.attempts.get(version, 0) + 1
-        following.again, following.settled = self.clock() + RETRY_S, False
+        following.later[version] = self.clock() + RETRY_S
         if following.attempts[version] >= PATIENCE:
             following.errors[version] = why
         log.warning("%s: version %s cannot be reached, the old one stays: %s", self.settings.name, version, why)

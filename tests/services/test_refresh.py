@@ -4,11 +4,12 @@ changes nothing."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import shutil
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,13 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from actors.artefacts import Artefacts
+from actors.artefacts import ArtefactError, Artefacts
 from actors.policy import parse_policy
 from actors.registry import RegistryKeeper, RegistrySettings
 from actors.store import StoreError, open_state
 from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings, Settings, TrainerSettings
-from drafters.bundle import Bundle, Origin, fingerprint, write_bundle
+from drafters.bundle import Bundle, BundleError, Origin, fingerprint, write_bundle
+from drafters.checkpoint import CheckpointError
 from drafters.mlp import MLPSpeculator
 from drafters.traces import Trace
 from drafters.versions import Canary, Line
@@ -480,6 +482,70 @@ async def test_whatever_keeps_a_version_from_being_loaded_is_its_error(stand, mo
     stand.keeper.promote("toy", version, "operator")
     await stand.beat(3)
     assert stand.shown()["errors"] == {version: f"{type(trouble).__name__}: {trouble}"} and await stand.text("a")
+
+
+def refusing(error: Exception, stand: Stand, loads: list[float]) -> Callable[..., Any]:
+    """Loads nothing, and notes when it was to."""
+
+    def load(*wanted: object) -> Any:
+        loads.append(stand.now)
+        raise error
+
+    return load
+
+
+async def test_a_version_that_there_was_no_room_for_is_tried_again_until_there_is(stand, monkeypatch):
+    loads: list[float] = []
+    monkeypatch.setattr(stand.host, "load_version", refusing(OSError(errno.ENOSPC, "no space left"), stand, loads))
+    version, began = stand.version(1).manifest.version, stand.now
+    stand.keeper.promote("toy", version, "operator")
+    for turn in range(3):
+        stand.now = began + turn * refresh.AGAIN_S
+        await stand.beat(8)
+        assert "no space left" in stand.shown()["errors"][version] and not stand.shown()["agrees"]
+    assert loads == [began + turn * refresh.AGAIN_S for turn in range(3)]
+    monkeypatch.undo()
+    stand.now = began + 3 * refresh.AGAIN_S
+    await stand.beat(2)
+    assert stand.host.pilot.version == version and stand.shown()["agrees"] and not stand.shown()["errors"]
+
+
+@pytest.mark.parametrize("verdict", [BundleError("truncated"), CheckpointError("no such head")])
+async def test_a_version_that_is_wrong_itself_is_not_tried_again(stand, monkeypatch, verdict):
+    loads: list[float] = []
+    monkeypatch.setattr(stand.host, "load_version", refusing(verdict, stand, loads))
+    version = stand.version(1).manifest.version
+    stand.keeper.promote("toy", version, "operator")
+    for _ in range(3):
+        await stand.beat(2)
+        stand.now += refresh.AGAIN_S
+    assert len(loads) == 1 and str(verdict) in stand.shown()["errors"][version]
+
+
+async def test_a_version_that_is_tried_again_soon_leaves_another_its_time(tagged, monkeypatch):
+    loads: list[float] = []
+    law, common = tagged.version(1, "law").manifest.version, tagged.version(2).manifest.version
+    monkeypatch.setattr(tagged.host, "load_version", refusing(MemoryError("device"), tagged, loads))
+    fetch = tagged.refresh.artefacts.fetch
+
+    def cut_off(url: str, *wanted: Any) -> Bundle:
+        if law in url:
+            raise ArtefactError("no route")
+        return fetch(url, *wanted)
+
+    monkeypatch.setattr(tagged.refresh.artefacts, "fetch", cut_off)
+    tagged.keeper.promote("toy", law, "operator", tag="law")
+    tagged.keeper.promote("toy", common, "operator")
+    for _ in range(refresh.PATIENCE):
+        await tagged.beat(2)
+        tagged.now += refresh.RETRY_S
+    assert len(loads) == 1 and "no route" in tagged.shown("law")["errors"][law] and "device" in tagged.shown()["errors"][common]
+    monkeypatch.undo()
+    await tagged.beat(2)
+    assert serves(tagged.host, "x", "law") == law and serves(tagged.host, "x") == tagged.host.configured_version
+    tagged.now += refresh.AGAIN_S
+    await tagged.beat(2)
+    assert serves(tagged.host, "x") == common and tagged.shown()["agrees"] and tagged.shown("law")["agrees"]
 
 
 async def test_a_canary_that_cannot_be_loaded_is_rolled_back_with_the_reason(stand):
