@@ -133,8 +133,9 @@ class RegistryKeeper:
         self, model: str, base: Base, url: str = "", manifest: Manifest | None = None, tags: Sequence[str] = ()
     ) -> tuple[Assignment, ...]:
         """Make a model known, with the speculator it was configured with, if any, and the tags of its domains; the assignments of all its
-        lines, the common one first. Doing it again changes nothing, or, if the configuration is another, what the configuration had brought
-        about; a version that was promoted stays. Another base ends what the last one had.
+        lines, the common one first. Doing it again changes nothing, whatever was done in between, or, if the configuration names another
+        version than it did last, what the configuration had brought about; a version that was promoted stays. Another base ends what the
+        last one had.
         """
         placement = Placement(manifest.version, url, manifest.checksum) if manifest else None
         values = manifest.model_dump(mode="json") if manifest else None

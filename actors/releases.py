@@ -189,6 +189,7 @@ class Releases:
         self.versions: dict[str, Release] = {}
         self.lineage: list[str | None] = [None]  # live versions that may be gone back to, the present one last
         self.canary: Canary | None = None
+        self.configured: str | None = None  # the version that the configuration named last
         self.pinned, self.revision = False, 0
         self.base: Base | None = None
         self.ids: set[str] = set()
@@ -209,6 +210,8 @@ class Releases:
         self.revision, self.pinned = change.revision, change.pinned
         self.ids.add(change.id)
         self.base = change.base or self.base
+        if change.action == "register":
+            self.configured = change.version
         if change.release is not None:
             self.versions[change.release.placement.version] = change.release
         for version, state in change.states.items():
@@ -281,18 +284,20 @@ class Releases:
     # -- plans --------------------------------------------------------------------------------------------------------------
 
     def register(self, base: Base, placement: Placement | None, manifest: Value | None) -> Change | None:
-        """The base, and the version that the configuration names. None if nothing is new."""
+        """The base, and the version that the configuration names. None if it names what it named last, whatever was done since. Another one
+        becomes live in the place of one that the configuration brought; beside one that was promoted or pinned it is only noted."""
         release = Release(placement, manifest or {}, "live", initial=True) if placement else None
         if self.base != base:
             return self.begin(base, release)
-        if release is None or release.placement.version in self.versions:
+        if release is None or release.placement.version == self.configured:
             return None
         version = release.placement.version
-        if self.pinned or (self.live and not self.versions[self.live].initial):
-            aside = replace(release, state="retired")
-            return replace(self.plan("register", version), states={version: "retired"}, release=aside)
-        states = self.out("live", "canary") | {version: "live"}
-        return Change("register", version, version, self.pinned, states, release=release)
+        known = self.versions.get(version)
+        if self.live == version or self.pinned or (self.live and not self.versions[self.live].initial):
+            noted = self.plan("register", version)
+            return noted if known else replace(noted, states={version: "retired"}, release=replace(release, state="retired"))
+        named = replace(known, placement=release.placement, initial=True) if known else release
+        return Change("register", version, version, self.pinned, self.out("live", "canary") | {version: "live"}, release=named)
 
     def begin(self, base: Base, release: Release | None) -> Change:
         """Another base ends all that was for the last one."""

@@ -273,6 +273,24 @@ def test_wrong_vocabulary_model_and_base_are_rejected(world, tmp_path):
     )
 
 
+def test_a_configured_version_that_is_set_back_is_live_again_and_restarts_change_nothing(world):
+    def started(i: int) -> None:
+        world.keeper = world.again()
+        world.keeper.register("demo", BASE, world.urls[i], world.bundles[i].manifest)
+
+    for i in (3, 3, 0, 0):
+        started(i)
+        assert world.keeper.assignment("demo").live.version == world.v[i] and world.consistent()
+    assert [c["version"] for c in world.keeper.history("demo") if c["action"] == "register"] == [world.v[i] for i in (0, 3, 0)]
+    world.keeper.promote("demo", world.v[1], "ann", "better")
+    before = world.keeper.assignment("demo")
+    started(0)
+    assert world.keeper.assignment("demo") == before
+    started(3)
+    assert world.keeper.assignment("demo").placements == before.placements and world.consistent()
+    assert world.keeper.history("demo")[-1]["version"] == world.v[3]
+
+
 def test_a_manifest_that_is_not_the_bundles_own_is_rejected(world):
     told = world.bundles[3].manifest.model_copy(update={"metrics": {"tokens_per_step": 99.0}})
     answer = world.keeper.submit("demo", world.urls[3], told, BETTER, "trainer")

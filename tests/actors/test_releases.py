@@ -190,6 +190,51 @@ def test_another_configured_version_replaces_a_configured_one_but_not_a_promoted
     assert told.now.live == "c1" and told.now.pinned and told.states["c3"] == "retired"
 
 
+def test_setting_the_configured_version_back_is_followed(told):
+    told.do("register", BASE, placed("c1"), {}).do("register", BASE, placed("v0"), {})
+    assert told.now.live == "v0" and told.states["c1"] == "retired" and told.history[-1]["from"] == "c1"
+    told.canary_of("v1").do("register", BASE, placed("c1"), {})
+    assert told.now.live == "c1" and told.canary is None and told.states["v1"] == told.states["v0"] == "retired"
+    assert told.do("roll_back").now.live == "v0"
+
+
+def test_beside_a_promoted_or_pinned_version_it_is_noted_and_changes_no_state(told):
+    told.do("register", BASE, placed("c1"), {}).do("promote", "v1")
+    for prepare in (lambda: told, lambda: told.do("pin", "c1")):
+        prepare()
+        for version in ("v0", "c1"):
+            before = told.states, told.now.assignment("m")
+            told.do("register", BASE, placed(version), {})
+            assert (told.states, told.now.assignment("m").placements) == (before[0], before[1].placements)
+            assert (told.history[-1]["action"], told.history[-1]["version"], told.history[-1]["states"]) == ("register", version, {})
+            assert told.now.register(BASE, placed(version), {}) is None
+
+
+def test_a_canary_goes_on_beside_what_is_only_noted(told):
+    told.do("register", BASE, placed("c1"), {}).do("promote", "v1").canary_of("v2", 0.3, "salt")
+    before = told.now.canary
+    assert told.do("register", BASE, placed("v0"), {}).now.canary == before and told.states["v2"] == "canary"
+
+
+@pytest.mark.parametrize("change", [("roll_back",), ("promote", "v0"), ("promote", "v1"), ("pin", "v2")])
+def test_what_an_operator_chose_outlives_restarts_with_the_same_configuration(told, change):
+    told.do("register", BASE, placed("c1"), {}).do(*change)
+    assert told.now.live != "c1" and told.now.register(BASE, placed("c1"), {}) is None
+
+
+def test_a_version_that_an_operator_went_back_to_is_noted_when_it_is_configured(told):
+    told.do("register", BASE, placed("c1"), {}).do("roll_back").do("register", BASE, placed("v0"), {})
+    assert told.now.live == "v0" and told.history[-1]["states"] == {} and told.states["c1"] == "rolled_back"
+    told.do("register", BASE, placed("c1"), {})  # asked for, although it was rolled back once
+    assert told.now.live == "c1" and told.states["v0"] == "retired"
+
+
+def test_a_trained_version_that_is_configured_is_one_of_the_configuration(told):
+    told.do("register", BASE, placed("v1"), {})
+    assert told.now.live == "v1" and told.now.versions["v1"].initial and told.now.versions["v1"].verdict is not None
+    assert told.do("register", BASE, placed("v0"), {}).now.live == "v0"
+
+
 def test_another_base_ends_everything_that_was_for_the_last_one(told):
     told.do("promote", "v1").canary_of("v2", 0.1, "s").do("register", Base("other", 99, 12), placed("w0"), {})
     assert told.now.live == "w0" and told.canary is None
