@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from engine.attention import IMPLEMENTATION, KVStore, Row, ragged_attention
 from engine.executor import Choice, Eager, Executor
@@ -39,7 +41,10 @@ class UnsupportedModel(ValueError):
 
 @dataclass(slots=True, eq=False)
 class Base:
-    """A base model ready for the engine. executor: what computes its forwards. context: longest text, in tokens."""
+    """A base model ready for the engine.
+
+    executor: what computes its forwards. context: longest text, in tokens. revision: its commit in the hub, "" for a folder.
+    """
 
     executor: Executor
     vocab_size: int
@@ -49,6 +54,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     kv_bytes_per_token: int
+    revision: str = ""
 
     def forward(self, store: KVStore, rows: Sequence[Row], tokens: Sequence[int], keep: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One ragged pass over the tokens of all rows, packed in row order. keep: which of the T tokens need logits.
@@ -76,7 +82,8 @@ def load_base(
     refuse_layers(config)
     packable = executor == "auto" and device == "cpu" and Path(folder).is_dir() and possible(config)
     if cache is None or not packable:
-        return attach(pretrained(config, folder, device, dtype), executor, invariant)
+        revision = commit(folder)
+        return replace(attach(pretrained(config, folder, device, dtype, revision), executor, invariant), revision=revision)
     file = weights.file_for(Path(folder), cache, dtype)
     with weights.turn(file):
         if (tensors := weights.present(file)) is not None:
@@ -84,13 +91,21 @@ def load_base(
         return attach(pretrained(config, folder, device, dtype), executor, invariant, file)
 
 
-def pretrained(config: PretrainedConfig, folder: str | Path, device: str, dtype: torch.dtype) -> Any:
-    """The transformers model of a checkpoint, with our attention. Raises UnsupportedModel, OSError."""
+def commit(folder: str | Path) -> str:
+    """The commit that a hub id stands for in the hub's cache on this machine, which the configuration was read from; "" for a folder."""
+    found = None if Path(folder).is_dir() else try_to_load_from_cache(str(folder), CONFIG_NAME)
+    return Path(found).parent.name if isinstance(found, str) else ""
+
+
+def pretrained(config: PretrainedConfig, folder: str | Path, device: str, dtype: torch.dtype, revision: str = "") -> Any:
+    """The transformers model of a checkpoint, with our attention. revision: a commit of the hub, whatever is the latest now. Raises
+    UnsupportedModel, OSError."""
     from transformers import AutoModelForCausalLM
 
     register()
+    options = {"dtype": dtype, "attn_implementation": IMPLEMENTATION, "revision": revision or "main"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), dtype=dtype, attn_implementation=IMPLEMENTATION)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=copy.deepcopy(config), **options)
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: {error}") from error
     return model.to(device).eval()

@@ -222,10 +222,10 @@ class Refresh:
             return Configured(base, adopt_folder(root, folder, origin))
 
     def base(self) -> Base:
-        """The model's base; a local folder's revision is a digest of its weights."""
+        """The model's base; its revision is the hub's commit that was loaded, or a digest of the weights of a local folder."""
         assert self.host.runner is not None
         loaded, name = self.host.runner.engine.base, self.settings.base
-        revision = fingerprint(Path(name)) if Path(name).is_dir() else ""
+        revision = fingerprint(Path(name)) if Path(name).is_dir() else loaded.revision
         return Base(name, loaded.vocab_size, loaded.hidden_size, revision)
 
     def remember(self, bundle: Bundle) -> None:

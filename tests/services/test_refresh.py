@@ -125,8 +125,8 @@ def model_settings(
     wanted = ModelRefreshSettings(
         enabled=True, capture=CaptureSettings(share=share, top=4), tags=tags, trainer=trainer or TrainerSettings()
     )
-    named = dict(name="toy", base=str(folder), speculator=str(folder / "speculator"))
-    return ModelSettings(**named, engine=sizes, threads=1, packed_weights=None, refresh=wanted, **changes)
+    named = dict(name="toy", base=str(folder), speculator=str(folder / "speculator")) | changes
+    return ModelSettings(**named, engine=sizes, threads=1, packed_weights=None, refresh=wanted)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,30 @@ async def test_the_configured_speculator_is_what_the_registry_learns_first(stand
     assert stand.shown()["agrees"] and stand.shown()["serving"] == configured and not stand.shown()["errors"]
     await stand.beat(4)
     assert len(stand.keeper.history("toy")) == 1
+
+
+async def test_the_revision_of_a_base_is_the_hubs_commit_that_was_loaded(folder, tmp_path, monkeypatch):
+    """With a cache as the hub's client lays it out, in which another commit is the latest by the time that the registry is told."""
+    old, new = "0" * 39 + "1", "0" * 39 + "2"
+    repository = tmp_path / "hub" / "models--org--toy"
+    for commit in (new, old):
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    stand = Stand(folder, tmp_path, base="org/toy")
+    await stand.host.start()
+    (repository / "refs" / "main").write_text(new)
+    await stand.beat(2)
+    assert (stand.refresh.configured.base.name, stand.refresh.configured.base.revision) == ("org/toy", old)
+    assert stand.version(1).manifest.base_revision == old
+    (configured, candidate) = stand.keeper.state("toy")["versions"]
+    assert configured["base_revision"] == candidate["base_revision"] == old and await stand.text("a")
+    stand.host.stop()
+
+
+async def test_the_revision_of_a_base_in_a_folder_is_a_digest_of_its_weights(stand):
+    assert stand.refresh.configured.base.revision == fingerprint(stand.folder)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
