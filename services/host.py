@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 SPECULATOR_FILES = ("*.json", "*.safetensors", "*.bin")
 LEAST_TOKENS = 64  # that memory for keys and values must hold
 SEED_BITS = 53  # exact in every JSON reader
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")  # in every record
 
 
 @dataclass(slots=True, eq=False)
@@ -353,7 +354,8 @@ class ModelHost:
         if not self.may_log(job) or outcome.finish not in ("stop", "length") or outcome.stats is None:
             return
         p, stats = choice.request.params, outcome.stats
-        sampling: dict[str, Any] = {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k, "min_p": p.min_p}
+        bias = {str(token): value for token, value in p.logit_bias.items()}
+        sampling: dict[str, Any] = {name: getattr(p, name) for name in SAMPLING} | {"logit_bias": bias}
         self.record(
             RequestRecord(
                 id=choice.request.id,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.policy import parse_policy
+from actors.request_log import RequestRecord
 from configs.settings import EngineSettings, ModelSettings
 from engine.engine import Engine
 from engine.executor import Eager
@@ -149,6 +150,17 @@ async def test_what_does_not_fit_the_model_is_a_400_that_names_the_field(host, f
     items, _ = await answer(host, Job(id="a", model="toy", **fields))
     assert len(items) == 1 and isinstance(items[0], Failure)
     assert (items[0].status, items[0].param) == (400, param)
+
+
+async def test_a_record_says_what_its_tokens_were_drawn_with(host):
+    given = dict(temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.1)
+    job = dict(model="toy", prompts=("The",), max_tokens=12, ignore_eos=True)
+    await answer(host, Job(id="a", logit_bias={7: 5.0, 9: -100.0}, **job, **given))
+    record = RequestRecord.from_json(host.records[-1].to_json())
+    assert record.sampling == given | {"logit_bias": {"7": 5.0, "9": -100.0}}
+    drawn = record.sampling | {"logit_bias": {int(token): value for token, value in record.sampling["logit_bias"].items()}}
+    await answer(host, Job(id="b", seed=record.seed, **job, **drawn))
+    assert host.records[-1].output == record.output
 
 
 async def test_requests_that_opt_out_are_not_recorded(host):
