@@ -139,20 +139,24 @@ class PolicyKeeper:
         for name in (store.get("policy/models") or {}).get("names", []):
             self._recover(name, GoodputPolicy(), Limits())
 
-    def register(self, model: str, default: Value | None = None, limits: Limits | None = None) -> Plan:
-        """Make a model known, with the policy in force until somebody changes it. Registering again changes only the defaults.
+    def register(self, model: str, default: Value | None = None, limits: Limits | None = None, device: str | None = None) -> Plan:
+        """Make a model known, with the policy in force until somebody changes it; the answer is as of `plan`. Registering again changes
+        only the defaults.
 
         PolicyError if the default is not a policy.
         """
         policy = parse_policy(default) if default is not None else GoodputPolicy()
         known = self._models.get(model)
+        before = (known.policy, known.limits) if known else None
         if known is None:
             known = self._recover(model, policy, limits or Limits())
             self._store.put("policy/models", {"names": sorted(self._models)})
         else:
             known.limits = limits or known.limits
             known.policy = policy if known.revision == 0 and default is not None else known.policy
-        return self._publish(known)
+        if (known.policy, known.limits) != before:
+            self._publish(known)
+        return self.plan(model, device)
 
     def report(self, telemetry: Telemetry) -> Plan | None:
         """Take in what a replica measured; the answer is the plan if the replica's is older. Nonsense is counted and not learned from.
@@ -394,8 +398,8 @@ class PolicyActor:
         for model, default in (models or {}).items():
             self._keeper.register(model, default)
 
-    async def register(self, model: str, default: Value | None = None, limits: Limits | None = None) -> Plan:
-        return self._keeper.register(model, default, limits)
+    async def register(self, model: str, default: Value | None = None, limits: Limits | None = None, device: str | None = None) -> Plan:
+        return self._keeper.register(model, default, limits, device)
 
     async def report(self, telemetry: Telemetry) -> Plan | None:
         return self._keeper.report(telemetry)

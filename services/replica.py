@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from actors.policy import parse_policy
+from actors.policy import UnknownModel, parse_policy
 from actors.request_log import RequestRecord
 from configs.settings import ModelSettings
 from policies import Plan
@@ -121,11 +121,26 @@ class ModelReplica:
         deadline = clock() + FIRST_PLAN_S
         while clock() < deadline:
             try:
-                self.pilot.adopt(await self.policy.call("plan", self.settings.name, self.pilot.device))
+                await self.register()
                 return
             except Exception as error:
                 log.info("no plan yet (%s)", type(error).__name__)
                 await asyncio.sleep(REPORT_S)
+
+    async def register(self) -> None:
+        """Have the policy actor know the model, which may have been added to a cluster that went on, and fly by the plan in force.
+
+        Raises whatever kept it from that.
+        """
+        known = ("register", self.settings.name, dict(self.settings.policy), None, self.pilot.device)
+        self.pilot.adopt(await self.policy.call(*known))
+
+    async def tell(self) -> None:
+        """One report; an actor that lost its models is told this one again. Raises whatever went wrong."""
+        try:
+            self.pilot.adopt(await self.policy.call("report", self.pilot.report()))
+        except UnknownModel:
+            await self.register()
 
     async def report(self) -> None:
         """Telemetry out, plans in."""
@@ -141,7 +156,7 @@ class ModelReplica:
             if not self.host.runner.engine.busy:
                 self.pilot.rest()
             try:
-                self.pilot.adopt(await self.policy.call("report", self.pilot.report()))
+                await self.tell()
             except Exception as error:
                 log.warning("the policy actor is away (%s); the last plan stays in force", type(error).__name__)
 

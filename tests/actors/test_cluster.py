@@ -1,8 +1,9 @@
-"""The actors on a real Ray: calls, eight editors at once, death and recovery."""
+"""The actors on a real Ray: calls, eight editors at once, death and recovery, a model that comes later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,9 @@ from ray.exceptions import RayActorError
 
 from actors.policy import PolicyError, start_policy
 from actors.request_log import RequestRecord, start_request_log
-from policies import DepthCounts, Load, StepSample, Telemetry
+from configs.settings import ModelSettings
+from policies import DepthCounts, FixedPolicy, Load, StepSample, Telemetry
+from services.replica import ModelReplica
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -59,6 +62,35 @@ def test_the_policy_actor_is_killed_and_recovers(cluster, tmp_path):
         assert ray.get(actor.load.remote())["models"]["m"]["replicas"] == 1
     finally:
         stop(actor)
+
+
+class Idle(ModelReplica):
+    """A replica that loads nothing, does nothing by itself, and is not stopped by the garbage collector, which could not await that."""
+
+    async def load(self) -> None:
+        return
+
+    report = write = load
+
+    def __del__(self) -> None:  # type: ignore[override]
+        return
+
+
+async def test_a_model_that_is_added_later_is_registered_by_its_replica(cluster, tmp_path):
+    """With the first plan, and with a report to an actor that does not know the model; what it reports from then on is learned from."""
+    for name, begun in (("policy-d", True), ("policy-e", False)):
+        actor = start_policy(f"sqlite:///{tmp_path}/{name}.db", {"m": None}, name=name)
+        settings = ModelSettings(name="late", base="nowhere", drafter="none", policy={"kind": "fixed", "depth": 2})
+        replica = Idle(settings, partial(ray.get_actor, name, "specfleet"), lambda: None)
+        try:
+            await replica.first_plan() if begun else await replica.tell()
+            assert replica.pilot.plan.policy == FixedPolicy(depth=2) and replica.pilot.plan.version > 0
+            await replica.tell()
+            told = await actor.load.remote()
+            assert set(told["models"]) == {"m", "late"} and told["models"]["late"]["replicas"] == 1
+            assert (await actor.policy.remote("late"))["policy"]["depth"] == 2 and await actor.history.remote("late") == []
+        finally:
+            stop(actor)
 
 
 def test_eight_editors_at_once_lose_nothing(cluster, tmp_path):

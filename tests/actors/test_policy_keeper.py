@@ -87,6 +87,15 @@ def test_a_change_is_in_force_at_once_and_recorded(keeper, clock):
     json.dumps([answer, change])
 
 
+def test_registering_again_publishes_only_what_changed(keeper):
+    first = keeper.plan("m")
+    assert keeper.register("m", {"kind": "goodput"}, device="new").version == first.version
+    changed = keeper.register("m", {"kind": "fixed"})
+    assert changed.version > first.version and changed.policy == FixedPolicy()
+    keeper.put_policy("m", {"kind": "off"}, "ann")
+    assert keeper.register("m", {"kind": "fixed"}).policy == OffPolicy(), "somebody's change outlives the defaults"
+
+
 def test_a_replica_pulls_by_pushing(keeper):
     plan = keeper.report(telemetry(sequence=1))
     assert plan == keeper.plan("m")

@@ -24,7 +24,7 @@ class Peers:
         self.appended: list[tuple[Any, ...]] = []
 
     def find(self) -> Any:
-        return SimpleNamespace(append=self.method("append"), plan=self.method("plan"))
+        return SimpleNamespace(append=self.method("append"), register=self.method("register"))
 
     def method(self, name: str) -> Any:
         async def remote(*arguments: Any) -> Any:
@@ -33,7 +33,7 @@ class Peers:
                 raise ConnectionError("away")
             if name == "append":
                 self.appended.append(arguments)
-            return Plan.of(7, "one", SimpleNamespace(kind="off")) if name == "plan" else None
+            return Plan.of(7, "one", SimpleNamespace(kind="off")) if name == "register" else None
 
         return SimpleNamespace(remote=remote)
 
