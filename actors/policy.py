@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from actors.hindsight import Hindsight
 from actors.store import StateStore, StoreError, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, SurvivalCurve, Telemetry
 
+log = logging.getLogger(__name__)
 NAME = "specfleet-policy"
 KINDS = tuple(str(member.model_fields["kind"].default) for member in get_args(get_args(Policy)[0]))
 BLOCK = 1000  # plan versions reserved at a time
@@ -232,9 +234,10 @@ class PolicyKeeper:
         return self._store.entries(f"policy/{self._entry(model).name}", count)
 
     def load(self) -> Value:
-        """What every model does now, and what speculation is worth, as a JSON object."""
+        """What every model does now, and what speculation is worth, as a JSON object. A model that cannot be told of is left out."""
         now = self._clock()
-        models = {name: self._summary(entry, now) for name, entry in sorted(self._models.items())}
+        found = ((name, self._summed(entry, now)) for name, entry in sorted(self._models.items()))
+        models = {name: summary for name, summary in found if summary is not None}
         return {"at": now, "models": models, "refused_reports": self._refused_reports, "unsaved": self._unsaved}
 
     def save(self) -> None:
@@ -338,6 +341,14 @@ class PolicyKeeper:
             self._ceiling = self._version + BLOCK
         self._version += 1
         return self._version
+
+    def _summed(self, entry: Entry, now: float) -> Value | None:
+        """None, and a line in the log, if it cannot be told: that is no reason to tell nothing of the other models."""
+        try:
+            return self._summary(entry, now)
+        except Exception:
+            log.exception("the load of %s cannot be told", entry.name)
+            return None
 
     def _summary(self, entry: Entry, now: float) -> Value:
         live = entry.fleet.live(now - self._settings.stale)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 DEEPEST = WIDEST = 64
+MOST_NODES = 1024  # of a draft
 EDGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidence
 BINS = len(EDGES) + 2
 FLOORS = (0.0, *EDGES)  # of the bins from 1 on
@@ -56,9 +57,17 @@ class Profile:
     level: int = 0
 
     def sane(self) -> bool:
-        """True if this can be a draft."""
+        """True if this can be a draft: parents before their children, no more nodes or depths than allowed, and of width 1 a chain."""
         numbers = (self.allowed, self.width, self.level, *(n for node in self.nodes for n in node))
-        if len(self.nodes) > 1024 or not all(isinstance(n, int) for n in numbers):
+        if len(self.nodes) > MOST_NODES or not all(isinstance(n, int) for n in numbers):
             return False
         size = 0 <= self.allowed <= DEEPEST and 1 <= self.width <= WIDEST and abs(self.level) <= DEEPEST
-        return size and all(-1 <= p < i and 0 <= b < BINS for i, (p, b) in enumerate(self.nodes))
+        return size and len(self.nodes) <= self.allowed * self.width and self._grown()
+
+    def _grown(self) -> bool:
+        depths: list[int] = []
+        for i, (parent, bin) in enumerate(self.nodes):
+            if not (-1 <= parent < i and 0 <= bin < BINS) or (self.width == 1 and parent != i - 1):
+                return False
+            depths.append(depths[parent] + 1 if parent >= 0 else 1)
+        return max(depths, default=0) <= self.allowed

@@ -20,6 +20,7 @@ from policies import (
     Limits,
     Load,
     OffPolicy,
+    Plan,
     Profile,
     RequestView,
     StepSample,
@@ -418,6 +419,25 @@ def test_nonsense_neither_breaks_nor_teaches_anything(keeper, clock, change):
     assert after.survival.keep == pytest.approx(before.survival.keep, abs=0.01)
     assert after.version < 1000
     json.dumps(keeper.load(), allow_nan=False)
+
+
+def test_a_draft_that_cannot_be_breaks_nothing(keeper, clock):
+    """One replica reports chains that fork; the honest ones go on, and so does the load."""
+    lie = kept(0.7)
+    lie.profiles[:] = [Profile(3, ((-1, 1), (-1, 1), (-1, 1)))] * 16
+    for i in range(4):
+        clock.now += 1
+        keeper.report(telemetry("liar", i + 1, survival={"greedy": lie}))
+        keeper.report(telemetry("r1", i + 1))
+    assert keeper.plan("m").decide(Load(4), [RequestView(str(i), kind="greedy") for i in range(4)], 1)
+    assert keeper.load()["models"]["m"]["replicas"] == 2
+
+
+def test_a_model_that_cannot_be_told_of_does_not_hide_the_others(keeper, clock, caplog):
+    keeper.register("n")
+    feed(keeper, clock)
+    keeper._entry("n").plans = {"": Plan.of(1, "n", GoodputPolicy(), limits=Limits("deep", 1))}
+    assert list(keeper.load()["models"]) == ["m"] and "the load of n cannot be told" in caplog.text
 
 
 def test_what_other_versions_draft_says_nothing_of_the_live_one(keeper, store, clock):

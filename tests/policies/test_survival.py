@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies import DepthCounts, Profile, RequestView, Survival, SurvivalCurve, bin_of, pooled
+from engine.tree import Budget, Tree
+from policies import DepthCounts, Profile, RequestView, Survival, SurvivalCurve, bin_of, nodes_of, pooled
 from policies.drafts import BINS, EDGES
 from policies.forest import Forest
 from policies.survival import REPORTED
@@ -94,13 +95,54 @@ def test_impossible_counts_are_refused_whole(trials, survived):
     assert estimate.to_dict() == Survival().to_dict()
 
 
-@pytest.mark.parametrize("profile", [Profile(99), Profile(3, ((0, 1),)), Profile(3, ((-1, BINS),)), Profile(3, ((-2, 0),)), None])
+IMPOSSIBLE = [
+    Profile(99),
+    Profile(3, ((0, 1),)),
+    Profile(3, ((-1, BINS),)),
+    Profile(3, ((-2, 0),)),
+    Profile(3, ((-1, 1), (-1, 1), (-1, 1))),
+    Profile(3, ((-1, 1), (0, 1), (0, 1))),
+    Profile(2, ((-1, 1), (0, 1), (1, 1))),
+    Profile(2, ((-1, 1), (0, 1), (1, 1)), 2),
+    Profile(1, ((-1, 1), (-1, 1), (-1, 1)), 2),
+    Profile(3, ((-1, 1), (2, 1), (1, 1)), 2),
+    Profile(10**400),
+    Profile(3, (), 0),
+    Profile(3, (), -1),
+    Profile(3, (), 1, 10**400),
+    Profile(float("nan")),
+    Profile(64, ((-1, 1),) * 1025, 64),
+    None,
+]
+
+
+@pytest.mark.parametrize("profile", IMPOSSIBLE)
 def test_impossible_drafts_of_a_report_are_refused(profile):
     made = counts([(3, 1)])
     made.profiles.append(profile)
     assert not made.sane()
     made.profiles[:] = [Profile(3, ((-1, 1), (0, 2)))] * (REPORTED + 1)
     assert not made.sane()
+
+
+@given(st.integers(1, 4), st.integers(0, 6), st.lists(st.tuples(st.integers(-1, 5), st.integers(0, BINS - 1)), max_size=9))
+def test_yields_can_be_worked_out_of_whatever_passes_for_a_draft(width, allowed, nodes):
+    profile = Profile(allowed, tuple(nodes), width)
+    if profile.sane():
+        rates = [0.5] * (BINS * 8)
+        for depth in (1, 3, 8):
+            forest = Forest.of([profile] * 8, depth, width)
+            assert Yields.of(forest, rates).rows.shape == (depth, len(PRICES))
+
+
+@pytest.mark.parametrize(("depth", "width"), [(1, 1), (4, 1), (3, 2), (2, 5)])
+def test_what_fits_in_a_budget_is_a_draft(depth, width):
+    """A chain, and as many paths as are allowed that part at once."""
+    tree = Tree.chain([0])
+    for path in range(width):
+        tree.extend([100 * path + i for i in range(depth)], Budget.of(depth, width).nodes, [0.5] * depth)
+    profile = Profile(depth, nodes_of(tree), width)
+    assert len(profile.nodes) == depth * width and profile.sane()
 
 
 def test_finds_the_keep_rate_although_drafts_stop_early():
