@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
-from typing import Any
+from typing import Any, TypeVar
 
 from policies import EVERYONE, CostModel, CostTable, Limits, Load, RequestView, StepSample, Survival, SurvivalCurve, Telemetry, pooled
 
@@ -19,7 +19,8 @@ DEVICES = 16  # kinds of them that are remembered after their replicas are gone
 TURNING = 4  # reports in which it shows what came of a replica's turn to drafts, or away from them
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
-
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 Estimates = dict[str, Survival]  # by class of requests, EVERYONE for all together
 
 
@@ -165,13 +166,10 @@ class Fleet:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fleet:
-        """A fleet that knows what `to_dict` wrote; parts that cannot be read are left out."""
+        """A fleet that knows what `to_dict` wrote; parts that cannot be read are left out, with a line in the log."""
         made = cls()
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            made.cost_before = {device: CostModel.from_dict(cost) for device, cost in data["cost"].items()}
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            told = data["survival"].items()
-            made.survival_before = {kind: {n: Survival.from_dict(e) for n, e in estimates.items()} for kind, estimates in told}
+        made.cost_before = legible("costs", data.get("cost", {}), CostModel.from_dict)
+        made.survival_before = legible("survival", data.get("survival", {}), estimates)
         return made
 
     def _known_cost(self, device: str) -> CostModel:
@@ -196,6 +194,20 @@ class Fleet:
         parents = same or next((r.survival for r in reversed(self.replicas.values())), None)
         parents = parents or next(reversed(self.survival_before.values()), {})
         return {name: parent.heir(0.5 if same else INHERITED) for name, parent in parents.items() if name not in self.apart}
+
+
+def legible(name: str, data: Any, read: Callable[[Any], T]) -> dict[str, T]:
+    """A part of what was learned; nothing of it if something cannot be read."""
+    try:
+        return {key: read(value) for key, value in data.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        log.warning("the %s that were learned before cannot be read: %s", name, error)
+        return {}
+
+
+def estimates(data: Mapping[str, Any]) -> Estimates:
+    """As they were written. ValueError and the like if they cannot be read."""
+    return {name: Survival.from_dict(estimate) for name, estimate in data.items()}
 
 
 def busiest(replicas: Sequence[Replica]) -> list[Replica]:

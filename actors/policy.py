@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from actors.fleet import MOST, Fleet, load_now, typical
 from actors.hindsight import Hindsight
-from actors.store import StateStore, StoreError, Value, check_state, open_state
+from actors.store import StateStore, StoreError, Unreadable, Value, check_state, open_state
 from policies import Forecast, GoodputPolicy, Limits, Plan, Policy, SurvivalCurve, Telemetry
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ class PolicyKeeper:
         self._models: dict[str, Entry] = {}
         self._refused_reports = 0
         self._unsaved = 0
-        self._version = self._ceiling = int((store.get("policy/version") or {}).get("ceiling", 0))
-        for name in (store.get("policy/models") or {}).get("names", []):
+        self._version = self._ceiling = int(self._recall("policy/version").get("ceiling", 0))
+        for name in self._recall("policy/models").get("names", []):
             self._recover(name, GoodputPolicy(), Limits())
 
     def register(self, model: str, default: Value | None = None, limits: Limits | None = None, device: str | None = None) -> Plan:
@@ -230,8 +230,11 @@ class PolicyKeeper:
         return self._change(entry, parse_policy(merged), who, why, expected_version, dry_run)
 
     def history(self, model: str, count: int | None = None) -> list[Value]:
-        """Every change of the policy, oldest first: who, why, at (seconds since the epoch), from, to, version. UnknownModel, StoreError."""
-        return self._store.entries(f"policy/{self._entry(model).name}", count)
+        """Every change of the policy, oldest first: who, why, at (seconds since the epoch), from, to, version. Those that cannot be read
+        are left out.
+
+        UnknownModel, StoreError."""
+        return [change for change in self._changes(self._entry(model).name, count) if change]
 
     def load(self) -> Value:
         """What every model does now, and what speculation is worth, as a JSON object. A model that cannot be told of is left out."""
@@ -254,11 +257,25 @@ class PolicyKeeper:
         """The model as the store remembers it."""
         entry = Entry(model, policy, 0, limits, saved=self._clock())
         self._reread(entry)
-        learned = self._store.get(f"policy/learned/{model}")
-        if learned:
-            entry.fleet = Fleet.from_dict(learned)
+        entry.fleet = Fleet.from_dict(self._recall(f"policy/learned/{model}"))
         self._models[model] = entry
         return entry
+
+    def _recall(self, key: str) -> Value:
+        """A value that is found again if it is lost: replicas know the model and how far plans have come, and everything is learned anew.
+
+        So one that cannot be read counts as none, with a line in the log. StoreError.
+        """
+        try:
+            return self._store.get(key) or {}
+        except Unreadable as error:
+            log.warning("the policy actor goes on without what cannot be read: %s", error)
+            return {}
+
+    def _changes(self, model: str, count: int | None = None) -> list[Value]:
+        """The history of the policy, with empty entries where there are some that cannot be read. StoreError."""
+        found = self._store.entries(f"policy/{model}", count, {})
+        return [change if isinstance(change.get("version"), int) and "to" in change else {} for change in found]
 
     def _change(self, entry: Entry, policy: Policy, who: str, why: str, expected: int | None, dry_run: bool) -> Value:
         self._settle(entry)
@@ -289,11 +306,17 @@ class PolicyKeeper:
             self._publish(entry)
 
     def _reread(self, entry: Entry) -> None:
-        """Take over the latest change that the store holds, if there is one."""
-        for change in self._store.entries(f"policy/{entry.name}", 1):
-            entry.revision = int(change["version"])
+        """Take over the latest change that the store holds, if there is one. Those after it that cannot be read have a version each."""
+        changes = self._changes(entry.name, 1)
+        if changes == [{}]:
+            changes = self._changes(entry.name)
+        unread = next((i for i, change in enumerate(reversed(changes)) if change), len(changes))
+        last = changes[-1 - unread] if unread < len(changes) else {"version": 0}
+        if changes:
+            entry.revision = last["version"] + unread
+        if "to" in last:
             with contextlib.suppress(PolicyError):  # a kind or field of another release: the default stands until somebody changes it
-                entry.policy = parse_policy(change["to"])
+                entry.policy = parse_policy(last["to"])
 
     def _answer(self, entry: Entry, policy: BaseModel, version: int) -> Value:
         plan = self.plan(entry.name).version

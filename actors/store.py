@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 from pathlib import Path
@@ -11,12 +12,13 @@ from urllib.parse import unquote, urlsplit
 
 import redis
 
+log = logging.getLogger(__name__)
 Value = dict[str, Any]
 BUSY_S = 10.0  # seconds that one who needs an SQLite file waits for others
 
 
 class StateStore(Protocol):
-    """Values are JSON objects. Every method raises `StoreError` when the store cannot be reached."""
+    """Values are JSON objects. Every method raises `StoreError` when the store cannot be reached, `Unreadable` for what is none."""
 
     def get(self, key: str) -> Value | None:
         """The value last put, None if there is none."""
@@ -30,13 +32,32 @@ class StateStore(Protocol):
         """Add to the end of a stream; durable when this returns."""
         ...
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
-        """The latest `count` entries (all if None), oldest first."""
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
+        """The latest `count` entries (all if None), oldest first. damaged: what takes the place of one that cannot be read."""
         ...
 
 
 class StoreError(Exception):
     """The state store could not be read or written."""
+
+
+class Unreadable(StoreError):
+    """What the state store holds there is no JSON object."""
+
+
+def read(text: bytes, name: str, damaged: Value | None = None) -> Value:
+    """The JSON object of a key or stream; `damaged`, if given, and a line in the log, or else Unreadable, if it is none."""
+    try:
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+        problem = f"a JSON object was expected, not {type(found).__name__}"
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = str(error)
+    if damaged is None:
+        raise Unreadable(f"{name}: {problem}")
+    log.warning("%s holds an entry that cannot be read: %s", name, problem)
+    return damaged
 
 
 def open_state(url: str) -> StateStore:
@@ -83,6 +104,7 @@ class SqliteState:
         try:
             self._db = connect(path)
             self._db.execute("PRAGMA synchronous=FULL")  # every change is on the disk when it is answered, whatever the power does then
+            self._db.text_factory = bytes  # what is damaged may not be text
             self._db.execute("CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
             self._db.execute("CREATE TABLE IF NOT EXISTS stream (id INTEGER PRIMARY KEY, name TEXT NOT NULL, entry TEXT NOT NULL)")
             self._db.execute("CREATE INDEX IF NOT EXISTS stream_name ON stream (name, id)")
@@ -91,7 +113,7 @@ class SqliteState:
 
     def get(self, key: str) -> Value | None:
         rows = self._run("SELECT value FROM state WHERE key = ?", key)
-        return json.loads(rows[0][0]) if rows else None
+        return read(rows[0][0], key) if rows else None
 
     def put(self, key: str, value: Value) -> None:
         self._run("INSERT INTO state VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", key, json.dumps(value))
@@ -99,9 +121,9 @@ class SqliteState:
     def append(self, stream: str, entry: Value) -> None:
         self._run("INSERT INTO stream (name, entry) VALUES (?, ?)", stream, json.dumps(entry))
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
         rows = self._run("SELECT entry FROM stream WHERE name = ? ORDER BY id DESC LIMIT ?", stream, -1 if count is None else count)
-        return [json.loads(entry) for (entry,) in reversed(rows)]
+        return [read(entry, stream, damaged) for (entry,) in reversed(rows)]
 
     def close(self) -> None:
         with self._lock:
@@ -119,11 +141,11 @@ class RedisState:
     """Strings under `specfleet:state:<key>`, lists under `specfleet:stream:<name>`, of JSON text."""
 
     def __init__(self, url: str) -> None:
-        self._redis = redis.Redis.from_url(url, decode_responses=True, socket_timeout=3, socket_connect_timeout=3)
+        self._redis = redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3)
 
     def get(self, key: str) -> Value | None:
         text = self._call("GET", f"specfleet:state:{key}")
-        return None if text is None else json.loads(text)
+        return None if text is None else read(text, key)
 
     def put(self, key: str, value: Value) -> None:
         self._call("SET", f"specfleet:state:{key}", json.dumps(value))
@@ -131,10 +153,11 @@ class RedisState:
     def append(self, stream: str, entry: Value) -> None:
         self._call("RPUSH", f"specfleet:stream:{stream}", json.dumps(entry))
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
         if count is not None and count <= 0:
             return []
-        return [json.loads(text) for text in self._call("LRANGE", f"specfleet:stream:{stream}", 0 if count is None else -count, -1)]
+        texts = self._call("LRANGE", f"specfleet:stream:{stream}", 0 if count is None else -count, -1)
+        return [read(text, stream, damaged) for text in texts]
 
     def close(self) -> None:
         self._redis.close()

@@ -227,7 +227,7 @@ class Survival:
             raise ValueError("not a survival estimate")
         if not all(isinstance(row, list) and len(row) == BINS for row in rows):
             raise ValueError("not a survival estimate")
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for row in rows for n in row):
+        if not all(_count(n) for row in rows for n in row):
             raise ValueError("not a survival estimate")
         made = cls(**settings)
         made.trials, made.survived = [[float(n) for n in row] for row in trials], [[float(n) for n in row] for row in survived]

@@ -44,7 +44,7 @@ class MemoryState:
     def append(self, stream: str, entry: Value) -> None:
         self.streams.setdefault(stream, []).append(entry)
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
         found = self.streams.get(stream, [])
         return found[len(found) - min(count, len(found)) :] if count is not None else found
 

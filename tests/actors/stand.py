@@ -40,7 +40,7 @@ class MemoryState:
     def append(self, stream: str, entry: Value) -> None:
         self.streams.setdefault(stream, []).append(entry)
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
         found = self.streams.get(stream, [])
         return found[len(found) - min(len(found), count) :] if count is not None else list(found)
 
@@ -60,8 +60,8 @@ class Flaky:
     def append(self, stream: str, entry: Value) -> None:
         self._reach().append(stream, entry)
 
-    def entries(self, stream: str, count: int | None = None) -> list[Value]:
-        return self._reach().entries(stream, count)
+    def entries(self, stream: str, count: int | None = None, damaged: Value | None = None) -> list[Value]:
+        return self._reach().entries(stream, count, damaged)
 
     def _reach(self) -> StateStore:
         if self.broken:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import sqlite3
 from dataclasses import replace
 
 import pytest
+import redis
 
 from actors.fleet import Fleet, busiest
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
-from actors.store import StoreError, open_state
+from actors.store import StoreError, open_state, sqlite_path
 from policies import (
     CostModel,
     DepthCounts,
@@ -572,13 +574,72 @@ def test_versions_rise_over_many_restarts(store, clock):
             last = version
 
 
-def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock):
+def test_damaged_snapshots_do_not_keep_it_from_starting(keeper, store, clock, caplog):
     feed(keeper, clock, 5)
     store.put("policy/learned/m", {"cost": {"off": "x"}, "survival": {"a": {"": {"trials": [math.nan]}}}})
     again = PolicyKeeper(store, clock, SETTINGS, no_work)
-    assert again.plan("m").cost.off(4) is None
+    assert again.plan("m").cost.off(4) is None and "costs that were learned before cannot be read" in caplog.text
+    store.put("policy/learned/m", {"cost": [], "survival": {"a": {"": {"trials": [[10**400] * 12], "survived": [[0] * 12]}}}})
+    assert PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").survival.keep[0] == 0.6
     store.put("policy/learned/m", {})
     assert PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").policy == GoodputPolicy()
+
+
+def damage(url: str, entry: int | None = None) -> None:
+    """Half of what the store holds by key is gone, or half of one entry of the history of m, counted from 0."""
+    if url.startswith("redis"):
+        with redis.Redis.from_url(url) as client:
+            if entry is not None:
+                client.lset("specfleet:stream:policy/m", entry, b'{"model": "m", "wh')
+            for key in client.scan_iter("specfleet:state:*") if entry is None else ():
+                client.set(key, client.get(key)[:9])
+        return
+    with sqlite3.connect(sqlite_path(url)) as db:
+        if entry is None:
+            db.execute("UPDATE state SET value = substr(value, 1, 9)")
+        else:
+            rowid = db.execute("SELECT id FROM stream ORDER BY id LIMIT 1 OFFSET ?", (entry,)).fetchone()
+            db.execute("UPDATE stream SET entry = substr(entry, 1, 9) WHERE id = ?", rowid)
+
+
+def test_values_that_cannot_be_read_are_found_again(keeper, store, clock, url, caplog):
+    feed(keeper, clock, 20)
+    keeper.put_policy("m", {"kind": "fixed"}, "ann")
+    keeper.save()
+    before = keeper.plan("m").version
+    damage(url)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
+    assert all(f"policy/{name}" in caplog.text for name in ("version", "models"))
+    assert again.register("m").policy == FixedPolicy() and again.plan("m").cost.off(4) is None
+    assert "policy/learned/m" in caplog.text
+    assert again.report(telemetry(sequence=10**9, plan_version=before)).version > before
+    again.save()
+    assert PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").cost.off(4) == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize(("lost", "stands"), [((0,), 3), ((1,), 3), ((2,), 2), ((1, 2), 1), ((0, 1, 2), 0)])
+def test_a_change_that_cannot_be_read_is_left_out_and_keeps_its_version(keeper, store, clock, url, caplog, lost, stands):
+    for depth in (1, 2, 3):
+        keeper.put_policy("m", {"kind": "fixed", "depth": depth}, "ann", str(depth))
+    for entry in lost:
+        damage(url, entry)
+    again = PolicyKeeper(store, clock, SETTINGS, no_work)
+    assert again.policy("m")["version"] == 3
+    assert again.plan("m").policy == (FixedPolicy(depth=stands) if stands else GoodputPolicy())
+    with pytest.raises(PolicyConflict):
+        again.put_policy("m", {"kind": "off"}, "bob", expected_version=2)
+    assert again.put_policy("m", {"kind": "off"}, "bob", expected_version=3)["version"] == 4
+    assert [change["version"] for change in again.history("m")] == [v for v in (1, 2, 3, 4) if v - 1 not in lost]
+    assert "policy/m holds an entry that cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("entry", [{}, {"version": "7"}, {"version": 3}, {"to": {"kind": "off"}}])
+def test_an_entry_that_is_no_change_counts_as_one_that_cannot_be_read(store, clock, entry):
+    store.append("policy/m", {"version": 1, "to": {"kind": "fixed"}})
+    store.append("policy/m", entry)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work)
+    keeper.register("m")
+    assert keeper.policy("m")["version"] == 2 and keeper.plan("m").policy == FixedPolicy() and len(keeper.history("m")) == 1
 
 
 def test_a_stored_policy_of_another_release_leaves_the_default(store, clock):

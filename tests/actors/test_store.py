@@ -6,8 +6,9 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import redis
 
-from actors.store import SqliteState, StoreError, open_state
+from actors.store import SqliteState, StoreError, Unreadable, open_state, sqlite_path
 
 
 def test_values(url):
@@ -63,6 +64,34 @@ def test_an_unreachable_store_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
         open_state(f"sqlite:///{tmp_path}/file/store.db")
+
+
+def damage(url: str, text: bytes) -> None:
+    """What stands there in the value `a`, and in the middle one of three entries of the stream `s`."""
+    if url.startswith("redis"):
+        with redis.Redis.from_url(url) as client:
+            client.set("specfleet:state:a", text)
+            client.lset("specfleet:stream:s", 1, text)
+        return
+    with sqlite3.connect(sqlite_path(url)) as db:
+        db.execute("UPDATE state SET value = CAST(? AS TEXT) WHERE key = 'a'", (text,))
+        db.execute("UPDATE stream SET entry = CAST(? AS TEXT) WHERE id = 2", (text,))
+
+
+@pytest.mark.parametrize("text", [b"", b'{"x": ', b"\xff\xfe\x00", b"[1]", b"null", b"[" * 100_000, b'{"x": ' + b"9" * 5000 + b"}"])
+def test_what_cannot_be_read_is_a_trouble_of_the_store(url, text, caplog):
+    store = open_state(url)
+    store.put("a", {})
+    for i in range(3):
+        store.append("s", {"i": i})
+    damage(url, text)
+    with pytest.raises(Unreadable, match="a: "):
+        store.get("a")
+    with pytest.raises(Unreadable, match="s: "):
+        store.entries("s")
+    assert store.entries("s", damaged={}) == [{"i": 0}, {}, {"i": 2}] and "s holds an entry" in caplog.text
+    store.put("a", {"x": 1})
+    assert store.get("a") == {"x": 1}
 
 
 def test_the_file_can_be_read_with_ordinary_tools(tmp_path):

@@ -178,9 +178,8 @@ async def test_a_domain_that_is_not_configured(root: httpx.AsyncClient, method: 
 
 
 async def test_a_domain_that_the_registry_does_not_know_yet(root: httpx.AsyncClient, loop: Loop) -> None:
-    loop.store.inner.entries = lambda stream, count=None, old=loop.store.inner.entries: (
-        [] if stream.endswith("/law") else old(stream, count)
-    )
+    old = loop.store.inner.entries
+    loop.store.inner.entries = lambda stream, *more: [] if stream.endswith("/law") else old(stream, *more)
     loop.registry_actor.body = RegistryKeeper(loop.store, loop.artefacts, loop.clock)
     state = (await root.get("/admin/speculators/echo")).json()
     assert state["live"] == loop.v[0] and state["domains"] == {"law": {"state": "away"}}
