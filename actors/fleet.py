@@ -17,6 +17,8 @@ MERGED = 16  # replicas of which costs are put together: those that made most st
 GROWN = 1.1  # times as many measured steps, after which what is known is put together anew for whoever joins
 DEVICES = 16  # kinds of them that are remembered after their replicas are gone
 TURNING = 4  # reports in which it shows what came of a replica's turn to drafts, or away from them
+CLASSES = 32  # of requests that are remembered of a replica: those that had drafts tested most recently
+SPEAKERS = 8  # versions of drafters that are remembered after their replicas are gone
 INHERITED = 0.05  # weight of the evidence that a new speculator version takes over from the one before
 
 T = TypeVar("T")
@@ -63,8 +65,12 @@ class Replica:
         for sample in telemetry.steps:
             self.cost.add(sample)
         for kind, counts in telemetry.survival.items():
-            for name in (kind,) if kind in telemetry.apart else (kind, EVERYONE):
-                self.survival.setdefault(name, Survival()).add(counts, len(telemetry.steps))
+            if counts.tests or counts.profiles:
+                for name in (kind,) if kind in telemetry.apart else (kind, EVERYONE):
+                    found = self.survival[name] = self.survival.pop(name, Survival())
+                    found.add(counts, len(telemetry.steps))
+        for name in [name for name in self.survival if name != EVERYONE][:-CLASSES]:
+            del self.survival[name]
         self.steps.extend(telemetry.steps)
         if telemetry.tokens and telemetry.steps:
             lasted, cost = (sum(getattr(s, name) for s in telemetry.steps) for name in ("duration", "seconds"))
@@ -126,9 +132,15 @@ class Fleet:
                 self.cost_before.pop(device, None)
                 self.cost_before[device] = replica.cost
                 self.known.pop(device, None)
+                self.survival_before.pop(_kind(replica.last), None)
                 self.survival_before[_kind(replica.last)] = replica.survival
         for device in list(self.cost_before)[:-DEVICES]:
             del self.cost_before[device]
+        for kind in list(self.survival_before)[:-SPEAKERS]:
+            del self.survival_before[kind]
+        if self.apart:
+            told = (*(replica.survival for replica in self.replicas.values()), *self.survival_before.values())
+            self.apart &= {name for estimates in told for name in estimates}
 
     def devices(self) -> list[str]:
         """All that something is known of, that of most replicas last."""
@@ -160,7 +172,7 @@ class Fleet:
     def to_dict(self) -> dict[str, Any]:
         """What was learned, as JSON."""
         survival = self.survival_before | {_kind(r.last): r.survival for r in self.replicas.values()}
-        recent = dict(list(survival.items())[-8:])
+        recent = dict(list(survival.items())[-SPEAKERS:])
         told = {kind: {name: e.to_dict() for name, e in found.items() if name not in self.apart} for kind, found in recent.items()}
         return {"cost": {device: self._known_cost(device).to_dict() for device in self.devices()[-DEVICES:]}, "survival": told}
 

@@ -51,12 +51,13 @@ class Telemetry:
             raise ValueError("telemetry must name its replica and model")
         if not _count(self.sequence):
             raise ValueError("telemetry must carry a sequence number")
+        survival = self._drafts()
         return replace(
             self,
             load=self.load if isinstance(self.load, Load) and self.load.sane() else Load(),
             steps=tuple(s for s in self.steps[-MOST_STEPS:] if isinstance(s, StepSample) and s.sane()),
-            survival=self._drafts(),
-            apart=self.apart if isinstance(self.apart, frozenset) else frozenset(),
+            survival=survival,
+            apart=frozenset(kind for kind in survival if isinstance(self.apart, frozenset) and kind in self.apart),
             tokens=self.tokens if _count(self.tokens) else 0,
             deciding=self.deciding if _count(self.deciding) else 0.0,
             switches=self.switches if _count(self.switches) else 0,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import redis
 
-from actors.fleet import Fleet, busiest
+from actors.fleet import CLASSES, SPEAKERS, Fleet, busiest
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
 from actors.store import StoreError, open_state, sqlite_path
 from policies import (
@@ -406,6 +406,11 @@ NONSENSE = [
     {"survival": {"greedy": DepthCounts(profiles=[Profile(1, ((0.5, 0),))])}},
     {"survival": {"greedy": DepthCounts(profiles=[Profile(1.5, ((-1, 0),))])}},
     {"apart": ["greedy"]},
+    {"apart": frozenset({math.nan, "x" * 10**6, None})},
+    {"survival": {"greedy": DepthCounts(profiles=[Profile(3, ((-1, 1),) * 3)])}},
+    {"survival": {"greedy": DepthCounts(profiles=[Profile(3, ((-1, math.nan),))])}},
+    {"survival": {"greedy": DepthCounts(predicted=[math.nan] * 12)}},
+    {"survival": {"x" * 10**6: kept(0.0), 7: kept(0.0)}},
     {"device": None},
 ]
 
@@ -506,6 +511,33 @@ def test_a_hundred_replicas_are_put_together_from_few_and_seldom(monkeypatch):
     fleet.take(idle, 0.0)
     assert fleet.replicas["idle"].cost.table().off(4) == pytest.approx(0.01, rel=0.05)
     assert {"r40", "r60"} <= {replica.last.replica for replica in busiest(list(fleet.replicas.values()))}
+
+
+def test_made_up_classes_do_not_fill_the_memory_and_used_ones_stay(keeper, clock):
+    """Every canary of a year is a class of its own, and one replica makes names up; what is drafted for all the time is not forgotten."""
+    for i in range(200):
+        clock.now += 1
+        canary = f"greedy, by v{i}"
+        both = {"greedy": kept(0.7), canary: kept(0.2), "empty": DepthCounts()}
+        keeper.report(telemetry("r1", i + 1, survival=both, apart=frozenset({canary, f"nobody {i}"})))
+        lies = {f"lie {i} {j}": kept(1.0, 1) for j in range(40)}
+        keeper.report(telemetry("liar", i + 1, survival=lies, apart=frozenset(lies)))
+    fleet = keeper._entry("m").fleet
+    mine, lied = (fleet.replicas[name].survival for name in ("r1", "liar"))
+    assert {"", "greedy", "greedy, by v199", "greedy, by v180"} <= mine.keys() and "empty" not in mine
+    assert len(mine) <= CLASSES + 1 and len(lied) <= CLASSES + 1
+    keeper.put_policy("m", {"kind": "fixed"}, "ann")
+    assert fleet.apart <= mine.keys() | lied.keys() and "greedy" not in fleet.apart
+    assert len(keeper.plan("m").knowledge.curves) <= 2 * CLASSES + 1
+    assert keeper.plan("m").knowledge.curve("greedy").survive(1) == pytest.approx(0.7, abs=0.06)
+
+
+def test_versions_long_gone_are_forgotten(keeper, clock):
+    for i in range(40):
+        clock.now += 100
+        keeper.report(telemetry(f"r{i}", 1, speculator_version=f"v{i}"))
+    before = keeper._entry("m").fleet.survival_before
+    assert len(before) == SPEAKERS and "mlp/v38" in before
 
 
 def test_made_up_names_do_not_fill_the_memory():
