@@ -13,7 +13,6 @@ from policies.decision import OFF, Decision
 from policies.forest import Numbers
 from policies.knowledge import Knowledge
 from policies.load import Limits, Load, RequestView, deepest, running, settled
-from policies.yields import Yields
 
 DOUBT = 1.5  # times that off must be better than drafts that were never measured in service
 Group = tuple[str, int, int, int]  # requests alike: class, deepest allowed, level, priority
@@ -81,7 +80,7 @@ class Arena:
         fixed = [(r, settled(r, knowledge.limits, 1)) for r in requests if r.mode == "fixed" and deepest(r, knowledge.limits)]
         self.fixed_count, self.fixed_nodes = len(fixed), sum(d.nodes for _, d in fixed)
         self.fixed_depth = max((d.depth for _, d in fixed), default=0)
-        told = [(r, self.yielded(r.kind, r.level, d.depth, 0, 1)[0]) for r, d in fixed]
+        told = [(r, self.yielded(r.kind, r.level, d.depth, 0, d.width)[0]) for r, d in fixed]
         self.fixed_tokens, self.fixed_worth = sum(t for _, t in told), sum(t * terms.weight(r.priority) for r, t in told)
         self.worth = sum(terms.weight(r.priority) for r in requests) + self.requests - len(requests)
         self.extra = knowledge.cost.slope * load.context
@@ -90,15 +89,9 @@ class Arena:
 
     def yielded(self, kind: str, level: int, depth: int, price: int, width: int) -> tuple[float, float]:
         """Draft tokens kept and nodes verified of one request's draft."""
-        yields = self.yields(kind, level, width)
+        yields = self.knowledge.expected(kind, level, width)
         d = min(depth, len(yields.tokens)) - 1
         return float(yields.tokens[d, price]), float(yields.rows[d, price])
-
-    def yields(self, kind: str, level: int, width: int) -> Yields:
-        """Of a width that was hardly tried, as of chains."""
-        yields = self.knowledge.yields(kind, level, width) or self.knowledge.yields(kind, level)
-        assert yields is not None
-        return yields
 
     def start(self, start_depth: int) -> dict[Group, int]:
         """A moderate depth, shallower the more requests share the step."""
@@ -137,7 +130,7 @@ class Arena:
         """Goodput if the first 1, 2, .. groups draft, by deepest draft and by price. [groups, depths, prices]"""
         tops = np.arange(max(g[1] for g in order))
         sizes = np.array([self.groups[g] for g in order])
-        found = [(self.yields(g[0], g[2], width), np.minimum(tops, g[1] - 1), self.terms.weight(g[3])) for g in order]
+        found = [(self.knowledge.expected(g[0], g[2], width), np.minimum(tops, g[1] - 1), self.terms.weight(g[3])) for g in order]
         gained = np.array([weight * yields.tokens[at] for yields, at, weight in found])
         taken = np.array([yields.rows[at] for yields, at, _ in found])
         worth = self.worth + self.fixed_worth + np.cumsum(sizes[:, None, None] * gained, axis=0)

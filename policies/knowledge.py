@@ -73,6 +73,12 @@ class Knowledge:
         """What drafting yields for requests of a class and level, as deep as the drafter goes; None for a width that was hardly tried."""
         return self.recalled(("yields", kind, level, width), lambda: self._yields(kind, level, width))
 
+    def expected(self, kind: str, level: int, width: int) -> Yields:
+        """What drafting yields; of a width that was hardly tried, as of chains."""
+        found = self.yields(kind, level, width) or self.yields(kind, level)
+        assert found is not None
+        return found
+
     def _yields(self, kind: str, level: int, width: int) -> Yields | None:
         forest = self.curve(kind).forests.get(width) or Forest.of((), self.deepest, width)
         return None if forest is None else Yields.of(forest, self.rates(kind, level), level)

@@ -154,8 +154,7 @@ class Plan:
         tokens, rows = float(running(load, requests)), 0.0
         for request, decided in zip(requests, decisions, strict=True):
             if decided.depth:
-                yields = self.knowledge.yields(request.kind, request.level)
-                assert yields is not None
+                yields = self.knowledge.expected(request.kind, request.level, decided.width)
                 d = min(decided.depth, len(yields.tokens)) - 1
                 tokens, rows = tokens + float(yields.tokens[d, 0]), rows + float(yields.rows[d, 0])
         return decisions, tokens, rows

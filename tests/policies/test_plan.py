@@ -21,6 +21,7 @@ from policies import (
     OffPolicy,
     Plan,
     Policy,
+    Profile,
     RequestView,
     StepSample,
     SurvivalCurve,
@@ -29,6 +30,7 @@ from policies import (
     nodes_of,
 )
 from policies.drafts import CENTRES
+from policies.forest import Forest
 
 optional = st.none() | st.integers(0, 12)
 views = st.lists(
@@ -149,6 +151,33 @@ def test_a_forecast_states_the_gain_over_off():
     assert forecast.tokens == pytest.approx(4 * 1.875) and forecast.seconds == pytest.approx(0.011)
     assert forecast.gain == pytest.approx(1.875 / 1.1 - 1)
     assert Plan.of(1, "m", FixedPolicy(depth=3)).forecast(Load(4), [RequestView("a")]).gain is None
+
+
+def seen(width: int) -> Plan:
+    """Drafts were seen as chains and as two paths that part at once; every token is kept half of the time."""
+    chain, fork = Profile(2, ((-1, 0), (0, 0))), Profile(2, ((-1, 0), (0, 0), (-1, 0), (2, 0)), 2)
+    forests = {1: Forest.of([chain] * 8, 2), 2: Forest.of([fork] * 8, 2, 2)}
+    curve = SurvivalCurve((0.5, 0.5), forests=forests)
+    return Plan.of(1, "m", FixedPolicy(depth=2, width=width), measured().table(), {"": curve}, Limits(2, 4))
+
+
+@pytest.mark.parametrize(("width", "tokens", "rows"), [(1, 0.75, 2), (2, 1.5, 4), (4, 0.75, 2)])
+def test_a_forecast_of_wide_drafts_is_of_wide_drafts(width, tokens, rows):
+    """Of a width that was never tried, of chains."""
+    requests = [RequestView("a"), RequestView("b")]
+    table = ThresholdPolicy(steps=(ThresholdStep(up_to_running=2, depth=2, width=width),))
+    fixed = seen(width)
+    for plan in (fixed, Plan.of(1, "m", table, fixed.cost, fixed.knowledge.curves, fixed.limits)):
+        forecast = plan.forecast(Load(2), requests)
+        assert forecast.tokens == pytest.approx(2 * (1 + tokens)) and forecast.rows == pytest.approx(2 * (1 + rows))
+        assert {d.width for d in forecast.decisions} == {width}
+
+
+def test_requests_that_fix_a_width_are_expected_to_yield_what_it_yields():
+    plan = seen(1)
+    free = Plan.of(1, "m", GoodputPolicy(), plan.cost, plan.knowledge.curves, plan.limits)
+    for width, tokens in ((1, 0.75), (2, 1.5)):
+        assert free.forecast(Load(1), [RequestView("a", "fixed", 2, width)]).tokens == pytest.approx(1 + tokens)
 
 
 confidence = st.sampled_from([-1.0, *CENTRES])
