@@ -42,7 +42,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Replica:
-    """One replica: last telemetry and when it came, its own estimates, its latest steps, and what its latest reports counted.
+    """One replica: last telemetry and when it came by the keeper's clock, its own estimates, its latest steps, and what its latest reports counted.
 
     drafts: whether most steps of its last report with any drafted; turned: how many such reports there were since that changed.
     """

@@ -20,7 +20,7 @@ Likeness = tuple[int, int, int, str, tuple[int, ...]]
 class Moment:
     """What one report told of one replica.
 
-    at: seconds since the epoch; requests, context, depth: means over its steps, depth over requests; kind: the class of most tested drafts;
+    at: by the keeper's clock; requests, context, depth: means over its steps, depth over requests; kind: the class of most tested drafts;
     seconds: of all its steps, in which tokens were emitted; row_counts: see `policies.Load`.
     """
 

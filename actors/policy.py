@@ -73,8 +73,8 @@ class KeeperSettings:
 class Entry:
     """One model: its policy, the version of that (0: never changed), its replicas and the plans in force, by device, of one version.
 
-    steps, news: told of in all, and since the plan; took: seconds of work that was. unsure: whether the store may hold a change that it did
-    not confirm.
+    steps, news: told of in all, and since the plan; published: when that was; took: seconds of work that it was. unsure: whether the store
+    may hold a change that it did not confirm.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Entry:
     survival: dict[str, SurvivalCurve] = field(default_factory=dict)
     steps: int = 0
     news: int = 0
+    published: float = 0.0
     took: float = 0.0
     saved: float = 0.0
     unsure: bool = False
@@ -124,16 +125,22 @@ def _refused(error: ValidationError) -> PolicyError:
 
 
 class PolicyKeeper:
-    """Everything the policy actor does. Not thread-safe: one caller at a time, as in an actor. timer: seconds of work."""
+    """Everything the policy actor does. Not thread-safe: one caller at a time, as in an actor.
+
+    clock: seconds that pass, by which all ages go; timer: seconds of work; calendar: seconds since the epoch, for the record only: it may
+    be set while the actor runs.
+    """
 
     def __init__(
         self,
         store: StateStore,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         settings: KeeperSettings | None = None,
         timer: Callable[[], float] = time.thread_time,
+        calendar: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._clock, self._settings, self._timer = store, clock, settings or KeeperSettings(), timer
+        self._calendar = calendar
         self._models: dict[str, Entry] = {}
         self._refused_reports = 0
         self._unsaved = 0
@@ -241,7 +248,7 @@ class PolicyKeeper:
         now = self._clock()
         found = ((name, self._summed(entry, now)) for name, entry in sorted(self._models.items()))
         models = {name: summary for name, summary in found if summary is not None}
-        return {"at": now, "models": models, "refused_reports": self._refused_reports, "unsaved": self._unsaved}
+        return {"at": self._calendar(), "models": models, "refused_reports": self._refused_reports, "unsaved": self._unsaved}
 
     def save(self) -> None:
         """Save what was learned of every model. StoreError."""
@@ -286,7 +293,7 @@ class PolicyKeeper:
         if policy == entry.policy and entry.revision:
             return self._answer(entry, policy, entry.revision)
         version = entry.revision + 1
-        change = {"model": entry.name, "who": who, "why": why, "at": self._clock(), "version": version}
+        change = {"model": entry.name, "who": who, "why": why, "at": self._calendar(), "version": version}
         change |= {"from": entry.policy.model_dump(mode="json"), "to": policy.model_dump(mode="json")}
         reserved = self._next_version()
         entry.unsure = True
@@ -327,7 +334,7 @@ class PolicyKeeper:
         try:
             if at_once or self._due(entry, now):
                 self._publish(entry)
-            if not 0 <= now - entry.saved < self._settings.save:
+            if now - entry.saved >= self._settings.save:
                 entry.saved = now
                 self._settle(entry)
                 self._store.put(f"policy/learned/{entry.name}", entry.fleet.to_dict())
@@ -336,10 +343,9 @@ class PolicyKeeper:
 
     def _due(self, entry: Entry, now: float) -> bool:
         """Whether there is news enough for a plan: soon while little is known, seldom later, as replicas think anew with each."""
-        published = next((plan.published for plan in reversed(entry.plans.values())), now)
-        if not entry.plans or now < published:
+        if not entry.plans:
             return True
-        age, least = now - published, max(self._settings.publish, LEISURE * entry.took)
+        age, least = now - entry.published, max(self._settings.publish, LEISURE * entry.took)
         enough = min(PART * entry.steps, MANY * len(entry.fleet.replicas))
         return entry.news > 0 and age >= least and (entry.news >= enough or age >= SELDOM * least)
 
@@ -350,12 +356,12 @@ class PolicyKeeper:
         entry.limits = entry.fleet.limits(now - self._settings.stale) or entry.limits
         entry.survival = entry.fleet.curves(max(entry.limits.max_depth, 1), now - self._settings.stale)
         entry.plans = {device: self._made(entry, version, device, now) for device in entry.fleet.devices() or [""]}
-        entry.news, entry.took = 0, self._timer() - begun
+        entry.news, entry.published, entry.took = 0, now, self._timer() - begun
         return next(reversed(entry.plans.values()))
 
     def _made(self, entry: Entry, version: int, device: str, now: float) -> Plan:
         cost, policy = entry.fleet.cost(now - self._settings.stale, device), entry.policy
-        return Plan.of(version, entry.name, policy, cost, entry.survival, entry.limits, now)
+        return Plan.of(version, entry.name, policy, cost, entry.survival, entry.limits, self._calendar())
 
     def _next_version(self) -> int:
         """Versions rise over restarts: a block of them is reserved in the store before any of it is used."""
@@ -428,7 +434,7 @@ class PolicyActor:
     """The Ray actor's body: a thin shell around `PolicyKeeper`. Make it with `start_policy`."""
 
     def __init__(self, state_url: str, models: Mapping[str, Value | None] | None = None, settings: KeeperSettings | None = None) -> None:
-        self._keeper = PolicyKeeper(open_state(state_url), time.time, settings)
+        self._keeper = PolicyKeeper(open_state(state_url), settings=settings)
         for model, default in (models or {}).items():
             self._keeper.register(model, default)
 

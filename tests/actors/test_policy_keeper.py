@@ -28,7 +28,7 @@ from policies import (
     StepSample,
     Telemetry,
 )
-from tests.actors.stand import Flaky, MemoryState
+from tests.actors.stand import Clock, Flaky, MemoryState
 
 SETTINGS = KeeperSettings(stale=5, gone=60, publish=0.5, save=10)
 
@@ -45,7 +45,7 @@ def store(url):
 
 @pytest.fixture
 def keeper(store, clock):
-    made = PolicyKeeper(store, clock, SETTINGS, no_work)
+    made = PolicyKeeper(store, clock, SETTINGS, no_work, clock)
     made.register("m", limits=Limits(4, 2))
     return made
 
@@ -682,12 +682,26 @@ def test_a_stored_policy_of_another_release_leaves_the_default(store, clock):
     assert keeper.put_policy("m", {"kind": "off"}, "ann", "")["version"] == 8
 
 
-def test_a_clock_that_jumps_back_does_not_stop_publication(keeper, clock):
-    feed(keeper, clock)
+@pytest.mark.parametrize("jump", [-5000.0, -3.0, 30.0, 90.0, 10.0**9])
+def test_a_wall_clock_that_is_set_ages_nobody(store, clock, jump):
+    """Replicas live and die, plans are published and what was learned is saved, as if nothing had happened."""
+    calendar = Clock(1e9)
+    keeper = PolicyKeeper(store, clock, SETTINGS, no_work, calendar)
+    keeper.register("m")
+    feed(keeper, clock, 9)
+    feed(keeper, clock, 1, replica="r2")
     before = keeper.plan("m").version
-    clock.now -= 5000
-    keeper.report(telemetry(sequence=10**9))
-    assert keeper.plan("m").version > before
+    calendar.now += jump
+    feed(keeper, clock, 3, replica="r2")
+    told = keeper.load()
+    assert told["models"]["m"]["telemetry_age"] == {"r1": 4.0, "r2": 0.0} and told["models"]["m"]["replicas"] == 2
+    assert told["at"] == calendar.now and keeper.plan("m").version > before and keeper.plan("m").published == calendar.now
+    feed(keeper, clock, 5, replica="r2")
+    assert keeper.load()["models"]["m"]["replicas"] == 1
+    feed(keeper, clock, 65, replica="r2")
+    assert list(keeper.load()["models"]["m"]["telemetry_age"]) == ["r2"]
+    assert keeper.put_policy("m", {"kind": "off"}, "ann") and keeper.history("m")[0]["at"] == calendar.now
+    assert keeper.put_policy("m", {"kind": "fixed"}, "ann", dry_run=True)["replay"]["seconds"] == pytest.approx(82)
 
 
 def test_the_plan_of_a_warm_start_decides_without_any_replica(keeper, store, clock):
