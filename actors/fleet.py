@@ -42,7 +42,8 @@ class Tally:
 
 @dataclass(slots=True)
 class Replica:
-    """One replica: last telemetry and when it came by the keeper's clock, its own estimates, its latest steps, and what its latest reports counted.
+    """One replica: last telemetry and when it came by the keeper's clock, its own estimates, its latest steps in service, and what its
+    latest reports counted of those.
 
     drafts: whether most steps of its last report with any drafted; turned: how many such reports there were since that changed.
     """
@@ -57,9 +58,9 @@ class Replica:
     turned: int = TURNING
 
     def learn(self, telemetry: Telemetry) -> None:
-        served = [bool(sample.drafting) for sample in telemetry.steps if not sample.rehearsed]
+        served = telemetry.served
         if served:
-            drafts = 2 * sum(served) > len(served)
+            drafts = 2 * sum(bool(sample.drafting) for sample in served) > len(served)
             self.turned = 0 if self.drafts is (not drafts) else self.turned + 1
             self.drafts = drafts
         for sample in telemetry.steps:
@@ -71,10 +72,10 @@ class Replica:
                     found.add(counts, len(telemetry.steps))
         for name in [name for name in self.survival if name != EVERYONE][:-CLASSES]:
             del self.survival[name]
-        self.steps.extend(telemetry.steps)
-        if telemetry.tokens and telemetry.steps:
-            lasted, cost = (sum(getattr(s, name) for s in telemetry.steps) for name in ("duration", "seconds"))
-            counted = (telemetry.tokens, len(telemetry.steps), lasted, cost)
+        self.steps.extend(served)
+        if telemetry.tokens and served:
+            lasted, cost = (sum(getattr(s, name) for s in served) for name in ("duration", "seconds"))
+            counted = (telemetry.tokens, len(served), lasted, cost)
             self.tallies.append(Tally(*counted, telemetry.deciding, telemetry.switches, telemetry.probes))
 
 

@@ -20,8 +20,8 @@ Likeness = tuple[int, int, int, str, tuple[int, ...]]
 class Moment:
     """What one report told of one replica.
 
-    at: by the keeper's clock; requests, context, depth: means over its steps, depth over requests; kind: the class of most tested drafts;
-    seconds: of all its steps, in which tokens were emitted; row_counts: see `policies.Load`.
+    at: by the keeper's clock; requests, context, depth: means over its steps in service, depth over requests; kind: the class of most
+    tested drafts; seconds: of all these steps, in which tokens were emitted; row_counts: see `policies.Load`.
     """
 
     at: float
@@ -39,12 +39,13 @@ class Moment:
     @classmethod
     def of(cls, told: Telemetry, at: float) -> Moment | None:
         """None for a report of no tokens."""
-        count, seconds = len(told.steps), sum(s.duration for s in told.steps)
+        steps = told.served
+        count, seconds = len(steps), sum(s.duration for s in steps)
         if not told.tokens or not count:
             return None
-        rows = sum(s.requests for s in told.steps)
+        rows = sum(s.requests for s in steps)
         kind = max(told.survival, key=lambda name: sum(map(sum, told.survival[name].trials)), default=EVERYONE)
-        depth, context = sum(s.depth * s.drafting for s in told.steps) / rows, sum(s.context for s in told.steps) / count
+        depth, context = sum(s.depth * s.drafting for s in steps) / rows, sum(s.context for s in steps) / count
         load = told.load
         return cls(at, rows / count, load.waiting, context, load.free_slots, kind, depth, told.tokens, count, seconds, load.row_counts)
 

@@ -44,6 +44,11 @@ class Telemetry:
     device: str = ""
     apart: frozenset[str] = frozenset()
 
+    @property
+    def served(self) -> list[StepSample]:
+        """The steps that served requests: not those of a profile before the first of them."""
+        return [sample for sample in self.steps if not sample.rehearsed]
+
     def validated(self) -> Telemetry:
         """Itself without the samples that cannot be true; implausible counts and loads become empty ones. ValueError if it names no one."""
         names = (self.replica, self.model, self.drafter, self.speculator_version, self.device)

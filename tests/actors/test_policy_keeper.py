@@ -163,6 +163,21 @@ def test_a_dry_run_replays_the_last_minutes(keeper, clock):
     assert keeper.put_policy("m", {"kind": "off"}, "ann", "", dry_run=True)["replay"]["reports"] == 1, "minutes, not hours"
 
 
+def test_what_was_rehearsed_is_no_service(keeper, clock):
+    """The profile of a start and the first requests come in one report: only these count in what happened lately."""
+    rehearsed = tuple(replace(sample, rehearsed=True, requests=1, drafting=min(sample.drafting, 1), seconds=9.0) for sample in samples())
+    keeper.report(telemetry(steps=rehearsed, survival={}, tokens=0))
+    assert keeper.load()["models"]["m"]["depths"] == {}
+    assert keeper.put_policy("m", {"kind": "off"}, "ann", dry_run=True)["replay"]["reports"] == 0
+    clock.now += 1
+    keeper.report(telemetry(sequence=2, steps=rehearsed + samples()[:4], tokens=28))
+    told = keeper.load()["models"]["m"]
+    assert told["depths"] == {"0": 0.5, "3": 0.5} and told["tokens_per_step"] == 7 and told["step_seconds"] == pytest.approx(0.0105)
+    measured = keeper.put_policy("m", {"kind": "off"}, "ann", dry_run=True)["replay"]["measured"]
+    assert measured["tokens_per_second"] == pytest.approx(28 / 0.042, rel=1e-3) and measured["depth_mean"] == 1.5
+    assert measured["seconds_per_token"] == pytest.approx(4 * 0.042 / 28, rel=1e-3)
+
+
 def test_a_dry_run_reckons_with_the_rows_that_are_computed(keeper, clock):
     """Where forwards are rounded up to 16 rows, one token deep is computed as three deep, now and in the last minutes."""
     feed(keeper, clock, 30, load=Load(4, 2, 400, row_counts=(4, 16)))
