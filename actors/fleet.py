@@ -65,11 +65,13 @@ class Replica:
             self.drafts = drafts
         for sample in telemetry.steps:
             self.cost.add(sample)
+        for estimate in self.survival.values():
+            estimate.age(len(telemetry.steps))
         for kind, counts in telemetry.survival.items():
             if counts.tests or counts.profiles:
                 for name in (kind,) if kind in telemetry.apart else (kind, EVERYONE):
                     found = self.survival[name] = self.survival.pop(name, Survival())
-                    found.add(counts, len(telemetry.steps))
+                    found.add(counts)
         for name in [name for name in self.survival if name != EVERYONE][:-CLASSES]:
             del self.survival[name]
         self.steps.extend(served)

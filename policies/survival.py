@@ -151,14 +151,18 @@ class Survival:
         self.judged = [[0.0, 0.0] for _ in range(BINS)]  # trials and survivors that a prediction went with
         self.profiles: dict[int, deque[Profile]] = {}  # the latest drafts, by width
 
-    def add(self, counts: DepthCounts, steps: int = 1) -> None:
-        """Forget as `steps` engine steps warrant, and most of it when the counts contradict what was expected, then take them in.
+    def age(self, steps: int) -> None:
+        """Forget as so many engine steps warrant."""
+        if steps > 0:
+            self.fade(0.5 ** (steps / self.half_life))
+
+    def add(self, counts: DepthCounts) -> None:
+        """Take counts in, and forget most of what was before when they contradict what was expected.
 
         ValueError, and nothing changed, if they are not sane.
         """
         if not counts.sane():
             raise ValueError("not the counts of real drafts")
-        self.fade(0.5 ** (max(steps, 0) / self.half_life))
         if counts.surprising:
             self.fade(min(counts.tests / max(sum(map(sum, self.trials)), 1.0), SURPRISED))
         while len(self.trials) < len(counts.trials):

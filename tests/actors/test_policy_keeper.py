@@ -475,6 +475,17 @@ def test_what_other_versions_draft_says_nothing_of_the_live_one(keeper, store, c
     assert "greedy, by v2" not in PolicyKeeper(store, clock, SETTINGS, no_work).plan("m").knowledge.curves
 
 
+@pytest.mark.parametrize("classes", [("greedy",), ("greedy", "sampled", "greedy, predicted"), ()])
+def test_evidence_halves_every_2000_steps_whatever_is_reported_of_it(keeper, clock, classes):
+    """250 reports of eight steps, of as many classes as there may be, or none: what was counted before them counts half."""
+    feed(keeper, clock, 1, survival={"greedy": kept(0.5, 4000), "sampled": kept(0.5, 4000)})
+    feed(keeper, clock, 250, survival={name: kept(0.5, 1) for name in classes})
+    found = keeper._entry("m").fleet.replicas["r1"].survival
+    for name, counted, told in ("greedy", 4000, "greedy" in classes), ("sampled", 4000, "sampled" in classes), ("", 8000, len(classes)):
+        fresh = told * sum(0.5 ** (8 * i / 2000) for i in range(250))
+        assert found[name].curve(1).evidence == pytest.approx(counted / 2 + fresh, rel=1e-6), name
+
+
 def test_each_kind_of_device_has_its_own_costs(keeper, store, clock):
     """Two replicas of one model, the one on a device that is ten times as fast; and one of a kind that nobody knows."""
     for sequence in range(1, 21):

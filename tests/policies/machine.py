@@ -84,7 +84,8 @@ class Replica:
             for _ in range(40):
                 got, took = self._step(views, counts)
                 tokens, seconds = tokens + got, seconds + took
-            self.survival.add(counts, 40)
+            self.survival.age(40)
+            self.survival.add(counts)
             curves = {"": self.survival.curve(self.limits.max_depth)}
             before = self.plan
             self.plan = Plan.of(before.version + 1, "m", self.policy, self.cost.table(), curves, self.limits)

@@ -148,7 +148,8 @@ def test_what_fits_in_a_budget_is_a_draft(depth, width):
 def test_finds_the_keep_rate_although_drafts_stop_early():
     estimate = Survival()
     for i in range(20):
-        estimate.add(drafts(0.7, 1 + i % 5, 200, seed=i), 10)
+        estimate.age(10)
+        estimate.add(drafts(0.7, 1 + i % 5, 200, seed=i))
     assert estimate.survive(1) == pytest.approx(0.7, abs=0.03)
     assert estimate.survive(5) == pytest.approx(0.7**5, abs=0.04)
 
@@ -162,8 +163,13 @@ def test_untried_depths_follow_the_ones_above():
 def test_forgets():
     estimate = Survival(half_life=100)
     estimate.add(drafts(0.9, 4, 1000))
-    estimate.add(drafts(0.2, 4, 100), 1000)
+    estimate.age(1000)
+    estimate.add(drafts(0.2, 4, 100))
     assert estimate.survive(1) < 0.3
+    estimate.age(0)
+    evidence = estimate.curve(1).evidence
+    estimate.age(100)
+    assert estimate.curve(1).evidence == pytest.approx(evidence / 2)
 
 
 def test_with_no_data_the_prior_stands():
