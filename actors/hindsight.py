@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from policies import EVERYONE, Forecast, Load, Plan, RequestView, Telemetry
 
-MINUTES = 5.0
-MOST = 4096  # moments remembered
+SPAN = 300.0  # seconds looked back on
+MOST = 4096  # moments remembered, beside the latest of each replica
 FINE = 256  # context tokens within which two moments are alike
 
 Likeness = tuple[int, int, int, str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Moment:
-    """What one report told of one replica.
+    """What one report told of one replica, or several that followed one another.
 
-    at: by the keeper's clock; requests, context, depth: means over its steps in service, depth over requests; kind: the class of most
-    tested drafts; seconds: of all these steps, in which tokens were emitted; row_counts: see `policies.Load`.
+    at, until: of the first and the last, by the keeper's clock; requests, context, depth: means over its steps in service, depth over
+    requests; waiting, free_slots, row_counts: of the last, see `policies.Load`; kind: the class of most tested drafts, of the report of
+    most tokens; seconds: of all these steps, in which tokens were emitted.
     """
 
     at: float
+    until: float
     requests: float
     waiting: int
     context: float
@@ -35,6 +38,7 @@ class Moment:
     steps: int
     seconds: float
     row_counts: tuple[int, ...] = ()
+    reports: int = 1
 
     @classmethod
     def of(cls, told: Telemetry, at: float) -> Moment | None:
@@ -47,7 +51,17 @@ class Moment:
         kind = max(told.survival, key=lambda name: sum(map(sum, told.survival[name].trials)), default=EVERYONE)
         depth, context = sum(s.depth * s.drafting for s in steps) / rows, sum(s.context for s in steps) / count
         load = told.load
-        return cls(at, rows / count, load.waiting, context, load.free_slots, kind, depth, told.tokens, count, seconds, load.row_counts)
+        return cls(at, at, rows / count, load.waiting, context, load.free_slots, kind, depth, told.tokens, count, seconds, load.row_counts)
+
+    def join(self, later: Moment) -> None:
+        """Take in what was told of the same replica after it."""
+        steps, rows, more = self.steps + later.steps, self.steps * self.requests, later.steps * later.requests
+        self.kind = later.kind if later.tokens > self.tokens else self.kind
+        self.depth = (self.depth * rows + later.depth * more) / (rows + more)
+        self.context = (self.context * self.steps + later.context * later.steps) / steps
+        self.requests, self.steps = (rows + more) / steps, steps
+        self.tokens, self.seconds, self.reports = self.tokens + later.tokens, self.seconds + later.seconds, self.reports + later.reports
+        self.until, self.waiting, self.free_slots, self.row_counts = later.until, later.waiting, later.free_slots, later.row_counts
 
     @property
     def likeness(self) -> Likeness:
@@ -56,18 +70,29 @@ class Moment:
 
 
 class Hindsight:
-    """Moments of all replicas, the oldest first."""
+    """Moments of all replicas, the oldest first. The more replicas there are, the longer are their moments, so that all minutes fit."""
 
     def __init__(self) -> None:
-        self.moments: deque[Moment] = deque(maxlen=MOST)
+        self.moments: deque[Moment] = deque(maxlen=2 * MOST)
+        self.latest: dict[str, Moment] = {}  # by replica, that heard of longest ago first
 
     def add(self, told: Telemetry, now: float) -> None:
         """Remember a report."""
         moment = Moment.of(told, now)
         if moment is not None:
-            self.moments.append(moment)
-        while self.moments and self.moments[0].at < now - 60 * MINUTES:
+            self.latest[told.replica] = self._placed(moment, self.latest.pop(told.replica, None))
+        while self.moments and self.moments[0].at < now - SPAN:
             self.moments.popleft()
+        for replica in [name for name, _ in takewhile(lambda found: found[1].until < now - SPAN, self.latest.items())]:
+            del self.latest[replica]
+
+    def _placed(self, moment: Moment, before: Moment | None) -> Moment:
+        """The moment it is a part of: that before it of its replica, if that began only just now, or else itself."""
+        if before is not None and moment.at - before.at < min((len(self.latest) + 1) / MOST, 1.0) * SPAN:
+            before.join(moment)
+            return before
+        self.moments.append(moment)
+        return moment
 
     def measured(self) -> dict[str, Any] | None:
         """What really happened; None if nothing did."""
@@ -97,10 +122,10 @@ class Hindsight:
 
     def told(self, now: Plan, proposed: Plan) -> dict[str, Any]:
         """The last minutes as they were, as the plan in force explains them, and as the proposed one would have made them."""
-        span = self.moments[-1].at - self.moments[0].at if self.moments else 0.0
+        span = max(moment.until for moment in self.moments) - self.moments[0].at if self.moments else 0.0
         return {
             "seconds": round(span, 3),
-            "reports": len(self.moments),
+            "reports": sum(moment.reports for moment in self.moments),
             "measured": self.measured(),
             "in_force": self.replayed(now),
             "proposed": self.replayed(proposed),

@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from actors.fleet import CLASSES, SPEAKERS, Fleet, busiest
+from actors.hindsight import Hindsight, Moment
 from actors.policy import KeeperSettings, PolicyConflict, PolicyError, PolicyKeeper, UnknownModel
 from actors.store import StoreError, open_state, sqlite_path
 from policies import (
@@ -176,6 +177,38 @@ def test_what_was_rehearsed_is_no_service(keeper, clock):
     measured = keeper.put_policy("m", {"kind": "off"}, "ann", dry_run=True)["replay"]["measured"]
     assert measured["tokens_per_second"] == pytest.approx(28 / 0.042, rel=1e-3) and measured["depth_mean"] == 1.5
     assert measured["seconds_per_token"] == pytest.approx(4 * 0.042 / 28, rel=1e-3)
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 4, 200])
+def test_five_minutes_are_remembered_of_however_many_replicas(replicas):
+    """Reports four times a second; odd replicas have twice the requests. What was measured stays the same, to the last report."""
+    past, steps = Hindsight(), (StepSample(4, 0, 4, 100, 0, 0.01), StepSample(8, 0, 8, 100, 0, 0.01))
+    reports = [telemetry(f"r{i}", 1, steps=(steps[i % 2],), tokens=steps[i % 2].requests, survival={}) for i in range(replicas)]
+    for i in range(1300):
+        for report in reports:
+            past.add(report, 0.25 * i)
+    told = past.told(Plan.of(1, "m", OffPolicy()), Plan.of(1, "m", OffPolicy()))
+    assert 300 - 300 * replicas / 4096 <= told["seconds"] <= 300
+    assert told["reports"] == pytest.approx(replicas * 4 * told["seconds"], rel=0.03)
+    assert len(past.moments) <= 4096 + replicas and {m.requests for m in past.moments} <= {4, 8}
+    mean = 4 + 4 * (replicas // 2) / replicas
+    assert told["measured"]["tokens_per_second"] == pytest.approx(mean / 0.01, rel=0.01) and told["measured"]["depth_mean"] == 0
+    assert replicas > 3 or len(past.moments) == told["reports"]
+
+
+def test_moments_that_are_put_together_are_means_of_their_steps():
+    first = Moment(10.0, 10.0, 2.0, 0, 100.0, 50, "a", 1.0, 10, 2, 0.5)
+    first.join(Moment(11.0, 12.0, 8.0, 3, 400.0, 40, "b", 4.0, 90, 1, 1.5, (4, 16)))
+    assert first == Moment(10.0, 12.0, 4.0, 3, 200.0, 40, "b", 3.0, 100, 3, 2.0, (4, 16), 2)
+
+
+def test_replicas_that_come_and_go_do_not_fill_the_memory_of_the_last_minutes():
+    past, report = Hindsight(), telemetry(survival={})
+    for i in range(20_000):
+        past.add(replace(report, replica=f"r{i}"), 0.01 * i)
+    assert len(past.moments) <= 2 * 4096
+    past.add(telemetry("last", 1, survival={}), 1e6)
+    assert len(past.moments) == len(past.latest) == 1
 
 
 def test_a_dry_run_reckons_with_the_rows_that_are_computed(keeper, clock):
@@ -555,7 +588,7 @@ def test_made_up_classes_do_not_fill_the_memory_and_used_ones_stay(keeper, clock
     keeper.put_policy("m", {"kind": "fixed"}, "ann")
     assert fleet.apart <= mine.keys() | lied.keys() and "greedy" not in fleet.apart
     assert len(keeper.plan("m").knowledge.curves) <= 2 * CLASSES + 1
-    assert keeper.plan("m").knowledge.curve("greedy").survive(1) == pytest.approx(0.7, abs=0.06)
+    assert 0.5 < keeper.plan("m").knowledge.curve("greedy").survive(1) < 0.8
 
 
 def test_versions_long_gone_are_forgotten(keeper, clock):
