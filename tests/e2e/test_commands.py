@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import redis
 
 from configs.settings import Settings, load_settings
+from tests.actors.stand import RedisServer
 from tests.conftest import wait_until
 from tests.e2e.edits import edited
 from tests.e2e.service import ADMIN, USER, free_port, ready, url, write_config
@@ -50,29 +50,18 @@ def heed_interrupts() -> None:
 
 
 @pytest.fixture(scope="module")
-def redis_port(tmp_path_factory) -> Iterator[int]:
-    server = shutil.which("redis-server")
-    assert server, "redis-server is needed: apt-get install redis-server"
-    port, folder = free_port(), tmp_path_factory.mktemp("redis")
-    options = ["--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    with process(server, "--bind", "127.0.0.1", *options, log=folder / "log"):
-        client = redis.Redis(port=port)
-        wait_until(lambda: answers(client), timeout=10)
-        yield port
-
-
-def answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
+def store(tmp_path_factory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, redis_port) -> Path:
+def config(tmp_path_factory, store) -> Path:
     folder = tmp_path_factory.mktemp("service")
     model = write_model(folder / "model")
-    stores = {"request_log": {"url": f"redis://127.0.0.1:{redis_port}/1"}, "state": {"url": f"redis://127.0.0.1:{redis_port}/2"}}
+    stores = {"request_log": {"url": f"redis://127.0.0.1:{store.port}/1"}, "state": {"url": f"redis://127.0.0.1:{store.port}/2"}}
     return write_config(folder, [{"name": "toy", "base": str(model), "speculator": str(model / "speculator")}], **stores)
 
 
@@ -84,8 +73,8 @@ def specfleet(settings: Settings, *arguments: str) -> str:
     return done.stdout
 
 
-def test_what_is_told_to_specfleet_serve_is_known_to_serve_run(config, redis_port):
-    """With its commands, and many who edit at once; everything is taken down in between, and both build the same service."""
+def test_what_is_told_to_specfleet_serve_is_known_to_serve_run(config, store):
+    """With its commands, and many who edit at once; everything is taken down in between, the store too, and both build the same service."""
     settings = load_settings(config)
     with process(str(BIN / "specfleet"), "serve", str(config), log=config.parent / "serve.log") as server:
         wait_until(lambda: up(settings) or ended(server, config), timeout=120, every=0.3)
@@ -98,9 +87,11 @@ def test_what_is_told_to_specfleet_serve_is_known_to_serve_run(config, redis_por
         specfleet(settings, "policy", "set", "toy", '{"kind": "fixed", "depth": 2}')
         policy = json.loads(specfleet(settings, "policy", "get", "toy", "--json"))
         assert policy["policy"]["depth"] == 2 and policy["version"] == len(history) + 1
-        log = redis.Redis(port=redis_port, db=1)
+        log = redis.Redis(port=store.port, db=1)
         wait_until(lambda: any(log.xlen(key) >= 2 for key in log.scan_iter() if log.type(key) == b"stream"), timeout=10)
     assert server.returncode == 0, (config.parent / "serve.log").read_text()[-2000:]
+    store.stop()
+    store.start()
 
     command = (str(BIN / "serve"), "run", "services.app:build", f"config={config}")
     with process(*command, log=config.parent / "run.log") as server:
