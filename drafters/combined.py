@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from drafters.ngram import NgramDrafter
+from drafters.ngram import Match, NgramDrafter
 from engine.drafter import Draft, Drafter, Observer
 
 
@@ -37,11 +37,10 @@ class CombinedDrafter:
 
     def draft(self, batch: Sequence[Draft]) -> None:
         """Extend each tree within its budget."""
-        self.primary.draft([self.followed(draft) for draft in batch])
+        self.primary.draft([self.followed(draft, match) for draft, match in zip(batch, self.ngram.matches(batch), strict=True)])
 
-    def followed(self, draft: Draft) -> Draft:
-        """The draft with its n-gram path planted and what is left of its budget."""
-        match = self.ngram.match(draft)
+    def followed(self, draft: Draft, match: Match | None) -> Draft:
+        """The draft with its n-gram path planted, where it is one to follow, and what is left of its budget."""
         if match is None or not (match.predicted or match.length >= self.strong):
             return draft
         draft.tree.extend(match.path, draft.budget.nodes)
