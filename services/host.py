@@ -155,7 +155,7 @@ class ModelHost:
         """What a speculator must fit, and where it is to be."""
         speculators = self.packed / "speculators" if self.packed else None
         sizes = {"hidden_size": base.hidden_size, "vocab_size": base.vocab_size}
-        return {**sizes, "device": device(self.settings.device), "cache": speculators}
+        return {**sizes, "device": device(self.settings.device), "dtype": base.dtype, "cache": speculators}
 
     @property
     def packed(self) -> Path | None:

@@ -15,8 +15,8 @@ from benchmarks.accelerator.flight import Flight, random_prompts, requests_of
 from benchmarks.accelerator.report import Report
 from benchmarks.accelerator.shapes import base_of
 from drafters.config import MLPSpeculatorConfig
+from drafters.graphed import GraphedDrafter
 from drafters.mlp import MLPSpeculator
-from drafters.tree_draft import MLPDrafter
 from engine.attention import IMPLEMENTATION, KVStore, Row, lay_out, ragged_attention
 from engine.executor import Eager, Executor
 from engine.gpu import layout, triton
@@ -164,10 +164,10 @@ def small_llama(tiny: bool) -> LlamaConfig:
     )
 
 
-def drafter_for(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> MLPDrafter:
+def drafter_for(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> GraphedDrafter:
     shape = MLPSpeculatorConfig(int(config.vocab_size), int(config.hidden_size), 32, 3, 5, (5, 3, 2))
     torch.manual_seed(1)
-    return MLPDrafter(MLPSpeculator(shape).to(device, dtype).eval())
+    return GraphedDrafter(MLPSpeculator(shape).to(device, dtype).eval())
 
 
 def check_texts(report: Report, tiny: bool) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.flight import Flight, requests_of
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts
+from drafters.graphed import GraphedDrafter
 from engine.attention import KVStore, Row
 from engine.gpu.graphs import named
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.flight import Flight, Flown, random_prompts, requests_of
 from benchmarks.accelerator.imposed import PUBLISHED, PUBLISHED_DEPTH, Imposed, survival
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, base_of, inflated_subject, prompts, random_subject
+from drafters.graphed import GraphedDrafter
 from engine.attention import KVStore
 from engine.gpu.graphs import named
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from benchmarks.accelerator.clock import copy_bandwidth, latency, read_bandwidth, throughput
-from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.report import Report, release
 from benchmarks.accelerator.shapes import Shape, Subject, random_subject
+from drafters.graphed import GraphedDrafter
 from engine.attention import KVStore, Row
 from engine.drafter import Draft
 from engine.gpu.graphs import named

@@ -5,13 +5,17 @@ On a CPU a replay is the call itself, so that everything around it is the same t
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from engine.executor import DeviceLost
 
 T = TypeVar("T")
 
@@ -85,11 +89,13 @@ class Captured:
     """A function of tensors as graphs, one for every shape of its arguments and every option. The result is the caller's.
 
     All arguments have the same first dimension and the result has it too; it is padded to a power of two, so that batches share graphs.
+    Nothing here refers to itself: graphs and their memory go with it.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.pool = function, Pool(device)
         self.made: dict[tuple[Any, ...], tuple[list[Tensor], Replay[Tensor]]] = {}
+        self.places: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.inference_mode()
     def __call__(self, *arguments: Tensor, **options: Any) -> Tensor:
@@ -97,12 +103,19 @@ class Captured:
         rows = 1 << max(count - 1, 0).bit_length()
         key = (rows, *((a.shape[1:], a.dtype) for a in arguments), *sorted(options.items()))
         if key not in self.made:
-            fixed = [a.new_zeros(rows, *a.shape[1:]) for a in arguments]
-            self.made[key] = (fixed, Replay(lambda: self.function(*fixed, **options), self.pool))
+            fixed = [self.place(i, a, rows) for i, a in enumerate(arguments)]
+            self.made[key] = (fixed, Replay(partial(self.function, *fixed, **options), self.pool))
         fixed, replay = self.made[key]
         for target, argument in zip(fixed, arguments, strict=True):
             target[:count].copy_(argument)
         return replay()[:count].clone()
+
+    def place(self, index: int, argument: Tensor, rows: int) -> Tensor:
+        """Where graphs read an argument of that many rows: the same memory for all, as far as it is large enough."""
+        key = (index, argument.shape[1:], argument.dtype)
+        if key not in self.places or len(self.places[key]) < rows:
+            self.places[key] = argument.new_zeros(rows, *argument.shape[1:])
+        return self.places[key][:rows]
 
 
 def seconds_of(call: Callable[[], object], pool: Pool, repeats: int = 4) -> float:
@@ -118,6 +131,19 @@ def seconds_of(call: Callable[[], object], pool: Pool, repeats: int = 4) -> floa
     torch.cuda.synchronize()
     pool.renew()
     return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def tidy(device: torch.device, error: Exception) -> None:
+    """Give back what a failed call holds. Raises DeviceLost if the device answers nothing any more: such an error lasts as long as its
+    process."""
+    traceback.clear_frames(error.__traceback__)
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception as lost:
+        raise DeviceLost(f"{device} does not answer: {lost}") from error
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -8,7 +8,6 @@ left for the next one, and the step is computed by that.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from engine.attention import KVStore, Row
 from engine.executor import DeviceLost, Eager
 from engine.gpu import triton
 from engine.gpu.attention import CannotAttend, DeviceStep, upload
-from engine.gpu.capture import Pool, Replay, on, seconds_of
+from engine.gpu.capture import Pool, Replay, on, seconds_of, tidy
 from engine.gpu.decoder import Decoder, NotFusable, read
 from engine.gpu.layout import TOKENS, Bucket, Cut, Geometry, Unmaskable, lay_out
 from engine.gpu.linear import tune
@@ -217,16 +216,8 @@ class Graphed:
         return self.compute(store, rows, tokens, keep)
 
     def tidy(self, error: Exception) -> None:
-        """Give back what a failed step holds. Raises DeviceLost if the device answers nothing any more: such an error lasts as long as
-        its process."""
-        traceback.clear_frames(error.__traceback__)
-        if self.device.type != "cuda":
-            return
-        try:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-        except Exception as lost:
-            raise DeviceLost(f"{self.device} does not answer: {lost}") from error
+        """Give back what a failed step holds. Raises DeviceLost if the device answers nothing any more."""
+        tidy(self.device, error)
 
     @property
     def row_counts(self) -> Sequence[int]:

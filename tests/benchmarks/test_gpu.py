@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accelerator.drafting import GraphedDrafter
 from benchmarks.accelerator.flips import common
 from benchmarks.accelerator.imposed import Imposed, survival
 from benchmarks.accelerator.report import Report
 from benchmarks.accelerator.shapes import SHAPES, kv_bytes, weight_bytes
 from benchmarks.accelerator.steps import plans, rows_of
-from drafters.config import MLPSpeculatorConfig
-from drafters.mlp import MLPSpeculator
-from drafters.tree_draft import MLPDrafter
-from engine.drafter import Draft
 from engine.engine import Engine
 from engine.request import Request
-from engine.sampling import Sampler, SamplingParams
-from engine.tree import Budget, Tree
+from engine.sampling import SamplingParams
 from tests.engine.toys import VOCAB, everywhere, toy_base, toy_config, toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,21 +80,6 @@ def test_imposed_acceptance_is_what_was_asked_for():
             tokens, steps = tokens + report.emitted, steps + report.requests
     engine.check()
     assert tokens / steps == pytest.approx(2.67, abs=0.35)
-
-
-def test_a_graphed_chain_is_the_drafters_own():
-    torch.manual_seed(0)
-    speculator = MLPSpeculator(MLPSpeculatorConfig(VOCAB, 32, 24, 3, 4, (3, 2, 2))).eval()
-    hidden = torch.randn(3, 32)
-
-    def drafted(drafter: MLPDrafter, temperature: float) -> list[list[int]]:
-        samplers = [Sampler(SamplingParams(temperature=temperature, seed=i), [1], VOCAB) for i in range(3)]
-        drafts = [Draft(str(i), [1, 2 + i], Tree.chain([2 + i]), Budget.of(1 + i), samplers[i], hidden[i]) for i in range(3)]
-        drafter.draft(drafts)
-        return [draft.tree.tokens for draft in drafts]
-
-    for temperature in (0.0, 1.0):
-        assert drafted(GraphedDrafter(speculator), temperature) == drafted(MLPDrafter(speculator), temperature)
 
 
 def test_bytes_are_those_of_the_shapes():
