@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --tiny               the same code at toy sizes, on a CPU, in Triton's interpreter where Triton is installed
 
 Parts: check (all backends against the oracle) · bandwidth · step (against the bandwidth floor) · speed (tokens per second, acceptance
-real and imposed) · flips (near ties turned, and what invariance costs) · peers. Each takes at most --minutes and writes gpu-PART.json to
---out (else $OUT, else benchmarks/results); a model or feature that fails is recorded there with its error, and the rest goes on.
+real and imposed) · flips (near ties turned, and what invariance costs) · peers. Each takes about --minutes, shared evenly by the models,
+and writes gpu-PART.json to --out (else $OUT, else benchmarks/results); a model or feature that fails is recorded there with its error, and
+the rest goes on.
 
 None of this has been measured on a GPU yet.
 """
@@ -28,7 +29,7 @@ PARTS = ("check", "bandwidth", "step", "speed", "flips", "peers")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
-    parser.add_argument("--models", default="", help="names, separated by commas; the first ones of the list unless given")
+    parser.add_argument("--models", default="", help="names, separated by commas; all unless given")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--minutes", type=float, default=8.0, help="for each part")
     parser.add_argument("--tokens-per-step", type=float, default=None, help="the acceptance to impose at depth 3; the published 2.67")
@@ -95,19 +96,19 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[Any], None]]:
     return {
         "check": lambda report: checks.check(report, tiny),
         "bandwidth": lambda report: steps.bandwidth(report, tiny),
-        "step": lambda report: steps.step(report, chosen(options, 5), dtype, tiny),
-        "speed": lambda report: speeds.speed(report, chosen(options, 3), dtype, tiny, options.tokens_per_step or PUBLISHED),
-        "flips": lambda report: flips.flips(report, chosen(options, 1), dtype, tiny),
-        "peers": lambda report: peers.peers(report, chosen(options, 1), dtype, tiny),
+        "step": lambda report: steps.step(report, chosen(options), dtype, tiny),
+        "speed": lambda report: speeds.speed(report, chosen(options), dtype, tiny, options.tokens_per_step or PUBLISHED),
+        "flips": lambda report: flips.flips(report, chosen(options), dtype, tiny),
+        "peers": lambda report: peers.peers(report, chosen(options), dtype, tiny),
     }
 
 
-def chosen(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """The models to measure: those named, or the first ones."""
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The models to measure: those named, or all."""
     from benchmarks.accelerator.shapes import SHAPES, TINY
 
     known = TINY if options.tiny else SHAPES
-    names = [name for name in options.models.split(",") if name] or list(known)[:count]
+    names = [name for name in options.models.split(",") if name] or list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SystemExit(f"no model {unknown[0]}; known are {', '.join(known)}")

@@ -14,19 +14,16 @@ from drafters.graphed import GraphedDrafter
 from engine.attention import KVStore, Row
 from engine.gpu.graphs import named
 
-TEXTS, TOKENS, BATCH = 64, 256, 8
+TEXTS, TOKENS, BATCH = 32, 256, 8
 
 
 def flips(report: Report, shapes: dict[str, Shape], dtype: torch.dtype, tiny: bool) -> None:
-    for name, shape in shapes.items():
-        for invariant in (False, True):
-            if report.late:
-                return
-            with report.attempt(f"{name} invariant={invariant}"):
-                options = dict(mode="oracle") if tiny else {}  # the interpreter takes long over a real vocabulary
-                subject = inflated_subject(name, shape, report.device, dtype, invariant=invariant, **options)
-                compare(report, subject, shape, invariant, tiny)
-            release(report.device)
+    for name, shape, invariant in report.shares([(*item, invariant) for item in shapes.items() for invariant in (False, True)]):
+        with report.attempt(f"{name} invariant={invariant}"):
+            options = dict(mode="oracle") if tiny else {}  # the interpreter takes long over a real vocabulary
+            subject = inflated_subject(name, shape, report.device, dtype, invariant=invariant, **options)
+            compare(report, subject, shape, invariant, tiny)
+        release(report.device)
 
 
 def compare(report: Report, subject: Subject, shape: Shape, invariant: bool, tiny: bool) -> None:

@@ -21,15 +21,13 @@ PROMPT, TOKENS = 64, 200
 
 def peers(report: Report, shapes: dict[str, Shape], dtype: torch.dtype, tiny: bool) -> None:
     copied = copy_bandwidth(report.device, 1 << 20 if tiny else 1 << 31)
-    for name, shape in shapes.items():
-        if report.late:
-            return
+    for name, shape in report.shares(list(shapes.items())):
         with report.attempt(name):
             subject = random_subject(name, shape, report.device, dtype)
             floor = subject.weights / copied
             for who, run in (("specfleet, off", ours), ("transformers generate", generate), ("compiled static loop", compiled)):
                 if report.late or (tiny and who == "compiled static loop" and report.device.type == "cuda"):
-                    return
+                    break
                 with report.attempt(f"{name} {who}"):
                     rate = run(subject, 4 if tiny else TOKENS, tiny)
                     report.add(model=name, peer=who, tokens_per_second=rate, of_floor=floor * rate)

@@ -7,15 +7,17 @@ import json
 import platform
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+
+T = TypeVar("T")
 
 
 class Report:
@@ -32,6 +34,18 @@ class Report:
     @property
     def late(self) -> bool:
         return time.monotonic() > self.deadline
+
+    def shares(self, items: Sequence[T]) -> Iterator[T]:
+        """The items one after the other, as long as there is time. Each has an equal share of what is left, and `late` speaks of that until
+        the next one."""
+        end = self.deadline
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if now > end:
+                break
+            self.deadline = now + (end - now) / (len(items) - done)
+            yield item
+        self.deadline = end
 
     def add(self, **values: Any) -> None:
         """One measurement."""

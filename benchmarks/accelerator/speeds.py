@@ -22,14 +22,12 @@ RUNS = ("a", "b", "c")
 
 
 def speed(report: Report, shapes: dict[str, Shape], dtype: torch.dtype, tiny: bool, tokens_per_step: float = PUBLISHED) -> None:
-    for name, shape in shapes.items():
-        for make, imposed in ((random_subject, True), (inflated_subject, False)):
-            if report.late:
-                return
-            with report.attempt(f"{name} {'imposed' if imposed else 'real'} acceptance"):
-                options = dict(mode="oracle") if tiny and not imposed else {}  # the interpreter takes long over a real vocabulary
-                decode(report, make(name, shape, report.device, dtype, **options), shape, imposed, tokens_per_step, tiny)
-            release(report.device)
+    kinds = ((random_subject, True), (inflated_subject, False))
+    for name, shape, make, imposed in report.shares([(*item, *kind) for item in shapes.items() for kind in kinds]):
+        with report.attempt(f"{name} {'imposed' if imposed else 'real'} acceptance"):
+            options = dict(mode="oracle") if tiny and not imposed else {}  # the interpreter takes long over a real vocabulary
+            decode(report, make(name, shape, report.device, dtype, **options), shape, imposed, tokens_per_step, tiny)
+        release(report.device)
 
 
 def decode(report: Report, subject: Subject, shape: Shape, imposed: bool, tokens_per_step: float, tiny: bool) -> None:
@@ -51,7 +49,8 @@ def decode(report: Report, subject: Subject, shape: Shape, imposed: bool, tokens
 def compare(
     report: Report, subject: Subject, base: Any, store: KVStore, texts: Sequence[Sequence[int]], label: str, tokens: int, tiny: bool
 ) -> None:
-    """All policies on the same requests, in turn, each with an engine of its own; what it has to learn and capture it does before."""
+    """All policies on the same requests, in turn as long as there is time, each with an engine of its own; what it has to learn and capture
+    it does before."""
     config = subject.speculator.config
     slots = min(sum(len(t) + tokens + 104 for t in texts) + 256, store.slots)
     off = 0.0
@@ -61,6 +60,8 @@ def compare(
     if len(texts) <= 4:
         variants.append((f"fixed {config.n_predict} tree", "fixed", config.n_predict, config.n_candidates))
     for name, policy, depth, width in variants:
+        if report.late:
+            return
         flight = Flight(
             base,
             drafter,

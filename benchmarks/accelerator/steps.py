@@ -32,9 +32,7 @@ def bandwidth(report: Report, tiny: bool) -> None:
 def step(report: Report, shapes: dict[str, Shape], dtype: torch.dtype, tiny: bool) -> None:
     copied = copy_bandwidth(report.device, 1 << 20 if tiny else 1 << 31)
     report.put(copy_bytes_per_second=copied)
-    for name, shape in shapes.items():
-        if report.late:
-            break
+    for name, shape in report.shares(list(shapes.items())):
         with report.attempt(name):
             measure(report, random_subject(name, shape, report.device, dtype), copied, tiny)
 
@@ -47,16 +45,15 @@ def measure(report: Report, subject: Subject, copied: float, tiny: bool) -> None
     report.add(
         model=subject.name, used=executor.mode, why=executor.why, weights=subject.weights, kv=subject.kv, parameters=parameters(subject)
     )
+    with report.attempt(f"{subject.name} drafting"):
+        drafting(report, subject, tiny)
     bench = Bench(subject, copied, tiny)
-    grid = plans(tiny)
-    for batch, prompt, depth, width in grid:
+    for batch, prompt, depth, width in plans(tiny):
         if report.late:
             return
         with report.attempt(f"{subject.name} batch {batch} prompt {prompt} depth {depth} width {width}"):
             if bench.fits(batch, prompt, depth * width):
                 bench.forward(report, batch, prompt, depth, width)
-    with report.attempt(f"{subject.name} drafting"):
-        drafting(report, subject, tiny)
 
 
 def parameters(subject: Subject) -> int:

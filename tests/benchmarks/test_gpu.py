@@ -6,6 +6,8 @@ import inspect
 import json
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from benchmarks.accelerator.imposed import Imposed, survival
 from benchmarks.accelerator.report import Report
 from benchmarks.accelerator.shapes import SHAPES, kv_bytes, weight_bytes
 from benchmarks.accelerator.steps import plans, rows_of
+from benchmarks.gpu import chosen
 from engine.engine import Engine
 from engine.request import Request
 from engine.sampling import SamplingParams
@@ -33,6 +36,8 @@ def test_a_part_runs_through(part, tmp_path):
     found = json.loads((tmp_path / f"gpu-{part}.json").read_text())
     assert found["finished"] and found["errors"] == [] and found["results"]
     assert all(result.get("passed", True) for result in found["results"])
+    if part == "step":
+        assert [r.get("drafting", False) for r in found["results"]] == [False, *[True] * 5, False, False], "drafting, then the grid"
 
 
 def test_errors_are_recorded_and_do_not_end_the_rest(tmp_path):
@@ -43,6 +48,24 @@ def test_errors_are_recorded_and_do_not_end_the_rest(tmp_path):
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["errors"][0]["what"] == "one" and "no room" in found["errors"][0]["error"]
     assert found["results"] == [{"two": 2}] and not report.late
+
+
+def test_models_share_the_time_that_is_left(tmp_path):
+    report = Report(tmp_path / "r.json", "step", torch.device("cpu"), True, 1.0)
+    end, shares = report.deadline, []
+    for name in report.shares(["a", "b", "c"]):
+        shares.append((name, report.deadline - time.monotonic()))
+    assert shares == [("a", pytest.approx(20, abs=1)), ("b", pytest.approx(30, abs=1)), ("c", pytest.approx(60, abs=1))]
+    assert report.deadline == end and not report.late
+    assert list(Report(tmp_path / "r.json", "step", torch.device("cpu"), True, -1.0).shares(["a", "b"])) == []
+
+
+def test_all_models_are_measured_unless_some_are_named():
+    named = {"llama-2-7b", "llama-2-13b", "granite-20b-code", "codellama-13b", "llama-3-8b"}
+    assert set(chosen(Namespace(models="", tiny=False))) == named
+    assert list(chosen(Namespace(models="llama-3-8b", tiny=False))) == ["llama-3-8b"]
+    with pytest.raises(SystemExit, match="no model gpt-2; known are llama-2-7b"):
+        chosen(Namespace(models="gpt-2", tiny=False))
 
 
 @pytest.mark.parametrize(("wanted", "depth"), [(2.67, 3), (1.0, 3), (4.0, 3)])
