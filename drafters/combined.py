@@ -37,7 +37,7 @@ class CombinedDrafter:
 
     def draft(self, batch: Sequence[Draft]) -> None:
         """Extend each tree within its budget."""
-        self.primary.draft([self.followed(draft, match) for draft, match in zip(batch, self.ngram.matches(batch), strict=True)])
+        self.primary.draft([self.followed(draft, match) for draft, match in self.ngram.matches(batch)])
 
     def followed(self, draft: Draft, match: Match | None) -> Draft:
         """The draft with its n-gram path planted, where it is one to follow, and what is left of its budget."""

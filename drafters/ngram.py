@@ -7,7 +7,7 @@ several steps, so that none of them waits for it; until then nothing is drafted 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.drafter import Draft, Observer
@@ -140,24 +140,23 @@ class NgramDrafter:
         self.memories: dict[str, Memory] = {}
 
     def draft(self, batch: Sequence[Draft]) -> None:
-        for draft, match in zip(batch, self.matches(batch), strict=True):
+        for draft, match in self.matches(batch):
             if match is not None:
                 draft.tree.extend(match.path, draft.budget.nodes)
 
-    def matches(self, batch: Sequence[Draft]) -> list[Match | None]:
-        """The path for each draft within its budget, if there is one. Indexes EACH tokens of every request at most and ROOM of all beyond
+    def matches(self, batch: Sequence[Draft]) -> Iterator[tuple[Draft, Match | None]]:
+        """Each draft and the path within its budget, if there is one. Indexes EACH tokens of every request at most and ROOM of all beyond
         that, those of the first ones."""
-        room, found = ROOM, list[Match | None]()
+        room = ROOM
         for draft in batch:
             depth = min(draft.budget.depth, self.max_depth, draft.budget.nodes)
             if depth <= 0 or draft.budget.width <= 0:
-                found.append(None)
+                yield draft, None
                 continue
             memory = self.recall(draft)
             if (used := memory.update(draft.tokens, EACH + room)) > EACH:
                 room -= used - EACH
-            found.append(memory.match(draft.tokens, depth))
-        return found
+            yield draft, memory.match(draft.tokens, depth)
 
     def recall(self, draft: Draft) -> Memory:
         """The request's memory, with its place in the prediction. A text shorter than remembered is another text."""
