@@ -31,6 +31,7 @@ from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Placement
 from actors.store import Value
+from actors.work_folder import WorkFolder
 from drafters.bundle import BundleError
 from drafters.checkpoint import CheckpointError, check_fits
 from drafters.durable import replace_durably
@@ -493,13 +494,18 @@ def was_paused(file: Path) -> bool:
 class Registrar:
     """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises.
 
-    find: looks the registry's actor up, anew at every call, so that one that was started again is found too. versions: what it was told
-    last to refresh, by tag.
+    find: looks the registry's actor up, anew at every call, so that one that was started again is found too. work: keeps what is refreshed
+    for a start at which the registry is away. versions: what is refreshed, by tag; placements: the same, as far as a registry told of it;
+    kept: of these what the folder has.
     """
 
-    def __init__(self, find: Callable[[], Any], model: str, tags: Sequence[str], artefacts: Artefacts, base: Base) -> None:
-        self.find, self.model, self.domains, self.artefacts, self.base = find, model, ("", *tags), artefacts, base
+    def __init__(
+        self, find: Callable[[], Any], model: str, tags: Sequence[str], artefacts: Artefacts, base: Base, work: WorkFolder
+    ) -> None:
+        self.find, self.model, self.domains, self.artefacts, self.base, self.work = find, model, ("", *tags), artefacts, base, work
         self.versions: dict[str, str] = {}
+        self.placements: dict[str, Placement] = {}
+        self.kept: dict[str, Placement] = {}
 
     def submit(self, found: Submission) -> str:
         """Hand a candidate over; the state that it has there."""
@@ -507,16 +513,60 @@ class Registrar:
         answer = ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
         return str(answer["state"])
 
+    def first(self, folder: str, version: str) -> dict[str, Parent]:
+        """What is to be refreshed at the beginning, by tag, that of the common line in any case: what the registry says, or, as far as that
+        cannot be known or read, what was refreshed last; at last the speculator in the folder, which is of the version."""
+        self.kept = self.work.remembered()
+        found = self.taken(self.told, "is to be refreshed") | self.taken(lambda: self.missing(self.kept), "was refreshed last")
+        if "" not in found:
+            found[""] = MLPSpeculator.from_pretrained(folder), version
+        self.versions = {tag: found.get(tag, found[""])[1] for tag in self.domains}
+        self.keep()
+        return found
+
     def parents(self) -> dict[str, Parent]:
-        """The versions to refresh, by tag, of those domains in which it is another than the last one. What several share is read once."""
+        """The versions to refresh, by tag, of those domains in which it is another than the last one."""
+        found = self.take(self.told())
+        self.keep()
+        return found
+
+    def told(self) -> dict[str, Placement]:
+        """What the registry says, by tag. What the model was configured with it may know nothing of."""
         answer: Mapping[str, Placement | None] = ray.get(self.find().parents.remote(self.model, self.domains))
-        news = {tag: placement for tag, placement in answer.items() if placement and placement.version != self.versions.get(tag)}
+        return {tag: placement for tag, placement in answer.items() if placement}
+
+    def missing(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
+        """Those of domains for which nothing is known yet."""
+        return {tag: placements[tag] for tag in self.domains if tag in placements and tag not in self.versions}
+
+    def taken(self, source: Callable[[], Mapping[str, Placement]], what: str) -> dict[str, Parent]:
+        """What can be taken from a source; that it is away or cannot be read holds nobody up."""
+        try:
+            return self.take(source())
+        except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
+            log.warning("%s: what %s cannot be told now: %s", self.model, what, error)
+            return {}
+
+    def take(self, told: Mapping[str, Placement]) -> dict[str, Parent]:
+        """Those of other versions than before, as far as they can be read. What several domains share is read once."""
+        news = {tag: placement for tag, placement in told.items() if placement.version != self.versions.get(tag)}
         if news:
-            self.artefacts.keep(placement.checksum for placement in answer.values() if placement)
+            self.artefacts.keep(placement.checksum for placement in told.values())
         found = self.read(set(news.values()))
         readable = {tag: placement for tag, placement in news.items() if placement in found}
         self.versions |= {tag: placement.version for tag, placement in readable.items()}
+        self.placements |= {tag: placement for tag, placement in told.items() if placement.version == self.versions.get(tag)}
         return {tag: (found[placement], placement.version) for tag, placement in readable.items()}
+
+    def keep(self) -> None:
+        """Write down what is refreshed, where that is another than what is written. What cannot be written is tried again at the next
+        turn."""
+        if self.placements != self.kept:
+            try:
+                self.work.remember(self.placements)
+                self.kept = dict(self.placements)
+            except OSError as error:
+                log.warning("%s: what is refreshed is not kept for the next start yet: %s", self.model, error)
 
     def read(self, placements: Iterable[Placement]) -> dict[Placement, MLPSpeculator]:
         """Those that can be read: what cannot be holds up no other domain, and is raised where it leaves none."""
@@ -551,16 +601,9 @@ class TrainerActor:
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
-        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base)
-        try:
-            with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
-                found = apart.submit(registrar.parents).result()
-        except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
-            log.warning("%s: which versions are to be refreshed is not known yet: %s", model, error)
-            found = {}
-        if "" not in found:
-            found[""] = MLPSpeculator.from_pretrained(folder), version
-        registrar.versions = {tag: found.get(tag, found[""])[1] for tag in registrar.domains}
+        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base, WorkFolder(Path(work)))
+        with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
+            found = apart.submit(registrar.first, folder, version).result()
         keeper = TrainerKeeper(model, base, found, artefacts, Path(work), settings)
         self._worker = Worker(keeper, registrar.submit, registrar.parents)
         self._worker.start()
@@ -603,9 +646,9 @@ def start_trainer(
 ) -> Any:
     """The handle of the model's trainer, started if there is none; it is restarted whenever it dies and goes on from its last checkpoint.
 
-    folder, version: the speculator that the model was configured with, and its bundle's version ("" without one); what the registry says
-    goes before. work: a folder that outlives the actor. registry: the name of the registry actor. options: of the Ray actor (`num_gpus`,
-    resources, ..). ValueError if the URL names no place.
+    folder, version: the speculator that the model was configured with, and its bundle's version ("" without one); what the registry says,
+    or while it is away what was refreshed last, goes before. work: a folder that outlives the actor. registry: the name of the registry
+    actor. options: of the Ray actor (`num_gpus`, resources, ..). ValueError if the URL names no place.
     """
     check_artefacts(artefacts_url)
     placed = {"num_cpus": 0.01, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0} | options

@@ -22,6 +22,7 @@ from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base
 from actors.store import open_state
 from actors.trainer import Registrar, TrainerKeeper, TrainerSettings, Worker, start_trainer
+from actors.work_folder import WorkFolder
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
@@ -506,7 +507,7 @@ def test_what_the_registry_says_of_a_candidate_is_told(tmp_path: Path, monkeypat
     registry.register("toy", replace(BASE, revision="r2"), *published(tmp_path, 0))
     monkeypatch.setattr("actors.trainer.ray.get", lambda answer: answer)
     handle = SimpleNamespace(submit=SimpleNamespace(remote=registry.submit))
-    assert Registrar(lambda: handle, "toy", (), artefacts, BASE).submit(submission) == "rejected"
+    assert Registrar(lambda: handle, "toy", (), artefacts, BASE, WorkFolder(tmp_path / "work")).submit(submission) == "rejected"
 
 
 def test_the_inbox_drops_the_oldest(tmp_path: Path) -> None:
@@ -786,6 +787,92 @@ def test_a_domain_begins_with_what_the_common_line_serves(tmp_path: Path) -> Non
     found = TrainerKeeper("toy", BASE, {"": (live, "v0"), "sql": (own, "v5")}, artefacts, tmp_path / "work", APART)
     assert {tag: domain.refresher.version for tag, domain in found.domains.items()} == {"": "v0", "law": "v0", "sql": "v5"}
     assert found.domains["law"].refresher.live is live and found.domains["sql"].refresher.live is own
+
+
+# -- what is refreshed ------------------------------------------------------------------------------------------------------
+
+
+def registrar(tmp_path: Path, registry: RegistryKeeper | None, monkeypatch: pytest.MonkeyPatch, tags: tuple[str, ...] = ()) -> Registrar:
+    """As a trainer's that starts now; without a registry it is away."""
+    monkeypatch.setattr("actors.trainer.ray.get", lambda answer: answer)
+
+    def find() -> Any:
+        if registry is None:
+            raise ValueError("the registry is away")
+        return SimpleNamespace(submit=SimpleNamespace(remote=registry.submit), parents=SimpleNamespace(remote=registry.parents))
+
+    artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "work" / "cache")
+    return Registrar(find, "toy", tags, artefacts, BASE, WorkFolder(tmp_path / "work"))
+
+
+def registered(tmp_path: Path, *promoted: int, tags: tuple[str, ...] = ()) -> tuple[RegistryKeeper, list[str]]:
+    """A registry with the configured speculator, of seed 0, and others that were promoted after it; all their versions."""
+    registry = RegistryKeeper(open_state(f"sqlite:///{tmp_path}/state.db"), Artefacts(str(tmp_path / "artefacts"), tmp_path / "registry"))
+    configured, bundles = published(tmp_path, 0), [published(tmp_path, seed) for seed in promoted]
+    registry.register("toy", BASE, *configured, tags)
+    for bundle in bundles:
+        registry.submit("toy", *bundle, PASSED, "operator")
+        registry.promote("toy", bundle[1].version, "operator")
+    return registry, [manifest.version for _, manifest in (configured, *bundles)]
+
+
+def begun(tmp_path: Path, found: Registrar, version: str, settings: TrainerSettings = TRAINER) -> TrainerKeeper:
+    """A trainer on the folder `work`, configured with the speculator of seed 0 and this version."""
+    first = found.first(str(tmp_path / "published-0"), version)
+    return TrainerKeeper("toy", BASE, first, found.artefacts, tmp_path / "work", settings, now=partial(next, count(7.0)))
+
+
+@pytest.mark.parametrize("phase", ["training", "candidate"])
+def test_a_trainer_that_starts_while_the_registry_is_away_goes_on_with_what_it_refreshed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Also while the place of bundles is."""
+    registry, (configured, live) = registered(tmp_path, 5)
+    found = fed(begun(tmp_path, registrar(tmp_path, registry, monkeypatch), configured))
+    assert found.status()["version"] == live
+    while found.domains[""].refresher.phase != phase:
+        found.run(0.0)
+    found.save()
+    (tmp_path / "artefacts").rename(tmp_path / "away")
+    again = begun(tmp_path, registrar(tmp_path, None, monkeypatch), configured)
+    assert again.status()["version"] == live and again.domains[""].refresher.standing == found.domains[""].refresher.standing
+    (tmp_path / "away").rename(tmp_path / "artefacts")
+    whole, resumed = worked(found), worked(again)
+    assert whole is not None and resumed is not None and whole.against == resumed.against == live
+    assert whole.manifest.version == resumed.manifest.version
+
+
+def test_what_is_refreshed_is_kept_for_every_domain_whenever_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, (configured, live) = registered(tmp_path, 5, tags=("law", "sql"))
+    running = registrar(tmp_path, registry, monkeypatch, ("law", "sql"))
+    running.first(str(tmp_path / "published-0"), configured)
+    own = published(tmp_path, 6)
+    registry.submit("toy", *own, PASSED, "operator", tag="law")
+    assert {tag: version for tag, (_, version) in running.parents().items()} == {"law": own[1].version}
+    away = registrar(tmp_path, None, monkeypatch, ("law", "sql"))
+    first = {tag: version for tag, (_, version) in away.first(str(tmp_path / "published-0"), configured).items()}
+    assert first == {"": live, "law": own[1].version, "sql": live}
+
+
+@pytest.mark.parametrize("kept", [None, b"", b"[]", b'{"": {"version": "v"}}'])
+def test_a_trainer_that_knows_nothing_of_what_it_refreshed_begins_with_the_configured_speculator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
+) -> None:
+    _, (configured, _) = registered(tmp_path, 5)
+    if kept is not None:
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / "parents.json").write_bytes(kept)
+    found = registrar(tmp_path, None, monkeypatch).first(str(tmp_path / "published-0"), configured)
+    assert {tag: version for tag, (_, version) in found.items()} == {"": configured}
+
+
+def test_what_is_refreshed_is_followed_though_it_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, (configured, live) = registered(tmp_path, 5)
+    running = registrar(tmp_path, registry, monkeypatch)
+    (tmp_path / "work" / "parents.json").mkdir(parents=True)  # in the way
+    assert running.first(str(tmp_path / "published-0"), configured)[""][1] == live
+    (tmp_path / "work" / "parents.json").rmdir()
+    assert running.parents() == {} and running.work.remembered()[""].version == live
 
 
 @pytest.mark.cluster
