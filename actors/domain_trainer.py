@@ -20,6 +20,7 @@ from drafters.traces import Trace
 from policies import Verdict
 from policies.gate import GateRule, Replayed, gate
 
+PINNED = "pinned: nothing is trained until it is unpinned"
 UNTAKEN = "the gate let the candidate through and the registry rejected it: its history says why"
 
 
@@ -61,6 +62,15 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """What is refreshed in a domain: what serves it, or will if it proves good. pinned: not before its line is unpinned."""
+
+    live: MLPSpeculator
+    version: str
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where bundles are written (a folder of this machine) and published, and the base that they are for. now: seconds since the epoch."""
 
@@ -76,12 +86,10 @@ class DomainTrainer:
     turn: its last one among those of all domains, 0 for none yet.
     """
 
-    def __init__(
-        self, tag: str, live: MLPSpeculator, version: str, buffer: ReplayBuffer, place: Place, settings: RefreshSettings, rule: GateRule
-    ) -> None:
-        """live, version: what is refreshed: what serves the domain, or will if it proves good."""
+    def __init__(self, tag: str, subject: Subject, buffer: ReplayBuffer, place: Place, settings: RefreshSettings, rule: GateRule) -> None:
         self.tag, self.buffer, self.place, self.rule = tag, buffer, place, rule
-        self.refresher = Refresher(live, version, buffer, settings, tag)
+        self.refresher = Refresher(subject.live, subject.version, buffer, settings, tag)
+        self.pinned = subject.pinned
         self.trial: Trial | None = None
         self.bundle: Bundle | None = None  # of the candidate, while it is delivered
         self.verdict: Verdict | None = None
@@ -169,10 +177,17 @@ class DomainTrainer:
         bundle = self.bundle = write_bundle(place.written, candidate.speculator, origin)
         return Submission(place.artefacts.publish(bundle), bundle.manifest, verdict, candidate.parent, self.tag)
 
-    def serve(self, live: MLPSpeculator, version: str) -> None:
-        """Another version of the domain is to be refreshed now; what was begun from the last one is dropped."""
+    def resume(self, file: Path) -> None:
+        """Go on from a checkpoint, but for a round that was under way before the line was pinned."""
+        self.refresher.resume(file)
+        if self.pinned:
+            self.drop(PINNED)
+
+    def serve(self, subject: Subject) -> None:
+        """Another version of the domain is to be refreshed now, or its line was pinned or unpinned; what was begun before is dropped."""
         self.end()
-        self.refresher.serve(live, version)
+        self.pinned = subject.pinned
+        self.refresher.serve(subject.live, subject.version)
 
     def holding(self, unwanted: Callable[[Trace], bool]) -> int:
         """How many of these traces its round goes on with, whether or not the buffer still has them."""
@@ -199,4 +214,4 @@ class DomainTrainer:
         verdict = asdict(self.verdict) if self.verdict else None
         phase = "judging" if self.trial else standing["phase"]
         own = {"phase": phase, "traces": traces, "gate": verdict, "candidates": dict(self.verdicts)}
-        return {"tag": self.tag, "version": self.refresher.version} | standing | own
+        return {"tag": self.tag, "version": self.refresher.version} | standing | own | {"reason": PINNED if self.pinned else ""}

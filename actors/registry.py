@@ -22,7 +22,7 @@ import ray
 
 from actors.artefacts import Artefacts, check_artefacts
 from actors.policy import UnknownModel
-from actors.releases import Assignment, Base, Change, Placement, RegistryConflict, Release, Releases, ReplicaReport
+from actors.releases import Assignment, Base, Change, Parent, Placement, RegistryConflict, Release, Releases, ReplicaReport
 from actors.store import StateStore, StoreError, Value, check_state, open_state
 from drafters.bundle import BundleError, Manifest
 from policies import Arm, CanaryRule, CanaryVerdict, Verdict, judge
@@ -254,11 +254,14 @@ class RegistryKeeper:
 
     # -- what trainers ask --------------------------------------------------------------------------------------------------
 
-    def parents(self, model: str, tags: Iterable[str]) -> dict[str, Placement | None]:
+    def parents(self, model: str, tags: Iterable[str]) -> dict[str, Parent | None]:
         """What is to be refreshed in each of these lines, and a candidate to be compared with: the version that will serve once all that
         waits or is tried has proved good. So nothing is learned for the second time while a canary runs, and what was learned beside it
-        does not end with the version that it replaces. None for what the model was configured with."""
-        return {tag: self._parent(self._settled(model, tag)) for tag in tags}
+        does not end with the version that it replaces. A pin is of one line: a domain without a version of its own is refreshed from what
+        is pinned in the common line. None for what the model was configured with."""
+        entries = {tag: self._settled(model, tag) for tag in tags}
+        placements = {tag: self._parent(entry) for tag, entry in entries.items()}
+        return {tag: Parent(found, entries[tag].releases.pinned) if found else None for tag, found in placements.items()}
 
     # -- what operators read ------------------------------------------------------------------------------------------------
 
@@ -534,7 +537,7 @@ class RegistryActor:
     async def reports(self, reports: Sequence[ReplicaReport]) -> list[Assignment]:
         return self._keeper.reports(reports)
 
-    async def parents(self, model: str, tags: Sequence[str]) -> dict[str, Placement | None]:
+    async def parents(self, model: str, tags: Sequence[str]) -> dict[str, Parent | None]:
         return self._keeper.parents(model, tags)
 
     async def state(self, model: str, tag: str = "") -> Value:

@@ -46,6 +46,14 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """What is to be refreshed in a line; pinned: not before the line is unpinned."""
+
+    placement: Placement
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Canary:
     """A version that serves a share of requests by hash; each run has a salt of its own, which names it."""
 

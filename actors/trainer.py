@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ import ray
 import torch
 
 from actors.artefacts import PER_LINE, ArtefactError, Artefacts, check_artefacts
-from actors.domain_trainer import DomainTrainer, Place, Submission
+from actors.domain_trainer import DomainTrainer, Place, Subject, Submission
 from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
-from actors.releases import Base, Placement
+from actors.releases import Base, Parent, Placement
 from actors.store import Value
 from actors.work_folder import WorkFolder
 from drafters.bundle import BundleError
@@ -47,7 +47,6 @@ PAUSED = "paused"  # file of the work folder
 CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
 AGING = 600.0  # seconds between two looks for traces that are too old, at least
 WORKING, FOLLOWING, SAVING = "working", "following the registry", "saving"  # what may go wrong beside the training of a domain
-Parent = tuple[MLPSpeculator, str]  # what is refreshed: a speculator and its version
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +80,25 @@ class TrainerKeeper:
         self,
         model: str,
         base: Base,
-        parents: Mapping[str, Parent],
+        subjects: Mapping[str, Subject],
         artefacts: Artefacts,
         work: Path,
         settings: TrainerSettings | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """parents: what is refreshed, by tag; that of the common one "", which must be there, is it for those that are not named. work:
+        """subjects: what is refreshed, by tag; that of the common one "", which must be there, is it for those that are not named. work:
         a folder of this trainer's own on its machine, gone on from when there is something in it."""
         self.model, self.work, self.now = model, work, now
         self.settings = settings or TrainerSettings()
         s = self.settings
         self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
         place = Place(base, work / "bundles", artefacts, now)
-        for live, _ in parents.values():
-            check_fits(live.config, base.emb_dim, base.vocab_size)
-            live.to(s.device)
+        for subject in subjects.values():
+            check_fits(subject.live.config, base.emb_dim, base.vocab_size)
+            subject.live.to(s.device)
+        shared = replace(subjects[""], pinned=False)
         self.domains = {
-            tag: DomainTrainer(tag, *parents.get(tag, parents[""]), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
+            tag: DomainTrainer(tag, subjects.get(tag, shared), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
         }
         self.turns = self.invalid = 0
         self.recover()
@@ -166,17 +166,18 @@ class TrainerKeeper:
         with most fresh tokens. A turn is a round, or another attempt to deliver what came of one."""
         if begun := next((domain for domain in self.domains.values() if domain.busy and not domain.judged), None):
             return begun
-        able = (domain for domain in self.domains.values() if not domain.idle())
+        able = (domain for domain in self.domains.values() if not (domain.pinned or domain.idle()))
         return min(able, key=lambda domain: (domain.turn, -domain.refresher.fresh), default=None)
 
     def settle(self, tag: str, taken: bool = True) -> None:
         """A domain's candidate is where it belongs. taken: whether the registry took it as the gate did."""
         self.domains[tag].settle(taken)
 
-    def serve(self, tag: str, live: MLPSpeculator, version: str) -> None:
-        """Another version of a domain is to be refreshed now. One that is in memory for another domain is not kept twice."""
-        known = (domain.refresher.live for domain in self.domains.values() if domain.refresher.version == version)
-        self.domains[tag].serve(next(known, None) or live.to(self.settings.device), version)
+    def serve(self, tag: str, subject: Subject) -> None:
+        """See `DomainTrainer.serve`. A version that is in memory for another domain is not kept twice."""
+        known = (domain.refresher.live for domain in self.domains.values() if domain.refresher.version == subject.version)
+        live = next(known, None) or subject.live.to(self.settings.device)
+        self.domains[tag].serve(replace(subject, live=live))
 
     def save(self) -> None:
         """Write traces and progress. Raises OSError, leaving what was written before."""
@@ -201,7 +202,7 @@ class TrainerKeeper:
         for file in set(self.work.glob(CHECKPOINT.format("*"))) - {self.checkpoint(tag) for tag in self.domains}:
             file.unlink()
         for tag, domain in self.domains.items():
-            domain.refresher.resume(self.checkpoint(tag))
+            domain.resume(self.checkpoint(tag))
 
     def checkpoint(self, tag: str) -> Path:
         """The file of a domain's progress."""
@@ -227,12 +228,12 @@ class Worker:
         self,
         keeper: TrainerKeeper,
         submit: Callable[[Submission], str | None],
-        parents: Callable[[], Mapping[str, Parent]],
+        parents: Callable[[], Mapping[str, Subject]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """submit: hands a candidate to the registry, and answers with the state that it has there. parents: what is to be refreshed, by
-        tag, of those domains in which it is another than when it was asked last. Both are called on the thread and may raise; submitting is
-        tried again."""
+        tag, of those domains in which it is another than when it was asked last, or is pinned or unpinned. Both are called on the thread
+        and may raise; submitting is tried again."""
         self.keeper, self.submit, self.parents, self.clock = keeper, submit, parents, clock
         self.settings = keeper.settings
         self.change = threading.Condition()
@@ -455,12 +456,12 @@ class Worker:
             self.saving, self.unsaved = None, True
 
     def follow(self) -> None:
-        """Take over the versions that are to be refreshed, where they are others."""
+        """Take over the versions that are to be refreshed, where they are others, or are pinned or unpinned."""
         if self.clock() - self.polled < self.settings.poll:
             return
         self.polled = self.clock()
-        for tag, (live, version) in self.parents().items():
-            self.keeper.serve(tag, live, version)
+        for tag, subject in self.parents().items():
+            self.keeper.serve(tag, subject)
 
     def attempt(self, act: Callable[[], bool | None], what: str) -> None:
         """Do it; what goes wrong is logged, shown until it goes right, waited for a moment, and tried again at the next turn.
@@ -495,7 +496,7 @@ class Registrar:
     """What a trainer says to the registry and asks of it. Calls block; a registry that is away raises.
 
     find: looks the registry's actor up, anew at every call, so that one that was started again is found too. work: keeps what is refreshed
-    for a start at which the registry is away. versions: what is refreshed, by tag; placements: the same, as far as a registry told of it;
+    for a start at which the registry is away. subjects: what is refreshed, by tag; followed: the same, as far as a registry told of it;
     kept: of these what the folder has.
     """
 
@@ -503,9 +504,9 @@ class Registrar:
         self, find: Callable[[], Any], model: str, tags: Sequence[str], artefacts: Artefacts, base: Base, work: WorkFolder
     ) -> None:
         self.find, self.model, self.domains, self.artefacts, self.base, self.work = find, model, ("", *tags), artefacts, base, work
-        self.versions: dict[str, str] = {}
-        self.placements: dict[str, Placement] = {}
-        self.kept: dict[str, Placement] = {}
+        self.subjects: dict[str, Subject] = {}
+        self.followed: dict[str, Parent] = {}
+        self.kept: dict[str, Parent] = {}
 
     def submit(self, found: Submission) -> str:
         """Hand a candidate over; the state that it has there."""
@@ -513,74 +514,81 @@ class Registrar:
         answer = ray.get(self.find().submit.remote(self.model, found.url, found.manifest, found.verdict, "trainer", **told))
         return str(answer["state"])
 
-    def first(self, folder: str, version: str) -> dict[str, Parent]:
-        """What is to be refreshed at the beginning, by tag, that of the common line in any case: what the registry says, or, as far as that
-        cannot be known or read, what was refreshed last; at last the speculator in the folder, which is of the version."""
+    def first(self, folder: str, version: str) -> dict[str, Subject]:
+        """What is to be refreshed at the beginning, in all domains: what the registry says, or, as far as that cannot be known or read,
+        what was refreshed last; at last what the common line has, which begins with the speculator in the folder, of this version."""
         self.kept = self.work.remembered()
-        found = self.taken(self.told, "is to be refreshed") | self.taken(lambda: self.missing(self.kept), "was refreshed last")
-        if "" not in found:
-            found[""] = MLPSpeculator.from_pretrained(folder), version
-        self.versions = {tag: found.get(tag, found[""])[1] for tag in self.domains}
+        self.attempt(self.told, "is to be refreshed")
+        self.attempt(self.missing, "was refreshed last")
+        if "" not in self.subjects:
+            self.subjects[""] = Subject(MLPSpeculator.from_pretrained(folder), version)
+        self.subjects = dict.fromkeys(self.domains, replace(self.subjects[""], pinned=False)) | self.subjects
         self.keep()
-        return found
+        return dict(self.subjects)
 
-    def parents(self) -> dict[str, Parent]:
-        """The versions to refresh, by tag, of those domains in which it is another than the last one."""
+    def parents(self) -> dict[str, Subject]:
+        """What is to be refreshed, by tag, of those domains in which it is another version than the last one, or is pinned or unpinned."""
         found = self.take(self.told())
         self.keep()
         return found
 
-    def told(self) -> dict[str, Placement]:
+    def told(self) -> dict[str, Parent]:
         """What the registry says, by tag. What the model was configured with it may know nothing of."""
-        answer: Mapping[str, Placement | None] = ray.get(self.find().parents.remote(self.model, self.domains))
-        return {tag: placement for tag, placement in answer.items() if placement}
+        answer: Mapping[str, Parent | None] = ray.get(self.find().parents.remote(self.model, self.domains))
+        return {tag: parent for tag, parent in answer.items() if parent}
 
-    def missing(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
-        """Those of domains for which nothing is known yet."""
-        return {tag: placements[tag] for tag in self.domains if tag in placements and tag not in self.versions}
+    def missing(self) -> dict[str, Parent]:
+        """What the folder has of domains for which nothing else is known."""
+        return {tag: self.kept[tag] for tag in self.domains if tag in self.kept and tag not in self.subjects}
 
-    def taken(self, source: Callable[[], Mapping[str, Placement]], what: str) -> dict[str, Parent]:
-        """What can be taken from a source; that it is away or cannot be read holds nobody up."""
+    def attempt(self, source: Callable[[], Mapping[str, Parent]], what: str) -> None:
+        """Take what a source has; that it is away or cannot be read holds nobody up."""
         try:
-            return self.take(source())
+            self.take(source())
         except (ray.exceptions.RayError, ArtefactError, ValueError, OSError) as error:
             log.warning("%s: what %s cannot be told now: %s", self.model, what, error)
-            return {}
 
-    def take(self, told: Mapping[str, Placement]) -> dict[str, Parent]:
-        """Those of other versions than before, as far as they can be read. What several domains share is read once."""
-        news = {tag: placement for tag, placement in told.items() if placement.version != self.versions.get(tag)}
+    def take(self, told: Mapping[str, Parent]) -> dict[str, Subject]:
+        """Of what is told the news that can be read: what cannot be holds up no other domain, and is raised where it leaves none."""
+        news = {tag: parent for tag, parent in told.items() if not self.refreshes(tag, parent)}
         if news:
-            self.artefacts.keep(placement.checksum for placement in told.values())
-        found = self.read(set(news.values()))
-        readable = {tag: placement for tag, placement in news.items() if placement in found}
-        self.versions |= {tag: placement.version for tag, placement in readable.items()}
-        self.placements |= {tag: placement for tag, placement in told.items() if placement.version == self.versions.get(tag)}
-        return {tag: (found[placement], placement.version) for tag, placement in readable.items()}
+            self.artefacts.keep(parent.placement.checksum for parent in told.values())
+        lives, trouble = self.lives({parent.placement for parent in news.values()})
+        named = {tag: (parent.placement.version, parent.pinned) for tag, parent in news.items()}
+        found = {tag: Subject(lives[version], version, pinned) for tag, (version, pinned) in named.items() if version in lives}
+        if trouble is not None and not found:
+            raise trouble
+        self.subjects |= found
+        self.followed |= {tag: parent for tag, parent in told.items() if self.refreshes(tag, parent)}
+        return found
+
+    def refreshes(self, tag: str, parent: Parent) -> bool:
+        """Whether a domain is refreshed as it is told to be."""
+        subject = self.subjects.get(tag)
+        return subject is not None and (subject.version, subject.pinned) == (parent.placement.version, parent.pinned)
 
     def keep(self) -> None:
         """Write down what is refreshed, where that is another than what is written. What cannot be written is tried again at the next
         turn."""
-        if self.placements != self.kept:
+        if self.followed != self.kept:
             try:
-                self.work.remember(self.placements)
-                self.kept = dict(self.placements)
+                self.work.remember(self.followed)
+                self.kept = dict(self.followed)
             except OSError as error:
                 log.warning("%s: what is refreshed is not kept for the next start yet: %s", self.model, error)
 
-    def read(self, placements: Iterable[Placement]) -> dict[Placement, MLPSpeculator]:
-        """Those that can be read: what cannot be holds up no other domain, and is raised where it leaves none."""
-        found: dict[Placement, MLPSpeculator] = {}
+    def lives(self, placements: Iterable[Placement]) -> tuple[dict[str, MLPSpeculator], Exception | None]:
+        """Versions, those in memory and of these those that can be read, each once; and why one cannot be."""
+        found = {subject.version: subject.live for subject in self.subjects.values()}
         trouble: Exception | None = None
         for placement in placements:
-            try:
-                bundle = self.artefacts.fetch(placement.url, placement.checksum, self.base.vocab_size, self.base.emb_dim)
-                found[placement] = MLPSpeculator.from_pretrained(bundle.folder)
-            except (ArtefactError, BundleError, CheckpointError, OSError) as error:
-                trouble = error
-        if trouble is not None and not found:
-            raise trouble
-        return found
+            if placement.version not in found:
+                try:
+                    bundle = self.artefacts.fetch(placement.url, placement.checksum, self.base.vocab_size, self.base.emb_dim)
+                    found[placement.version] = MLPSpeculator.from_pretrained(bundle.folder)
+                except (ArtefactError, BundleError, CheckpointError, OSError) as error:
+                    trouble = error
+        return found, trouble
 
 
 class TrainerActor:

@@ -50,7 +50,8 @@ def status(
     domains = [(name, domain) for name, state in states.items() for domain in (state, *others(state))]
     show(table("training", COLUMNS, [[name, state["tag"] or None, *row(state)] for name, state in domains]))
     for name, state in domains:
-        for said in filter(None, (state.get("outcome"), (state.get("gate") or {}).get("reason"), state.get("problem"))):
+        told = (state.get("outcome"), (state.get("gate") or {}).get("reason"), state.get("reason"), state.get("problem"))
+        for said in filter(None, told):
             remark(f"{name}, domain {state['tag']}: {said}" if state["tag"] else f"{name}: {said}")
 
 

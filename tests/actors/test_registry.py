@@ -182,15 +182,15 @@ def test_unknown_models_and_versions(world):
 
 def test_training_goes_on_from_what_is_tried_and_back_when_that_fails(world):
     keeper, v = world.keeper, world.v
-    parent = lambda: keeper.parents("demo", ("",))[""].version  # noqa: E731
+    parent = lambda: keeper.parents("demo", ("",))[""].placement.version  # noqa: E731
     keeper.start_canary("demo", v[1], "canary", "passed the gate")
     assert parent() == v[1]  # though v[2] came later
     keeper.submit("demo", world.urls[3], world.bundles[3].manifest, BETTER, "trainer", against=v[1])
     assert parent() == v[3]
     keeper.promote("demo", v[1], "canary", "better")
-    assert parent() == v[3] == world.again().parents("demo", ("",))[""].version
+    assert parent() == v[3] == world.again().parents("demo", ("",))[""].placement.version
     keeper.pin("demo", v[1], "ann", "calm")
-    assert parent() == v[1]
+    assert parent() == v[1] and keeper.parents("demo", ("",))[""].pinned
     keeper.unpin("demo", "ann", "go on")
     keeper.start_canary("demo", v[3], "canary", "passed the gate")
     keeper.rollback("demo", "canary", "worse")
@@ -341,7 +341,7 @@ def of(assignment: Assignment, beside: str, name: str = "r1", **more) -> Replica
 
 
 def parents(keeper: RegistryKeeper) -> dict[str, str]:
-    return {tag: found.version for tag, found in keeper.parents("demo", ("", "law", "sql")).items()}
+    return {tag: found.placement.version for tag, found in keeper.parents("demo", ("", "law", "sql")).items()}
 
 
 def test_a_domain_begins_with_what_the_common_line_serves(tagged):
@@ -372,7 +372,17 @@ def test_a_version_of_a_domain_is_promoted_and_rolled_back_there_alone(tagged):
     with pytest.raises(RegistryConflict, match="the speculators of 'demo' in the domain 'law' are not at revision 2"):
         keeper.pin("demo", v[3], "bob", "too late", 2, "law")
     assert keeper.pin("demo", v[3], "bob", "stay", tag="law")["pinned"] and not keeper.state("demo")["pinned"]
+    assert {tag: parent.pinned for tag, parent in keeper.parents("demo", ("", "law", "sql")).items()} == {
+        "": False,
+        "law": True,
+        "sql": False,
+    }
     keeper.unpin("demo", "bob", "go on", tag="law")
+    keeper.pin("demo", v[0], "bob", "stay")
+    told = keeper.parents("demo", ("", "law", "sql"))  # a pin is of one line
+    assert {tag for tag, parent in told.items() if parent.pinned} == {""}
+    assert told["sql"].placement.version == v[0]
+    keeper.unpin("demo", "bob", "go on")
     back = keeper.rollback("demo", "bob", "slow", tag="law")
     assert (back["tag"], back["live"], back["serving"]) == ("law", None, v[0])
     assert keeper.assignment("demo", "law").live is None and tagged.again().assignment("demo", "law") == keeper.assignment("demo", "law")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from actors.artefacts import Artefacts
-from actors.domain_trainer import UNTAKEN, Submission
+from actors.domain_trainer import PINNED, UNTAKEN, Subject, Submission
 from actors.log_contents import Selection
 from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base
@@ -43,7 +43,7 @@ TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.
 def keeper(tmp_path: Path, settings: TrainerSettings = TRAINER, live: MLPSpeculator | None = None) -> TrainerKeeper:
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
     now = partial(next, count(7.0))
-    return TrainerKeeper("toy", BASE, {"": (live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=now)
+    return TrainerKeeper("toy", BASE, {"": Subject(live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=now)
 
 
 def fed(found: TrainerKeeper, traces: int = 80) -> TrainerKeeper:
@@ -636,7 +636,7 @@ def test_what_replicas_lost_is_counted(tmp_path: Path) -> None:
 
 def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
     other = speculator(5)
-    answers = iter([{"": (other, "0123456789ab")}])
+    answers = iter([{"": Subject(other, "0123456789ab")}])
     worker = Worker(fed(keeper(tmp_path)), lambda found: None, lambda: next(answers, {}))
     worker.start()
     wait_until(lambda: worker.status()["version"] == "0123456789ab", 30)
@@ -748,11 +748,11 @@ def test_a_version_of_one_domain_leaves_the_others_rounds(tmp_path: Path) -> Non
     while found.domains["law"].refresher.standing.step < 3:
         found.run(0.0)
     other = speculator(5)
-    found.serve("", other, "0123456789ab")
+    found.serve("", Subject(other, "0123456789ab"))
     assert found.status()["version"] == "0123456789ab" and found.domains["law"].refresher.standing.step >= 3
-    found.serve("sql", speculator(5), "0123456789ab")
+    found.serve("sql", Subject(speculator(5), "0123456789ab"))
     assert found.domains["sql"].refresher.live is found.domains[""].refresher.live is other  # once in memory
-    found.serve("law", speculator(6), "ba9876543210")
+    found.serve("law", Subject(speculator(6), "ba9876543210"))
     assert found.status()["domains"]["law"]["phase"] == "waiting" and found.domains["law"].refresher.version == "ba9876543210"
 
 
@@ -784,7 +784,7 @@ def test_a_restarted_trainer_goes_on_in_every_domain_and_forgets_those_that_are_
 def test_a_domain_begins_with_what_the_common_line_serves(tmp_path: Path) -> None:
     live, own = speculator(), speculator(5)
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
-    found = TrainerKeeper("toy", BASE, {"": (live, "v0"), "sql": (own, "v5")}, artefacts, tmp_path / "work", APART)
+    found = TrainerKeeper("toy", BASE, {"": Subject(live, "v0"), "sql": Subject(own, "v5")}, artefacts, tmp_path / "work", APART)
     assert {tag: domain.refresher.version for tag, domain in found.domains.items()} == {"": "v0", "law": "v0", "sql": "v5"}
     assert found.domains["law"].refresher.live is live and found.domains["sql"].refresher.live is own
 
@@ -814,6 +814,10 @@ def registered(tmp_path: Path, *promoted: int, tags: tuple[str, ...] = ()) -> tu
         registry.submit("toy", *bundle, PASSED, "operator")
         registry.promote("toy", bundle[1].version, "operator")
     return registry, [manifest.version for _, manifest in (configured, *bundles)]
+
+
+def versions_of(subjects: Mapping[str, Subject]) -> dict[str, str]:
+    return {tag: subject.version for tag, subject in subjects.items()}
 
 
 def begun(tmp_path: Path, found: Registrar, version: str, settings: TrainerSettings = TRAINER) -> TrainerKeeper:
@@ -848,13 +852,12 @@ def test_what_is_refreshed_is_kept_for_every_domain_whenever_it_changes(tmp_path
     running.first(str(tmp_path / "published-0"), configured)
     own = published(tmp_path, 6)
     registry.submit("toy", *own, PASSED, "operator", tag="law")
-    assert {tag: version for tag, (_, version) in running.parents().items()} == {"law": own[1].version}
+    assert versions_of(running.parents()) == {"law": own[1].version}
     away = registrar(tmp_path, None, monkeypatch, ("law", "sql"))
-    first = {tag: version for tag, (_, version) in away.first(str(tmp_path / "published-0"), configured).items()}
-    assert first == {"": live, "law": own[1].version, "sql": live}
+    assert versions_of(away.first(str(tmp_path / "published-0"), configured)) == {"": live, "law": own[1].version, "sql": live}
 
 
-@pytest.mark.parametrize("kept", [None, b"", b"[]", b'{"": {"version": "v"}}'])
+@pytest.mark.parametrize("kept", [None, b"", b"[]", b'{"": {"placement": {"version": "v"}, "pinned": false}}'])
 def test_a_trainer_that_knows_nothing_of_what_it_refreshed_begins_with_the_configured_speculator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
 ) -> None:
@@ -863,16 +866,53 @@ def test_a_trainer_that_knows_nothing_of_what_it_refreshed_begins_with_the_confi
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "parents.json").write_bytes(kept)
     found = registrar(tmp_path, None, monkeypatch).first(str(tmp_path / "published-0"), configured)
-    assert {tag: version for tag, (_, version) in found.items()} == {"": configured}
+    assert versions_of(found) == {"": configured}
 
 
 def test_what_is_refreshed_is_followed_though_it_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, (configured, live) = registered(tmp_path, 5)
     running = registrar(tmp_path, registry, monkeypatch)
     (tmp_path / "work" / "parents.json").mkdir(parents=True)  # in the way
-    assert running.first(str(tmp_path / "published-0"), configured)[""][1] == live
+    assert running.first(str(tmp_path / "published-0"), configured)[""].version == live
     (tmp_path / "work" / "parents.json").rmdir()
-    assert running.parents() == {} and running.work.remembered()[""].version == live
+    assert running.parents() == {} and running.work.remembered()[""].placement.version == live
+
+
+@pytest.mark.parametrize("phase", ["training", "judging"])
+def test_nothing_is_trained_in_a_pinned_line_until_it_is_unpinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    registry, (configured, live) = registered(tmp_path, 5, tags=("law", "sql"))
+    running = registrar(tmp_path, registry, monkeypatch, ("law", "sql"))
+    found = spread(begun(tmp_path, running, configured, APART), tags=("", "sql"))
+    while found.status()["phase"] != phase:
+        found.run(0.0)
+    registry.pin("toy", live, "operator", "stay")
+    for tag, subject in running.parents().items():
+        found.serve(tag, subject)
+    status = found.status()
+    assert (status["phase"], status["version"], status["reason"]) == ("waiting", live, PINNED) and found.domains[""].bundle is None
+    (submission,) = submitted(found)  # a domain without a version of its own goes on from what is pinned
+    assert (submission.tag, submission.against) == ("sql", live) and found.status()["domains"]["sql"]["reason"] == ""
+    spread(found, tags=("",), first=100)
+    assert found.next() is None and found.status()["traces"]["seen"] == 160 and found.status()["round"] == 1
+    registry.unpin("toy", "operator", "go on")
+    for tag, subject in running.parents().items():
+        found.serve(tag, subject)
+    assert [(s.tag, s.against) for s in submitted(found)] == [("", live)] and found.status()["reason"] == ""
+
+
+def test_a_line_that_was_pinned_is_so_at_a_start_without_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a checkpoint from before it was."""
+    registry, (configured, live) = registered(tmp_path, 5)
+    running = registrar(tmp_path, registry, monkeypatch)
+    found = fed(begun(tmp_path, running, configured))
+    while found.domains[""].refresher.standing.step < 3:
+        found.run(0.0)
+    found.save()
+    registry.pin("toy", live, "operator", "stay")
+    running.parents()
+    again = begun(tmp_path, registrar(tmp_path, None, monkeypatch), configured)
+    assert again.next() is None and (again.status()["phase"], again.status()["reason"]) == ("waiting", PINNED)
+    assert again.status()["traces"]["seen"] == 80
 
 
 @pytest.mark.cluster

@@ -79,7 +79,7 @@ def test_a_domains_traffic_becomes_a_speculator_of_its_own(service: Service) -> 
     first, law = service.serving(), {"metadata": {"tag": "law"}}
     assert service.serving(**law) == first
     promoted = service.learn(**law)["version"]
-    service.until(lambda: service.registry("parents", ("law",))["law"].version == service.state("law")["live"], **law)
+    service.until(lambda: service.registry("parents", ("law",))["law"].placement.version == service.state("law")["live"], **law)
     own = service.state("law")["live"]
     wait_until(lambda: service.serving(**law) == own, 20)
     assert own != first == service.serving() == service.serving(metadata={"tag": "other"})
@@ -256,7 +256,7 @@ def test_a_trainer_killed_while_it_writes_goes_on_from_what_it_had_written(servi
         os.kill(pid, signal.SIGKILL)
         status = service.trainer()
         assert status["traces"]["training"] > 0 and not status["problem"]
-        wait_until(lambda: service.trainer()["version"] == service.registry("parents", ("",))[""].version, 30)
+        wait_until(lambda: service.trainer()["version"] == service.registry("parents", ("",))[""].placement.version, 30)
         service.until(lambda: service.trainer()["traces"]["seen"] > status["traces"]["seen"])
         service.until(lambda: (work / "traces").read_bytes() != before)
         service.training(paused=True)
