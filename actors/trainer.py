@@ -31,7 +31,7 @@ from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Parent, Placement
 from actors.store import Value
-from actors.work_folder import WorkFolder
+from actors.work_folder import CHECKPOINT, TRACES, WorkFolder
 from drafters.bundle import BundleError
 from drafters.checkpoint import CheckpointError, check_fits
 from drafters.durable import replace_durably
@@ -44,7 +44,6 @@ from policies.gate import GateRule
 log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
-CHECKPOINT = "checkpoint{}.pt"  # files of the work folder, one for each domain
 AGING = 600.0  # seconds between two looks for traces that are too old, at least
 WORKING, FOLLOWING, SAVING = "working", "following the registry", "saving"  # what may go wrong beside the training of a domain
 
@@ -186,7 +185,7 @@ class TrainerKeeper:
 
     def saving(self) -> Generator[None, None, None]:
         """`save` in small units, to be gone on with or closed; traces are written as they were when it began."""
-        yield from self.buffer.saving(self.work / "traces")
+        yield from self.buffer.saving(self.work / TRACES)
         for tag, domain in self.domains.items():
             domain.refresher.checkpoint(self.checkpoint(tag))
             yield
@@ -194,8 +193,8 @@ class TrainerKeeper:
     def recover(self) -> None:
         """Go on from what `save` wrote, as far as it is there and whole. Progress of what is no domain any more is deleted."""
         try:
-            if (self.work / "traces").is_file():
-                self.buffer.load(self.work / "traces")
+            if (self.work / TRACES).is_file():
+                self.buffer.load(self.work / TRACES)
         except (OSError, ValueError) as error:
             log.error("%s: the saved traces cannot be read (%s); the buffer begins empty", self.model, error)
             self.buffer.domains.clear()
@@ -609,7 +608,9 @@ class TrainerActor:
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
-        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base, WorkFolder(Path(work)))
+        home = WorkFolder(Path(work))
+        home.claim(base)
+        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base, home)
         with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
             found = apart.submit(registrar.first, folder, version).result()
         keeper = TrainerKeeper(model, base, found, artefacts, Path(work), settings)

@@ -1,4 +1,4 @@
-"""The folder of a model's trainer, which outlives it: what was refreshed there last, beside the traces and the progress of its training."""
+"""The folder of a model's trainer, which outlives it: whose traces and progress are in it, and what was refreshed last."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from actors.releases import Parent, Placement
-from drafters.durable import replace_durably
+from actors.releases import Base, Parent, Placement
+from drafters.durable import replace_durably, sync_folder
 
 log = logging.getLogger(__name__)
-PARENTS = "parents.json"
+BASE, PARENTS, TRACES = "base.json", "parents.json", "traces"
+CHECKPOINT = "checkpoint{}.pt"  # one for each domain
 
 
 class WorkFolder:
@@ -20,6 +21,29 @@ class WorkFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def claim(self, base: Base) -> None:
+        """See to it that the folder is of this base: what another one left there is deleted, and only then it says whose it is. One that
+        says nothing is taken over as it is. Raises OSError."""
+        before, own = self.owner(), {"name": base.name, "revision": base.revision}
+        if before == own:
+            return
+        if before is not None:
+            log.warning("%s: its traces and checkpoints are of the base %s and go; the base now is %s", self.path, before, own)
+            for pattern in (PARENTS, TRACES, CHECKPOINT.format("*")):
+                for file in self.path.glob(pattern):
+                    file.unlink()
+            sync_folder(self.path)
+        replace_durably(self.path / BASE, lambda opened: opened.write(json.dumps(own).encode()))
+
+    def owner(self) -> object:
+        """The base that the folder is of; None where it says nothing. Whatever else it may say is no base."""
+        try:
+            return json.loads((self.path / BASE).read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return "unreadable"
 
     def remember(self, parents: Mapping[str, Parent]) -> None:
         """Keep what is refreshed, by tag, for a start at which the registry is away. Raises OSError, leaving what was kept before."""

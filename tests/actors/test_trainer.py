@@ -19,7 +19,7 @@ from actors.artefacts import Artefacts
 from actors.domain_trainer import PINNED, UNTAKEN, Subject, Submission
 from actors.log_contents import Selection
 from actors.registry import RegistryKeeper, start_registry
-from actors.releases import Base
+from actors.releases import Base, Parent, Placement
 from actors.store import open_state
 from actors.trainer import Registrar, TrainerKeeper, TrainerSettings, Worker, start_trainer
 from actors.work_folder import WorkFolder
@@ -913,6 +913,47 @@ def test_a_line_that_was_pinned_is_so_at_a_start_without_the_registry(tmp_path: 
     again = begun(tmp_path, registrar(tmp_path, None, monkeypatch), configured)
     assert again.next() is None and (again.status()["phase"], again.status()["reason"]) == ("waiting", PINNED)
     assert again.status()["traces"]["seen"] == 80
+
+
+def claimed(tmp_path: Path, base: Base) -> TrainerKeeper:
+    """A trainer of this base on the folder `work`, which is made its own."""
+    WorkFolder(tmp_path / "work").claim(base)
+    return keeper(tmp_path)
+
+
+@pytest.mark.parametrize("other", [replace(BASE, revision="r2"), replace(BASE, name="other-base")])
+def test_what_another_base_left_is_gone_from_before_anything_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture, other: Base) -> None:
+    """Though it has the same shape."""
+    found = fed(claimed(tmp_path, BASE))
+    while found.domains[""].refresher.standing.step < 3:
+        found.run(0.0)
+    found.save()
+    WorkFolder(tmp_path / "work").remember({"": Parent(Placement("v", "url", "sum"))})
+    assert claimed(tmp_path, BASE).domains[""].refresher.standing == found.domains[""].refresher.standing and not caplog.records
+    begun = claimed(tmp_path, other)
+    assert remembered(begun) == set() and begun.status()["round"] == begun.status()["traces"]["seen"] == 0
+    assert WorkFolder(tmp_path / "work").remembered() == {}
+    assert all(f"'{base.name}', 'revision': '{base.revision}'" in caplog.text for base in (BASE, other))
+    fed(begun).save()
+    assert len(remembered(claimed(tmp_path, other))) == 80
+
+
+def test_a_folder_is_of_the_old_base_until_all_that_is_left_of_it_is_gone(tmp_path: Path) -> None:
+    fed(claimed(tmp_path, BASE)).save()
+    work, other = tmp_path / "work", replace(BASE, revision="r2")
+    (work / "checkpoint-law.pt").mkdir()  # it cannot be deleted as a file is
+    with pytest.raises(OSError):
+        claimed(tmp_path, other)
+    assert WorkFolder(work).owner() == {"name": BASE.name, "revision": BASE.revision}
+    (work / "checkpoint-law.pt").rmdir()
+    assert remembered(claimed(tmp_path, other)) == set()
+
+
+def test_a_folder_that_says_nothing_of_its_base_is_taken_over_and_one_that_says_nonsense_is_not(tmp_path: Path) -> None:
+    fed(keeper(tmp_path)).save()
+    assert len(remembered(claimed(tmp_path, BASE))) == 80
+    (tmp_path / "work" / "base.json").write_bytes(b"{")
+    assert remembered(claimed(tmp_path, BASE)) == set()
 
 
 @pytest.mark.cluster
