@@ -14,7 +14,7 @@ from actors.store import Value
 from drafters.bundle import Bundle, Manifest, Origin, write_bundle
 from drafters.choices import request_of, requests
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings
+from drafters.refresh import Candidate, Measurement, Refresher, RefreshSettings, Standing
 from drafters.replay import ReplayBuffer
 from drafters.traces import Trace
 from policies import Verdict
@@ -208,10 +208,18 @@ class DomainTrainer:
 
     def status(self) -> Value:
         """Where it is, in plain values."""
-        standing, counts = asdict(self.refresher.standing), asdict(self.buffer.counts(self.tag))
-        held = {"held_out": len(self.buffer.held_out(self.tag)), "training": len(self.buffer.training(self.tag))}
-        traces = counts | held | {"bytes": self.buffer.size(self.tag)}
-        verdict = asdict(self.verdict) if self.verdict else None
-        phase = "judging" if self.trial else standing["phase"]
-        own = {"phase": phase, "traces": traces, "gate": verdict, "candidates": dict(self.verdicts)}
-        return {"tag": self.tag, "version": self.refresher.version} | standing | own | {"reason": PINNED if self.pinned else ""}
+        own = {"gate": asdict(self.verdict) if self.verdict else None, "candidates": dict(self.verdicts), "reason": self.reason()}
+        phase = {"phase": "judging"} if self.trial else {}
+        return told(self.tag, self.refresher.version, self.refresher.standing, self.buffer) | own | phase
+
+    def reason(self) -> str:
+        """Why no round begins, however much traffic comes; "" if one may."""
+        return PINNED if self.pinned else ""
+
+
+def told(tag: str, version: str, standing: Standing, buffer: ReplayBuffer) -> Value:
+    """Where a domain is as far as it has had no candidate, in plain values."""
+    held = {"held_out": len(buffer.held_out(tag)), "training": len(buffer.training(tag))}
+    traces = asdict(buffer.counts(tag)) | held | {"bytes": buffer.size(tag)}
+    fresh = {"gate": None, "candidates": {"passed": 0, "rejected": 0}, "reason": ""}
+    return {"tag": tag, "version": version} | asdict(standing) | {"traces": traces} | fresh

@@ -26,17 +26,17 @@ import ray
 import torch
 
 from actors.artefacts import PER_LINE, ArtefactError, Artefacts, check_artefacts
-from actors.domain_trainer import DomainTrainer, Place, Subject, Submission
+from actors.domain_trainer import DomainTrainer, Place, Subject, Submission, told
 from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Parent, Placement
 from actors.store import Value
-from actors.work_folder import CHECKPOINT, TRACES, WorkFolder
+from actors.work_folder import CHECKPOINT, TRACES, InUse, WorkFolder
 from drafters.bundle import BundleError
 from drafters.checkpoint import CheckpointError, check_fits
 from drafters.durable import replace_durably
 from drafters.mlp import MLPSpeculator
-from drafters.refresh import RefreshSettings
+from drafters.refresh import RefreshSettings, Standing
 from drafters.replay import BufferSettings, ReplayBuffer
 from drafters.traces import InvalidTrace, Trace, time_of
 from policies.gate import GateRule
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 NAME = "specfleet-trainer"  # before the model's name
 PAUSED = "paused"  # file of the work folder
 AGING = 600.0  # seconds between two looks for traces that are too old, at least
+ENTERING = "entering the folder"
 WORKING, FOLLOWING, SAVING = "working", "following the registry", "saving"  # what may go wrong beside the training of a domain
 
 
@@ -79,27 +80,34 @@ class TrainerKeeper:
         self,
         model: str,
         base: Base,
-        subjects: Mapping[str, Subject],
+        first: Callable[[], Mapping[str, Subject]],
         artefacts: Artefacts,
         work: Path,
         settings: TrainerSettings | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """subjects: what is refreshed, by tag; that of the common one "", which must be there, is it for those that are not named. work:
-        a folder of this trainer's own on its machine, gone on from when there is something in it."""
-        self.model, self.work, self.now = model, work, now
+        """first: what is refreshed at the beginning, by tag; that of the common one "", which must be there, is it for those that are not
+        named. Called once, and again where it raises. work: a folder of this model's trainer, gone on from when there is something in
+        it."""
+        self.model, self.base, self.first, self.work, self.now = model, base, first, work, now
         self.settings = settings or TrainerSettings()
-        s = self.settings
-        self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, s.buffer)
-        place = Place(base, work / "bundles", artefacts, now)
+        self.buffer = ReplayBuffer(model, base.vocab_size, base.emb_dim, self.settings.buffer)
+        self.place = Place(base, work / "bundles", artefacts, now)
+        self.domains: dict[str, DomainTrainer] = {}
+        self.turns = self.invalid = 0
+
+    def begin(self) -> None:
+        """Go on from what is in the folder, which nobody else may use. Raises what `first` does."""
+        if self.domains:
+            return
+        s, subjects = self.settings, self.first()
         for subject in subjects.values():
-            check_fits(subject.live.config, base.emb_dim, base.vocab_size)
+            check_fits(subject.live.config, self.base.emb_dim, self.base.vocab_size)
             subject.live.to(s.device)
         shared = replace(subjects[""], pinned=False)
         self.domains = {
-            tag: DomainTrainer(tag, subjects.get(tag, shared), self.buffer, place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
+            tag: DomainTrainer(tag, subjects.get(tag, shared), self.buffer, self.place, s.refresh, s.rule) for tag in ("", *s.buffer.tags)
         }
-        self.turns = self.invalid = 0
         self.recover()
 
     def add(self, data: bytes) -> None:
@@ -208,9 +216,11 @@ class TrainerKeeper:
         return self.work / CHECKPOINT.format(f"-{tag}" if tag else "")
 
     def status(self) -> Value:
-        """Where the common domain is, and the others by tag, in plain values."""
-        others = {tag: domain.status() for tag, domain in self.domains.items() if tag}
-        return {"model": self.model, "invalid": self.invalid} | self.domains[""].status() | {"domains": others}
+        """Where the common domain is, and the others by tag, in plain values; also before it begins."""
+        begun = {tag: domain.status() for tag, domain in self.domains.items()}
+        standing = Standing(waiting_for=self.settings.refresh.least_tokens)
+        states = begun or {tag: told(tag, "", standing, self.buffer) for tag in ("", *self.settings.buffer.tags)}
+        return {"model": self.model, "invalid": self.invalid} | states.pop("") | {"domains": states}
 
 
 def meant(what: Selection, trace: Trace) -> bool:
@@ -230,11 +240,11 @@ class Worker:
         parents: Callable[[], Mapping[str, Subject]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """submit: hands a candidate to the registry, and answers with the state that it has there. parents: what is to be refreshed, by
-        tag, of those domains in which it is another than when it was asked last, or is pinned or unpinned. Both are called on the thread
-        and may raise; submitting is tried again."""
+        """keeper: begins once the folder is this trainer's. submit: hands a candidate to the registry, and answers with the state that it
+        has there. parents: what is to be refreshed, by tag, of those domains in which it is another than when it was asked last, or is
+        pinned or unpinned. Both are called on the thread and may raise; submitting is tried again."""
         self.keeper, self.submit, self.parents, self.clock = keeper, submit, parents, clock
-        self.settings = keeper.settings
+        self.settings, self.folder = keeper.settings, WorkFolder(keeper.work)
         self.change = threading.Condition()
         self.inbox: deque[bytes] = deque()
         self.unwanted: deque[tuple[Selection, Future[int]]] = deque()
@@ -242,7 +252,9 @@ class Worker:
         self.loads: dict[str, tuple[float, int]] = {}
         self.busy_at, self.slowest = -math.inf, 0.0
         self.asked: float | None = None  # when load came while it worked
-        self.paused, self.closing, self.working = was_paused(keeper.work / PAUSED), False, False
+        self.paused = self.closing = self.working = False
+        self.entered = False  # the folder is this trainer's
+        self.wished = False  # paused or not before it was, and not written yet
         self.shown: Value = keeper.status()
         self.problems: dict[str, str] = {}  # by the tag of the domain, or what else goes wrong
         self.unsaved = False
@@ -288,11 +300,17 @@ class Worker:
             self.change.notify_all()
 
     def pause(self, paused: bool) -> None:
-        """Do no training until told otherwise, after a restart too. OSError if that cannot be written; it then holds until a restart."""
+        """Do no training until told otherwise, after a restart too. OSError if that cannot be written; it then holds until a restart. It is
+        written once the folder is this trainer's."""
         with self.change:
-            self.paused = paused
+            self.paused, self.wished = paused, True
             self.change.notify_all()
-            replace_durably(self.keeper.work / PAUSED, lambda opened: opened.write(json.dumps(paused).encode()))
+            if self.entered:
+                self.write_pause()
+
+    def write_pause(self) -> None:
+        replace_durably(self.keeper.work / PAUSED, lambda opened: opened.write(json.dumps(self.paused).encode()))
+        self.wished = False
 
     def status(self) -> Value:
         with self.change:
@@ -306,14 +324,19 @@ class Worker:
             return self.shown | own | told
 
     def close(self) -> None:
-        """Stop after the unit that is under way, and save."""
+        """Stop after the unit that is under way, save, and leave the folder to others."""
         with self.change:
             self.closing = True
             self.change.notify_all()
         self.thread.join()
+        if not self.entered:
+            self.refuse(InUse(f"{self.keeper.work} is not this trainer's"))
+            return
         self.attempt(partial(self.read, everything=True), WORKING)
         self.stop_saving()
         self.attempt(self.keeper.save, SAVING)
+        self.entered = False
+        self.folder.leave()
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
 
@@ -338,7 +361,10 @@ class Worker:
             self.attempt(self.go_round, WORKING)
 
     def go_round(self) -> None:
-        """Read, follow the registry, and do one slice of work, or rest for a moment where there is none."""
+        """Read, follow the registry, and do one slice of work, or rest for a moment where there is none. All that once the folder is this
+        trainer's; until then traces wait where they are."""
+        if not (self.entered or self.enters()):
+            return
         if self.reads():
             self.read()
         if self.ages():
@@ -352,6 +378,46 @@ class Worker:
                 self.change.wait(min(self.settings.quiet, self.settings.poll))
         if not rests:
             self.work(domain)
+
+    def enters(self) -> bool:
+        """Whether the folder is this trainer's from now on. Where it is not it says why, to whoever wants something forgotten there, too,
+        and waits for a moment."""
+        try:
+            self.enter()
+        except Exception as error:
+            self.keep_out(error)
+        return self.entered
+
+    def enter(self) -> None:
+        """Have the folder for this trainer alone, and go on from what is in it. Raises InUse, OSError, and what keeps it from beginning."""
+        self.folder.enter()
+        self.folder.claim(self.keeper.base)
+        self.keeper.begin()
+        with self.change:
+            if self.wished:
+                self.write_pause()
+            self.paused, self.entered, self.shown = was_paused(self.keeper.work / PAUSED), True, self.keeper.status()
+            self.problems.pop(ENTERING, None)
+
+    def keep_out(self, error: Exception) -> None:
+        """What else is done before the folder is this trainer's."""
+        problem = str(error) if isinstance(error, InUse) else f"{ENTERING}: {type(error).__name__}: {error}"
+        if problem != self.problems.get(ENTERING):
+            log.warning("%s: training cannot begin yet: %s", self.keeper.model, problem, exc_info=not isinstance(error, InUse))
+        self.refuse(error)
+        if self.ages():
+            self.age()
+        with self.change:
+            self.problems[ENTERING] = problem
+            if not (self.closing or self.unwanted):
+                self.change.wait(min(self.settings.quiet, self.settings.poll))
+
+    def refuse(self, error: Exception) -> None:
+        """Nothing can be forgotten, and whoever asked hears why."""
+        while self.unwanted:
+            _, done = self.unwanted.popleft()
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
 
     def work(self, domain: DomainTrainer | None) -> None:
         """One slice of a checkpoint that is under way; else one of the domain's training, after which a checkpoint may be due."""
@@ -608,13 +674,11 @@ class TrainerActor:
         os.nice(settings.niceness)
         torch.set_num_threads(settings.threads)
         artefacts = Artefacts(artefacts_url, Path(work) / "cache", PER_LINE * (1 + len(settings.buffer.tags)))
-        home = WorkFolder(Path(work))
-        home.claim(base)
-        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base, home)
-        with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
-            found = apart.submit(registrar.first, folder, version).result()
-        keeper = TrainerKeeper(model, base, found, artefacts, Path(work), settings)
+        registrar = Registrar(registry, model, settings.buffer.tags, artefacts, base, WorkFolder(Path(work)))
+        keeper = TrainerKeeper(model, base, partial(registrar.first, folder, version), artefacts, Path(work), settings)
         self._worker = Worker(keeper, registrar.submit, registrar.parents)
+        with ThreadPoolExecutor(1) as apart:  # it blocks, which Ray warns of on an async actor's own thread
+            apart.submit(self._worker.enters).result()
         self._worker.start()
 
     async def add(self, traces: Sequence[bytes], lost: int = 0) -> None:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "measuring", "training", "candidate"]
 LONGEST_WAIT = 6  # fruitless rounds double the wait this often at most
+UNBEGUN = "no round yet"
 CHANGED = 0.1  # tokens per step by which serving must be off its former pace for the traffic to count as another
 SMOOTH = 0.1  # share of the latest loss in the smoothed one
 PART = 128  # places of a training step that are gone through at once: tens of milliseconds of a core for small models
@@ -132,15 +133,15 @@ class Candidate:
 class Standing:
     """Where a refresher is. waiting_for: fresh answer tokens before the next round may begin. outcome: how the last round ended."""
 
-    phase: Phase
-    round: int
-    step: int
-    losses: tuple[float, ...]
-    before: HeldOut | None
-    best: HeldOut | None
-    waiting_for: int
-    refused: int
-    outcome: str
+    phase: Phase = "waiting"
+    round: int = 0
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    before: HeldOut | None = None
+    best: HeldOut | None = None
+    waiting_for: int = 0
+    refused: int = 0
+    outcome: str = UNBEGUN
 
 
 @dataclass(slots=True)
@@ -220,7 +221,7 @@ class Refresher:
         self.rounds = self.fruitless = self.refused = 0
         self.used = 0  # answer tokens seen when the last round began
         self.former = 1.0  # the pace of serving then
-        self.outcome = "no round yet"
+        self.outcome = UNBEGUN
 
     # -- what is asked of it ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +25,7 @@ from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base, Parent, Placement
 from actors.store import open_state
 from actors.trainer import Registrar, TrainerKeeper, TrainerSettings, Worker, start_trainer
-from actors.work_folder import WorkFolder
+from actors.work_folder import InUse, WorkFolder
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
@@ -43,7 +46,10 @@ TRAINER = TrainerSettings(SETTINGS, BufferSettings(held_out=0.4), RULE, slice=0.
 def keeper(tmp_path: Path, settings: TrainerSettings = TRAINER, live: MLPSpeculator | None = None) -> TrainerKeeper:
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
     now = partial(next, count(7.0))
-    return TrainerKeeper("toy", BASE, {"": Subject(live or speculator(), "")}, artefacts, tmp_path / "work", settings, now=now)
+    subjects = {"": Subject(live or speculator(), "")}
+    found = TrainerKeeper("toy", BASE, lambda: subjects, artefacts, tmp_path / "work", settings, now=now)
+    found.begin()
+    return found
 
 
 def fed(found: TrainerKeeper, traces: int = 80) -> TrainerKeeper:
@@ -276,6 +282,7 @@ def test_what_goes_wrong_between_two_slices_is_told_of_and_tried_again(
 
     monkeypatch.setattr(found, what, failing)
     worker = start(found, lambda submission: None)
+    wait_until(lambda: worker.entered, 30)
     broken.set()
     data = [trace.to_bytes() for trace in many(80)]
     worker.offer(data[:1])
@@ -373,21 +380,29 @@ def test_a_worker_that_cannot_clear_its_disk_says_so_and_goes_on(tmp_path: Path,
 
 
 def test_a_restarted_trainer_is_still_paused(tmp_path: Path, start: Callable[..., Worker]) -> None:
-    start(keeper(tmp_path), lambda found: None).pause(True)
+    first = start(keeper(tmp_path), lambda found: None)
+    first.pause(True)
+    first.close()
     again = start(keeper(tmp_path), lambda found: None)
     again.offer([trace.to_bytes() for trace in many(80)])
     wait_until(lambda: again.status()["traces"]["seen"] == 80, 30)
     assert again.status()["paused"] and again.status()["round"] == 0
     again.pause(False)
     wait_until(lambda: again.status()["step"] > 0, 30)
-    assert not Worker(keeper(tmp_path), lambda found: None, dict).status()["paused"]
-    (tmp_path / "work" / "paused").write_bytes(b"")
-    assert Worker(keeper(tmp_path), lambda found: None, dict).status()["paused"]
+    again.close()
+    for written, paused in ((b"false", False), (b"", True)):
+        assert (tmp_path / "work" / "paused").read_bytes() == b"false"
+        (tmp_path / "work" / "paused").write_bytes(written)
+        last = Worker(keeper(tmp_path), lambda found: None, dict)
+        last.enter()
+        assert last.status()["paused"] == paused
+        last.folder.leave()
 
 
 def test_a_pause_that_cannot_be_written_holds_until_a_restart(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("in the way")
     worker = Worker(keeper(tmp_path / "other"), lambda found: None, dict)
+    worker.enter()
     worker.keeper.work = tmp_path / "work"
     with pytest.raises(OSError, match="paused"):
         worker.pause(True)
@@ -784,7 +799,9 @@ def test_a_restarted_trainer_goes_on_in_every_domain_and_forgets_those_that_are_
 def test_a_domain_begins_with_what_the_common_line_serves(tmp_path: Path) -> None:
     live, own = speculator(), speculator(5)
     artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
-    found = TrainerKeeper("toy", BASE, {"": Subject(live, "v0"), "sql": Subject(own, "v5")}, artefacts, tmp_path / "work", APART)
+    subjects = {"": Subject(live, "v0"), "sql": Subject(own, "v5")}
+    found = TrainerKeeper("toy", BASE, lambda: subjects, artefacts, tmp_path / "work", APART)
+    found.begin()
     assert {tag: domain.refresher.version for tag, domain in found.domains.items()} == {"": "v0", "law": "v0", "sql": "v5"}
     assert found.domains["law"].refresher.live is live and found.domains["sql"].refresher.live is own
 
@@ -822,8 +839,10 @@ def versions_of(subjects: Mapping[str, Subject]) -> dict[str, str]:
 
 def begun(tmp_path: Path, found: Registrar, version: str, settings: TrainerSettings = TRAINER) -> TrainerKeeper:
     """A trainer on the folder `work`, configured with the speculator of seed 0 and this version."""
-    first = found.first(str(tmp_path / "published-0"), version)
-    return TrainerKeeper("toy", BASE, first, found.artefacts, tmp_path / "work", settings, now=partial(next, count(7.0)))
+    first = partial(found.first, str(tmp_path / "published-0"), version)
+    made = TrainerKeeper("toy", BASE, first, found.artefacts, tmp_path / "work", settings, now=partial(next, count(7.0)))
+    made.begin()
+    return made
 
 
 @pytest.mark.parametrize("phase", ["training", "candidate"])
@@ -954,6 +973,103 @@ def test_a_folder_that_says_nothing_of_its_base_is_taken_over_and_one_that_says_
     assert len(remembered(claimed(tmp_path, BASE))) == 80
     (tmp_path / "work" / "base.json").write_bytes(b"{")
     assert remembered(claimed(tmp_path, BASE)) == set()
+
+
+# -- one trainer at a time --------------------------------------------------------------------------------------------------
+
+
+def unbegun(tmp_path: Path, settings: TrainerSettings = TRAINER) -> TrainerKeeper:
+    artefacts = Artefacts(str(tmp_path / "artefacts"), tmp_path / "cache")
+    return TrainerKeeper("toy", BASE, lambda: {"": Subject(speculator(), "v1")}, artefacts, tmp_path / "work", settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_a_second_trainer_leaves_the_folder_alone_until_the_first_ends(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    """It then goes on from what the first one saved, and reads what came to it meanwhile."""
+    first = start(unbegun(tmp_path), lambda found: None)
+    first.offer([trace.to_bytes() for trace in many(30)])
+    first.pause(True)
+    wait_until(lambda: first.status()["traces"]["seen"] == 30 and (tmp_path / "work" / "traces").is_file() and not first.unsaved, 30)
+    wait_until(lambda: not first.status()["working"], 30)
+    before, data = contents(tmp_path / "work"), [trace.to_bytes() for trace in many(13, first=30)]
+    second = start(unbegun(tmp_path, replace(TRAINER, inbox=sum(map(len, data[3:])))), lambda found: None)
+    wait_until(lambda: "another trainer uses" in second.status()["problem"], 30)
+    second.offer(data)
+    with pytest.raises(InUse, match="another trainer uses"):
+        second.forget(Selection()).result(30)
+    assert {"phase": "waiting", "inbox": 10, "dropped_before_reading": 3, "paused": False}.items() <= second.status().items()
+    assert second.status()["traces"]["seen"] == 0 and contents(tmp_path / "work") == before
+    first.close()
+    status = wait_until(lambda: (found := second.status())["traces"]["seen"] == 40 and found, 30)
+    assert status["paused"] and not status["problem"] and status["version"] == "v1"  # as the first was
+    assert second.forget(Selection(before=20.0)).result(30) == 20
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_pause_before_the_folder_is_free_is_written_when_it_is(tmp_path: Path, start: Callable[..., Worker], paused: bool) -> None:
+    first = start(unbegun(tmp_path), lambda found: None)
+    wait_until(lambda: first.entered, 30)
+    first.pause(not paused)
+    second = start(unbegun(tmp_path), lambda found: None)
+    wait_until(lambda: second.status()["problem"], 30)
+    second.pause(paused)
+    assert second.status()["paused"] == paused and (tmp_path / "work" / "paused").read_text() == str(not paused).lower()
+    first.close()
+    wait_until(lambda: not second.status()["problem"], 30)
+    assert second.status()["paused"] == paused and (tmp_path / "work" / "paused").read_text() == str(paused).lower()
+
+
+def test_a_trainer_that_never_had_the_folder_ends_without_touching_it(tmp_path: Path) -> None:
+    holder = WorkFolder(tmp_path / "work")
+    holder.enter()
+    worker = Worker(unbegun(tmp_path), lambda found: None, dict)
+    worker.start()
+    wait_until(lambda: worker.status()["problem"], 30)
+    worker.offer([many(1)[0].to_bytes()])
+    worker.close()
+    assert set(contents(tmp_path / "work")) == {"lock"}
+
+
+def test_a_folder_is_free_once_its_trainer_was_killed(tmp_path: Path) -> None:
+    """As the kernel sees to."""
+    entering = "work = WorkFolder(pathlib.Path(sys.argv[1])); work.enter(); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from actors.work_folder import WorkFolder; {entering}"
+    root = Path(__file__).parents[2]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, **pipes) as process:
+        assert process.stdout is not None
+        held, folder = process.stdout.readline(), WorkFolder(tmp_path)
+        with pytest.raises(InUse):
+            folder.enter()
+        process.kill()
+        process.wait()
+        assert held == b"1\n"
+        folder.enter()
+        folder.leave()
+
+
+def test_where_files_cannot_be_locked_nobody_is_kept_out_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("actors.work_folder.fcntl.flock", flock)
+    for folder in (WorkFolder(tmp_path), WorkFolder(tmp_path)):
+        folder.enter()
+    assert "cannot be locked" in caplog.text
+
+
+def test_what_keeps_a_trainer_from_beginning_is_told_of_and_tried_again(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    (tmp_path / "work").write_text("in the way")
+    worker = start(unbegun(tmp_path), lambda found: None)
+    worker.offer([trace.to_bytes() for trace in many(5)])
+    wait_until(lambda: "FileExistsError" in worker.status()["problem"], 30)
+    (tmp_path / "work").unlink()
+    wait_until(lambda: (status := worker.status())["traces"]["seen"] == 5 and not status["problem"], 30)
 
 
 @pytest.mark.cluster
