@@ -210,16 +210,34 @@ class DomainTrainer:
         """Where it is, in plain values."""
         own = {"gate": asdict(self.verdict) if self.verdict else None, "candidates": dict(self.verdicts), "reason": self.reason()}
         phase = {"phase": "judging"} if self.trial else {}
-        return told(self.tag, self.refresher.version, self.refresher.standing, self.buffer) | own | phase
+        return told(self.tag, self.refresher.version, self.refresher.standing, self.buffer, self.rule) | own | phase
 
     def reason(self) -> str:
         """Why no round begins, however much traffic comes; "" if one may."""
-        return PINNED if self.pinned else ""
+        if self.pinned:
+            return PINNED
+        few, most = judges(self.buffer, self.tag), self.rule.least
+        if few >= most or not self.buffer.crowded(self.tag):
+            return ""
+        budget, wanted = self.buffer.settings.budget, self.buffer.budget_for(self.tag, most)
+        would = f"about {mib(wanted)} would do" if wanted else "too little for a single answer"
+        return f"the held-out part is full with {few} requests to judge by, the gate wants {most}: buffer_bytes is {mib(budget)}, {would}"
 
 
-def told(tag: str, version: str, standing: Standing, buffer: ReplayBuffer) -> Value:
+def told(tag: str, version: str, standing: Standing, buffer: ReplayBuffer, rule: GateRule) -> Value:
     """Where a domain is as far as it has had no candidate, in plain values."""
     held = {"held_out": len(buffer.held_out(tag)), "training": len(buffer.training(tag))}
     traces = asdict(buffer.counts(tag)) | held | {"bytes": buffer.size(tag)}
-    fresh = {"gate": None, "candidates": {"passed": 0, "rejected": 0}, "reason": ""}
+    judging = {"requests": judges(buffer, tag), "wanted": rule.least}
+    fresh = {"judging": judging, "gate": None, "candidates": {"passed": 0, "rejected": 0}, "reason": ""}
     return {"tag": tag, "version": version} | asdict(standing) | {"traces": traces} | fresh
+
+
+def judges(buffer: ReplayBuffer, tag: str) -> int:
+    """Held-out requests on which a candidate would be judged: of answers of one token there is nothing to tell."""
+    return requests(trace.request for trace in buffer.judging(tag) if len(trace) > 1)
+
+
+def mib(size: int) -> str:
+    """A size as settings are given."""
+    return f"{size / 2**20:.3g}MiB" if size < 100 * 2**20 else f"{size / 2**20:.0f}MiB"

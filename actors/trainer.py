@@ -218,8 +218,9 @@ class TrainerKeeper:
     def status(self) -> Value:
         """Where the common domain is, and the others by tag, in plain values; also before it begins."""
         begun = {tag: domain.status() for tag, domain in self.domains.items()}
-        standing = Standing(waiting_for=self.settings.refresh.least_tokens)
-        states = begun or {tag: told(tag, "", standing, self.buffer) for tag in ("", *self.settings.buffer.tags)}
+        s = self.settings
+        standing = Standing(waiting_for=s.refresh.least_tokens)
+        states = begun or {tag: told(tag, "", standing, self.buffer, s.rule) for tag in ("", *s.buffer.tags)}
         return {"model": self.model, "invalid": self.invalid} | states.pop("") | {"domains": states}
 
 

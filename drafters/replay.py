@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from bisect import insort
 from collections import deque
@@ -17,9 +18,11 @@ from pathlib import Path
 from random import Random
 from typing import BinaryIO, NamedTuple
 
+from drafters.choices import requests
 from drafters.durable import replacing
 from drafters.traces import InvalidTrace, Trace
 
+ROOM = 1.2  # more than what is wanted on average: which requests judge is chance
 SIZE = struct.Struct("<Q")  # before every record of a saved buffer
 
 
@@ -64,11 +67,12 @@ class Rooms(NamedTuple):
 
 
 class Recent:
-    """The latest traces that fit, oldest first."""
+    """The latest traces that fit, oldest first. crowded: some did not since it was made, or since some were forgotten."""
 
     def __init__(self) -> None:
         self.traces: deque[Trace] = deque()
         self.nbytes = 0
+        self.crowded = False
 
     def add(self, trace: Trace) -> None:
         self.traces.append(trace)
@@ -79,6 +83,7 @@ class Recent:
         while self.nbytes > room:
             trace = self.traces.popleft()
             self.nbytes -= trace.nbytes
+            self.crowded = True
             yield trace
 
     def forget(self, unwanted: Callable[[Trace], bool]) -> int:
@@ -86,6 +91,7 @@ class Recent:
         before = len(self.traces)
         self.traces = deque(trace for trace in self.traces if not unwanted(trace))
         self.nbytes = sum(trace.nbytes for trace in self.traces)
+        self.crowded = self.crowded and before == len(self.traces)
         return before - len(self.traces)
 
 
@@ -210,6 +216,17 @@ class ReplayBuffer:
     def judging(self, tag: str) -> tuple[Trace, ...]:
         """Those of the other half, on which what was chosen is compared: nothing that led to it was measured here."""
         return tuple(trace for trace in self.held_out(tag) if tells(trace) and self.is_judged(trace.asked))
+
+    def crowded(self, tag: str) -> bool:
+        """Whether held-out traces of a domain had to go for want of room."""
+        return self.domains.get(tag, Domain()).held.crowded
+
+    def budget_for(self, tag: str, judging: int) -> int:
+        """About the budget, in bytes, that leaves a domain room for so many requests to judge by, with as many tokens as those that it has
+        now; 0 if it has none."""
+        held = self.domains.get(tag, Domain()).held
+        size = held.nbytes / max(1, requests(trace.request for trace in held.traces))
+        return math.ceil(ROOM * 2 * judging * size / self.settings.held_out * len(self.domains))
 
     def is_judged(self, request: str) -> bool:
         return chance(f"judged {self.settings.seed}", request) < 0.5

@@ -27,6 +27,7 @@ COLUMNS = [
     "best",
     "buffer MiB",
     "requests",
+    "judging",
     "waits for tokens",
 ]
 HISTORY = ["when", "who", "from", "to", "why"]
@@ -104,5 +105,6 @@ def row(state: Mapping[str, Any]) -> list[Any]:
     loss = sum(losses) / len(losses) if losses else None
     worth = [(state.get(name) or {}).get("per_step") for name in ("before", "best")]
     held = [traces["bytes"] / 2**20, traces["training"] + traces["held_out"]] if traces else [None, None]
+    judging = "{requests} of {wanted}".format_map(state["judging"]) if "judging" in state else None
     told = [state.get(name) for name in ("phase", "version", "round", "step")]
-    return [state["state"], *told, loss, *worth, *held, state.get("waiting_for")]
+    return [state["state"], *told, loss, *worth, *held, judging, state.get("waiting_for")]

@@ -508,8 +508,7 @@ def test_a_registry_that_is_away_is_asked_again(tmp_path: Path, start: Callable[
 def test_a_candidate_that_the_registry_rejects_is_as_one_that_the_gate_did(
     tmp_path: Path, start: Callable[..., Worker], state: str, outcome: str, waits: int
 ) -> None:
-    worker = start(keeper(tmp_path), lambda found: state)
-    worker.offer([trace.to_bytes() for trace in many(80)])
+    worker = start(fed(keeper(tmp_path)), lambda found: state)
     status = wait_until(lambda: (found := worker.status())["candidates"]["passed"] and found, 60)
     assert status["outcome"].startswith(outcome) and status["waiting_for"] == waits * SETTINGS.least_tokens
 
@@ -657,6 +656,26 @@ def test_the_version_that_serves_is_taken_over(tmp_path: Path) -> None:
     wait_until(lambda: worker.status()["version"] == "0123456789ab", 30)
     worker.close()
     assert same(worker.keeper.domains[""].refresher.live, other)
+
+
+def test_a_buffer_too_small_to_judge_by_is_told_of_with_what_would_do(tmp_path: Path) -> None:
+    """And that much does."""
+    size = make_trace().nbytes
+    small = replace(TRAINER, buffer=replace(TRAINER.buffer, budget=20 * size))
+    found = keeper(tmp_path, small)
+    assert found.status()["judging"] == {"requests": 0, "wanted": RULE.least} and found.status()["reason"] == ""
+    for trace in many(100):
+        found.add(trace.to_bytes())
+    few, reason = found.status()["judging"]["requests"], found.status()["reason"]
+    assert found.next() is None and 0 < few < RULE.least
+    wanted = found.buffer.budget_for("", RULE.least)
+    assert wanted == pytest.approx(2.4 * RULE.least * size / 0.4, rel=0.01)
+    assert f"full with {few} requests to judge by, the gate wants {RULE.least}: buffer_bytes is" in reason
+    assert f"about {wanted / 2**20:.3g}MiB would do" in reason
+    enough = fed(keeper(tmp_path / "enough", replace(small, buffer=replace(small.buffer, budget=wanted))), 200)
+    assert enough.next() is not None and enough.status()["judging"]["requests"] >= RULE.least and enough.status()["reason"] == ""
+    found.forget(Selection())
+    assert found.status()["reason"] == ""
 
 
 # -- domains ----------------------------------------------------------------------------------------------------------------

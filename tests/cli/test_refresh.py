@@ -96,7 +96,7 @@ def test_a_model_that_is_not_refreshed_says_so(shell: Shell) -> None:
 def test_training_of_all_models(shell: Shell, service: Service) -> None:
     done = shell("training", "status")
     echo, slow = (next(line for line in done.out.splitlines() if line.strip().startswith(f"{model} ")) for model in ("echo", "slow"))
-    assert "training" in echo and "80" in echo and "off" in slow and "no round yet" in done.err
+    assert "training" in echo and "80" in echo and " of 10 " in echo and "off" in slow and "no round yet" in done.err
     law = next(line for line in done.out.splitlines() if " law " in line)
     assert "waiting" in law and "echo, domain law: no round yet" in done.err
     states = json.loads(shell("training", "status", "echo", "--json").out)

@@ -46,6 +46,14 @@ def test_production() -> None:
     assert "operator-secret" not in repr(settings)
 
 
+@pytest.mark.parametrize(("place", "hidden"), [(0, 4096), (1, 5120), (2, 5120), (3, 6144)])
+def test_production_has_room_for_the_requests_that_judge(place: int, hidden: int) -> None:
+    """Answers of 300 tokens, half of the held-out requests, and a fifth to spare for chance."""
+    found = load_settings(ROOT / "configs" / "production.yaml", KEYS).models[place].refresh
+    wanted = 2.4 * found.gate.least * 300 * (2 * hidden + 8 * found.capture.top + 5)
+    assert int(found.buffer_bytes) * found.held_out >= wanted
+
+
 def test_production_without_keys_names_the_variables() -> None:
     with pytest.raises(ConfigError, match="SPECFLEET_KEYS__OPERATOR__KEY") as caught:
         load_settings(ROOT / "configs" / "production.yaml", {})
