@@ -110,8 +110,7 @@ class DomainTrainer:
         """Whether there is nothing to do before more traces come."""
         if self.busy:
             return False
-        judging = requests(trace.request for trace in self.buffer.judging(self.tag))
-        return judging < self.rule.least or not self.refresher.able()
+        return judges(self.buffer, self.tag) < self.rule.least or not self.refresher.able()
 
     def run(self, seconds: float) -> Submission | None:
         """Work for about so long. Answers with a candidate that the gate judged, written and published, again and again until `settle`.
@@ -234,8 +233,8 @@ def told(tag: str, version: str, standing: Standing, buffer: ReplayBuffer, rule:
 
 
 def judges(buffer: ReplayBuffer, tag: str) -> int:
-    """Held-out requests on which a candidate would be judged: of answers of one token there is nothing to tell."""
-    return requests(trace.request for trace in buffer.judging(tag) if len(trace) > 1)
+    """Held-out requests on which a candidate would be judged."""
+    return requests(trace.request for trace in buffer.judging(tag))
 
 
 def mib(size: int) -> str:

@@ -27,11 +27,12 @@ import torch
 
 from actors.artefacts import PER_LINE, ArtefactError, Artefacts, check_artefacts
 from actors.domain_trainer import DomainTrainer, Place, Subject, Submission, told
+from actors.folder_lock import InUse
 from actors.log_contents import Selection
 from actors.registry import NAME as REGISTRY
 from actors.releases import Base, Parent, Placement
 from actors.store import Value
-from actors.work_folder import CHECKPOINT, TRACES, InUse, WorkFolder
+from actors.work_folder import CHECKPOINT, TRACES, WorkFolder
 from drafters.bundle import BundleError
 from drafters.checkpoint import CheckpointError, check_fits
 from drafters.durable import replace_durably
@@ -337,7 +338,7 @@ class Worker:
         self.stop_saving()
         self.attempt(self.keeper.save, SAVING)
         self.entered = False
-        self.folder.leave()
+        self.folder.lock.leave()
 
     # -- on the thread ------------------------------------------------------------------------------------------------------
 
@@ -391,7 +392,7 @@ class Worker:
 
     def enter(self) -> None:
         """Have the folder for this trainer alone, and go on from what is in it. Raises InUse, OSError, and what keeps it from beginning."""
-        self.folder.enter()
+        self.folder.lock.enter()
         self.folder.claim(self.keeper.base)
         self.keeper.begin()
         with self.change:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.folder_lock import FolderLock, InUse
 from actors.log_contents import Deleted, Purge, Selection
 from actors.policy import UnknownModel
 from actors.store import StateStore, StoreError, Value, open_state
@@ -254,8 +255,12 @@ class RayLog:
 
 def clear(folder: Path, what: Selection) -> Forgotten:
     """Delete what a trainer that runs no more left in its work folder, if all of it is meant: only a trainer tells one trace from another.
-    Traces carry no key."""
+    Traces carry no key. A folder that a trainer of another cluster uses is left to that."""
+    if not folder.exists():
+        return Forgotten()
+    alone = FolderLock(folder)
     try:
+        alone.enter()
         files = [folder / name for name in os.listdir(folder) if name.startswith(LEFT)]
         if not files:
             return Forgotten()
@@ -264,10 +269,12 @@ def clear(folder: Path, what: Selection) -> Forgotten:
         for file in files:
             file.unlink(missing_ok=True)
         sync_folder(folder)
-    except FileNotFoundError:
-        return Forgotten()
+    except InUse:
+        return Forgotten(why=f"Another trainer than this cluster's uses {folder}: purge there.")
     except OSError as error:
         return Forgotten(why=f"No trainer runs, and what one left in {folder} cannot be deleted: {error}.")
+    finally:
+        alone.leave()
     return Forgotten(cleared=True)
 
 

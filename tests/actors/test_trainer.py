@@ -20,12 +20,13 @@ import ray
 
 from actors.artefacts import Artefacts
 from actors.domain_trainer import PINNED, UNTAKEN, Subject, Submission
+from actors.folder_lock import FolderLock, InUse
 from actors.log_contents import Selection
 from actors.registry import RegistryKeeper, start_registry
 from actors.releases import Base, Parent, Placement
 from actors.store import open_state
 from actors.trainer import Registrar, TrainerKeeper, TrainerSettings, Worker, start_trainer
-from actors.work_folder import InUse, WorkFolder
+from actors.work_folder import WorkFolder
 from drafters.bundle import Manifest, Origin, adopt_folder, read_bundle
 from drafters.mlp import MLPSpeculator
 from drafters.replay import BufferSettings
@@ -396,7 +397,7 @@ def test_a_restarted_trainer_is_still_paused(tmp_path: Path, start: Callable[...
         last = Worker(keeper(tmp_path), lambda found: None, dict)
         last.enter()
         assert last.status()["paused"] == paused
-        last.folder.leave()
+        last.folder.lock.leave()
 
 
 def test_a_pause_that_cannot_be_written_holds_until_a_restart(tmp_path: Path) -> None:
@@ -1042,7 +1043,7 @@ def test_a_pause_before_the_folder_is_free_is_written_when_it_is(tmp_path: Path,
 
 
 def test_a_trainer_that_never_had_the_folder_ends_without_touching_it(tmp_path: Path) -> None:
-    holder = WorkFolder(tmp_path / "work")
+    holder = FolderLock(tmp_path / "work")
     holder.enter()
     worker = Worker(unbegun(tmp_path), lambda found: None, dict)
     worker.start()
@@ -1054,13 +1055,13 @@ def test_a_trainer_that_never_had_the_folder_ends_without_touching_it(tmp_path: 
 
 def test_a_folder_is_free_once_its_trainer_was_killed(tmp_path: Path) -> None:
     """As the kernel sees to."""
-    entering = "work = WorkFolder(pathlib.Path(sys.argv[1])); work.enter(); print(1, flush=True); input()"
-    code = f"import pathlib, sys; from actors.work_folder import WorkFolder; {entering}"
+    entering = "work = FolderLock(pathlib.Path(sys.argv[1])); work.enter(); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from actors.folder_lock import FolderLock; {entering}"
     root = Path(__file__).parents[2]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, **pipes) as process:
         assert process.stdout is not None
-        held, folder = process.stdout.readline(), WorkFolder(tmp_path)
+        held, folder = process.stdout.readline(), FolderLock(tmp_path)
         with pytest.raises(InUse):
             folder.enter()
         process.kill()
@@ -1076,8 +1077,8 @@ def test_where_files_cannot_be_locked_nobody_is_kept_out_and_the_log_says_so(
     def flock(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("actors.work_folder.fcntl.flock", flock)
-    for folder in (WorkFolder(tmp_path), WorkFolder(tmp_path)):
+    monkeypatch.setattr("actors.folder_lock.fcntl.flock", flock)
+    for folder in (FolderLock(tmp_path), FolderLock(tmp_path)):
         folder.enter()
     assert "cannot be locked" in caplog.text
 

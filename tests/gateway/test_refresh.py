@@ -13,6 +13,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.folder_lock import FolderLock
 from actors.log_contents import Deleted
 from actors.registry import NAME as REGISTRY_NAME
 from actors.registry import RegistryKeeper
@@ -334,8 +335,18 @@ async def test_a_purge_deletes_what_a_trainer_left_of_a_model_that_is_not_traine
     assert (work / "traces").stat().st_size > 1000
     answer = (await root.delete(f"/admin/log?{query}")).json()
     assert answer["cleared"] == ["slow"] and answer["untold"] == {} and "slow" not in answer["traces"]
-    assert {file.name for file in work.iterdir()} - {"bundles", "cache"} == {"paused"}
+    assert {file.name for file in work.iterdir()} - {"bundles", "cache"} == {"paused", "lock"}
     assert (await root.delete(f"/admin/log?{query}")).json()["cleared"] == []
+
+
+async def test_what_a_trainer_of_another_cluster_works_on_is_left_to_it(root: httpx.AsyncClient, tmp_path: Path) -> None:
+    alone, before = FolderLock(work := left(tmp_path)), work.joinpath("traces").read_bytes()
+    alone.enter()
+    answer = (await root.delete("/admin/log?all=true")).json()
+    assert answer["cleared"] == [] and "Another trainer than this cluster's" in answer["untold"]["slow"]
+    assert (work / "traces").read_bytes() == before
+    alone.leave()
+    assert (await root.delete("/admin/log?all=true")).json()["cleared"] == ["slow"]
 
 
 @pytest.mark.parametrize("query", ["request=r-7", "before=1970-01-01T00:00:30Z", "tag=law&model=slow"])
