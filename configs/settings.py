@@ -167,6 +167,7 @@ class TrainerSettings(Section):
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads.")
     num_cpus: float = Field(default=0.01, ge=0.001, le=1024, description="CPUs that Ray reserves for it.")
     num_gpus: float = Field(default=0.0, ge=0, le=64, description="GPUs that Ray reserves for it.")
+    memory: Bytes | None = Field(default=None, description="Memory that Ray reserves for it; none: it may come to lie on any node.")
     running: int | None = Field(
         default=0, ge=0, le=2**20, description="Running requests of the model up to which it works; none: it has a device of its own."
     )

@@ -65,7 +65,7 @@ def trainer_actor(
     def start() -> Any:
         if base is None:
             raise ValueError(f"no trainer of {model.name} runs")
-        options = {"num_cpus": t.num_cpus, "num_gpus": t.num_gpus}
+        options = {"num_cpus": t.num_cpus, "num_gpus": t.num_gpus} | ({"memory": int(t.memory)} if t.memory else {})
         place = kept.artefacts
         return start_trainer(
             model.name, base, folder, version, place, work, REGISTRY, trainer_settings(model.refresh, max_age), namespace, **options

@@ -21,6 +21,7 @@ from ray import cloudpickle
 from actors.artefacts import ArtefactError, Artefacts
 from actors.policy import parse_policy
 from actors.registry import RegistryKeeper, RegistrySettings
+from actors.releases import Base
 from actors.store import StoreError, open_state
 from configs.settings import CaptureSettings, EngineSettings, ModelRefreshSettings, ModelSettings, Settings, TrainerSettings
 from drafters.bundle import Bundle, BundleError, Origin, fingerprint, write_bundle
@@ -35,7 +36,7 @@ from services.host import ModelHost
 from services.pilot import Pilot
 from services.protocol import Job
 from services.refresh import Refresh
-from services.refresh_actors import RefreshPlan, refresh_plan
+from services.refresh_actors import RefreshPlan, refresh_plan, trainer_actor
 from tests.services.folders import write_model
 from tests.services.test_host import TOKEN_BYTES, answer, last
 
@@ -720,6 +721,17 @@ async def test_a_trainer_that_is_away_loses_traces_and_nothing_waits(stand, monk
     await stand.text("c")
     await stand.refresh.send()
     assert stand.trainer.told[-1][2] == 0
+
+
+def test_ray_reserves_for_a_trainer_what_is_configured(folder, monkeypatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("services.refresh_actors.start_trainer", lambda *arguments, **options: asked.update(options))
+    for trainer, memory in (({}, {}), ({"memory": "2GiB"}, {"memory": 2 * 2**30})):
+        asked.clear()
+        kept = ModelRefreshSettings(enabled=True, trainer=TrainerSettings(num_cpus=0.5, **trainer))
+        model = model_settings(folder).model_copy(update={"refresh": kept})
+        trainer_actor(Settings(models=[model]).refresh, "specfleet", model, None, Base("b", 8, 4), "folder", "v1").start()
+        assert asked == {"num_cpus": 0.5, "num_gpus": 0.0} | memory
 
 
 def test_a_replica_is_not_told_the_keys_of_the_service(folder):
