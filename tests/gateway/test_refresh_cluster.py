@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from actors.artefacts import Artefacts
+from actors.folder_lock import FolderLock, InUse
 from actors.log_contents import Purge, Selection
 from actors.registry import start_registry
 from actors.request_log import RequestRecord
@@ -103,8 +104,9 @@ async def switched_off(chosen: Settings) -> None:
     assert (await desks.training.state("toy"))["state"] == "off"
     assert await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {"toy": 0}, (), {})
     ray.kill(ray.get_actor(f"{TRAINER_NAME}-toy", SPACE))
-    await asyncio.to_thread(wait_until, lambda: not runs())
-    assert (work := Path(chosen.refresh.work) / "toy").joinpath("traces").is_file()
+    work = Path(chosen.refresh.work) / "toy"
+    await asyncio.to_thread(wait_until, lambda: not runs() and free(work))
+    assert (work / "traces").is_file()
     assert await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {}, ("toy",), {})
     assert not (work / "traces").exists() and await desks.log.purge(Purge(Selection(), "me")) == Purged(0, {}, (), {})
 
@@ -115,6 +117,17 @@ def runs() -> bool:
         ray.get_actor(f"{TRAINER_NAME}-toy", SPACE)
     except ValueError:
         return False
+    return True
+
+
+def free(folder: Path) -> bool:
+    """Whether the process of the trainer that used the folder has ended."""
+    lock = FolderLock(folder)
+    try:
+        lock.enter()
+    except InUse:
+        return False
+    lock.leave()
     return True
 
 
