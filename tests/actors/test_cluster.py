@@ -15,8 +15,8 @@ from actors.policy import PolicyError, start_policy
 from actors.request_log import RequestRecord, start_request_log
 from configs.settings import ModelSettings
 from policies import DepthCounts, FixedPolicy, Load, StepSample, Telemetry
-from services.replica import ModelReplica
 from tests.conftest import wait_until
+from tests.services.test_replica import Undying
 
 pytestmark = pytest.mark.cluster
 
@@ -64,16 +64,13 @@ def test_the_policy_actor_is_killed_and_recovers(cluster, tmp_path):
         stop(actor)
 
 
-class Idle(ModelReplica):
-    """A replica that loads nothing, does nothing by itself, and is not stopped by the garbage collector, which could not await that."""
+class Idle(Undying):
+    """A replica that loads nothing, and does nothing by itself."""
 
     async def load(self) -> None:
         return
 
     report = write = load
-
-    def __del__(self) -> None:  # type: ignore[override]
-        return
 
 
 async def test_a_model_that_is_added_later_is_registered_by_its_replica(cluster, tmp_path):

@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def same(mine: list[Draft], theirs: list[Draft]) -> bool:
     )
 
 
-def at(*temperatures: float, **more: object) -> list[SamplingParams]:
-    return [SamplingParams(temperature=t, seed=i, **more) for i, t in enumerate(temperatures)]  # type: ignore[arg-type]
+def at(*temperatures: float, **more: Any) -> list[SamplingParams]:
+    return [SamplingParams(temperature=t, seed=i, **more) for i, t in enumerate(temperatures)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
